@@ -1,0 +1,94 @@
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/env.h"
+#include "base/fd.h"
+#include "base/log.h"
+#include "check.h"
+
+using namespace nixl::core;
+
+namespace {
+Result<int> half(int value) {
+  if (value % 2) return fail(Code::kInvalidArgument, "half of %d: an even number is needed", value);
+  return value / 2;
+}
+Result<int> quarter(int value) {
+  NIXL_ASSIGN(const int h, half(value));
+  NIXL_ASSIGN(const int q, half(h));
+  return q;
+}
+}  // namespace
+
+TEST(result_carries_reason) {
+  CHECK_EQ(*quarter(12), 3);
+  const auto bad = quarter(6);
+  CHECK(!bad);
+  CHECK(bad.error().code == Code::kInvalidArgument);
+  CHECK_EQ(bad.error().reason, "half of 3: an even number is needed");
+  CHECK_EQ(within("quarter", bad.error()).reason, "quarter: half of 3: an even number is needed");
+  CHECK_EQ(errno_text(ENOSPC), "No space left on device (ENOSPC, 28)");
+}
+
+TEST(deadline) {
+  CHECK(Deadline::passed_already().passed());
+  CHECK(!Deadline::never().passed());
+  CHECK(!Deadline::after(INT64_MAX).passed());
+  const auto soon = Deadline::after(2'000'000);
+  CHECK(soon.left() <= 2'000'000);
+  while (!soon.passed()) {
+  }
+  CHECK_EQ(soon.left(), 0);
+  CHECK_EQ(soon.left_ms(), 0);
+  CHECK_EQ(Deadline::never().left_ms(50), 50);
+}
+
+TEST(bytes_refuse_what_is_too_short_or_too_long) {
+  ByteWriter w;
+  w.put<std::uint64_t>(0x1122334455667788);
+  w.put_text("rank");
+  ByteReader r(w.bytes());
+  CHECK_EQ(*r.get<std::uint64_t>(), 0x1122334455667788u);
+  CHECK_EQ(*r.get_text(16), "rank");
+  CHECK(!r.get<std::uint8_t>());
+  for (size_t cut = 0; cut < w.bytes().size(); ++cut) {
+    ByteReader t(std::string_view(w.bytes()).substr(0, cut));
+    const auto number = t.get<std::uint64_t>();
+    CHECK(!number || !t.get_text(16));
+  }
+  ByteReader limited(std::string_view(w.bytes()).substr(8));
+  const auto over = limited.get_text(3);
+  CHECK(!over && over.error().code == Code::kMismatch);
+  CHECK_EQ(crc32c("123456789"), 0xe3069283u);
+}
+
+TEST(environment_words) {
+  setenv("NIXL_TEST_WORD", "Yes", 1);
+  CHECK(**env_bool("NIXL_TEST_WORD"));
+  setenv("NIXL_TEST_WORD", "maybe", 1);
+  CHECK(!env_bool("NIXL_TEST_WORD"));
+  setenv("NIXL_TEST_WORD", "12x", 1);
+  CHECK(!env_int("NIXL_TEST_WORD"));
+  setenv("NIXL_TEST_WORD", "-12", 1);
+  CHECK_EQ(**env_int("NIXL_TEST_WORD"), -12);
+  unsetenv("NIXL_TEST_WORD");
+  CHECK(!*env_bool("NIXL_TEST_WORD"));
+}
+
+TEST(fd_closes_once) {
+  int ends[2];
+  CHECK_EQ(pipe(ends), 0);
+  Fd write_end(ends[1]);
+  {
+    Fd read_end(ends[0]);
+    const Fd copy = *CHECK_OK(read_end.duplicate());
+    CHECK(copy.get() != read_end.get());
+    Fd moved = std::move(read_end);
+    CHECK(!read_end && moved);
+  }
+  CHECK_EQ(fcntl(ends[0], F_GETFD), -1);
+}
+
+int main(int argc, char** argv) { return check::run_tests(argc, argv); }
