@@ -58,6 +58,12 @@ class Rank:
             self._tcp_store = dist.TCPStore("127.0.0.1", self.store_port, is_master=False, wait_for_workers=False)
         return dist.PrefixStore(prefix if prefix is not None else f"call{self.call}", self._tcp_store)
 
+    def meet(self, name: str, ranks) -> None:
+        """Returns once all of `ranks` are here; a name serves once a call."""
+        store = self.store()
+        store.set(f"meet/{name}/{self.rank}", b"here")
+        store.wait([f"meet/{name}/{other}" for other in ranks])
+
 
 @dataclass
 class Pending:

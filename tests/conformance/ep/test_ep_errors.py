@@ -1,0 +1,237 @@
+"""Wrong arguments: each a clear exception, and the buffer goes on working."""
+
+import pytest
+from ep_cases import Options, Shape, group_operation, open_buffer, run_operation
+from ep_oracle import Payload
+
+SHAPE = Shape(ranks=2)
+HIDDEN, TOKENS, TOPK = SHAPE.hidden, SHAPE.max_tokens, SHAPE.topk
+
+
+def no_problems(results):
+    problems = [problem for result in results.values() for problem in result]
+    assert not problems, "\n".join(problems[:20])
+
+
+def good_dispatch(torch, device):
+    return {
+        "x": torch.zeros((TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
+        "topk_idx": torch.zeros((TOKENS, TOPK), dtype=torch.int64, device=device) - 1,
+        "num_max_dispatch_tokens_per_rank": TOKENS,
+        "num_experts": 4,
+        "use_fp8": True,
+    }
+
+
+def wrong_dispatches(torch, device):
+    def x(*shape, dtype=torch.bfloat16):
+        return {"x": torch.zeros(shape, dtype=dtype, device=device)}
+
+    def ids(*shape, dtype=torch.int64):
+        return {"topk_idx": torch.zeros(shape, dtype=dtype, device=device) - 1}
+
+    def stats(name, size, dtype):
+        return {name: torch.zeros(size, dtype=dtype, device=device)}
+
+    return {
+        "x float32": x(TOKENS, HIDDEN, dtype=torch.float32),
+        "x float16": x(TOKENS, HIDDEN, dtype=torch.float16),
+        "x 1-D": x(HIDDEN),
+        "x 3-D": x(TOKENS, HIDDEN, 1),
+        "x columns not contiguous": {"x": torch.zeros((HIDDEN, TOKENS), dtype=torch.bfloat16, device=device).t()},
+        "x rows apart": {"x": torch.zeros((TOKENS, 2 * HIDDEN), dtype=torch.bfloat16, device=device)[:, :HIDDEN]},
+        "hidden not in groups": x(TOKENS, HIDDEN + 8),
+        "hidden past the memory": x(TOKENS, 16 * HIDDEN),
+        "x not a tensor": {"x": [[0.0] * HIDDEN] * TOKENS},
+        "x None": {"x": None},
+        "x complete but other length than ids": x(TOKENS - 1, HIDDEN),
+        "more tokens than the bound": x(TOKENS + 1, HIDDEN) | ids(TOKENS + 1, TOPK),
+        "ids int16": ids(TOKENS, TOPK, dtype=torch.int16),
+        "ids float": ids(TOKENS, TOPK, dtype=torch.float32),
+        "ids 1-D": ids(TOKENS),
+        "ids not contiguous": {"topk_idx": torch.zeros((TOPK, TOKENS), dtype=torch.int64, device=device).t()},
+        "top-k of 33": ids(TOKENS, 33),
+        "bound of zero": {"num_max_dispatch_tokens_per_rank": 0},
+        "bound negative": {"num_max_dispatch_tokens_per_rank": -4},
+        "bound past the memory": {"num_max_dispatch_tokens_per_rank": 100_000},
+        "experts not whole ranks": {"num_experts": 5},
+        "experts below the bound": {"num_experts": 2},
+        "experts past capacity": {"num_experts": 6},
+        "ue8m0 without round_scale": {"use_ue8m0": True},
+        "ue8m0 without fp8": {"use_fp8": False, "use_ue8m0": True, "round_scale": True},
+        "ue8m0 of hidden 128": x(TOKENS, 128) | {"use_ue8m0": True, "round_scale": True},
+        "async and hook": {"async_finish": True, "return_recv_hook": True},
+        "statistics int64": stats("cumulative_local_expert_recv_stats", 2, torch.int64),
+        "statistics too short": stats("cumulative_local_expert_recv_stats", 1, torch.int32),
+        "costs int32": stats("dispatch_wait_recv_cost_stats", 2, torch.int32),
+        "costs too short": stats("dispatch_wait_recv_cost_stats", 1, torch.int64),
+        "weights bfloat16": stats("topk_weights", (TOKENS, TOPK), torch.bfloat16),
+        "weights of other shape": stats("topk_weights", (TOKENS, TOPK + 1), torch.float32),
+    }
+
+
+def good_combine(torch, device, handle):
+    return {
+        "x": torch.zeros((2, 2 * TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
+        "topk_idx": torch.zeros((TOKENS, TOPK), dtype=torch.int64, device=device) - 1,
+        "topk_weights": torch.ones((TOKENS, TOPK), dtype=torch.float32, device=device),
+        "handle": handle,
+    }
+
+
+def wrong_combines(torch, device, handle):
+    src_info, layout_range, bound, hidden = handle
+
+    def x(*shape, dtype=torch.bfloat16):
+        return {"x": torch.zeros(shape, dtype=dtype, device=device)}
+
+    def out(*shape, dtype=torch.bfloat16):
+        return {"out": torch.zeros(shape, dtype=dtype, device=device)}
+
+    def weights(*shape, dtype=torch.float32):
+        return {"topk_weights": torch.zeros(shape, dtype=dtype, device=device)}
+
+    return {
+        "x float32": x(2, 2 * TOKENS, HIDDEN, dtype=torch.float32),
+        "x 2-D": x(2 * TOKENS, HIDDEN),
+        "x one expert short": x(1, 2 * TOKENS, HIDDEN),
+        "x rows short": x(2, TOKENS, HIDDEN),
+        "x hidden": x(2, 2 * TOKENS, 2 * HIDDEN),
+        "x not contiguous": {"x": torch.zeros((2 * TOKENS, 2, HIDDEN), dtype=torch.bfloat16, device=device).transpose(0, 1)},
+        "weights float64": weights(TOKENS, TOPK, dtype=torch.float64),
+        "weights of other shape": weights(TOKENS, TOPK - 1),
+        "weights None": {"topk_weights": None},
+        "ids int8": {"topk_idx": torch.zeros((TOKENS, TOPK), dtype=torch.int8, device=device)},
+        "out float32": out(TOKENS, HIDDEN, dtype=torch.float32),
+        "out of other length": out(TOKENS + 1, HIDDEN),
+        "out not contiguous": {"out": torch.zeros((HIDDEN, TOKENS), dtype=torch.bfloat16, device=device).t()},
+        "logfmt and zero copy": {"use_logfmt": True, "zero_copy": True},
+        "async and hook": {"async_finish": True, "return_recv_hook": True},
+        "costs int32": {"combine_wait_recv_cost_stats": torch.zeros(2, dtype=torch.int32, device=device)},
+        "handle None": {"handle": None},
+        "handle of three": {"handle": handle[:3]},
+        "handle src_info int64": {"handle": (src_info.long(), layout_range, bound, hidden)},
+        "handle layout_range int32": {"handle": (src_info, layout_range.int(), bound, hidden)},
+        "handle layout_range one rank": {"handle": (src_info, layout_range[:, :1].contiguous(), bound, hidden)},
+        "handle of another bound": {"handle": (src_info, layout_range, bound + 1, hidden)},
+        "handle of another hidden": {"handle": (src_info, layout_range, bound, 2 * hidden)},
+    }
+
+
+def refusals(problems, name, call):
+    try:
+        call()
+        problems.append(f"{name}: taken")
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if len(str(error)) < 8:
+            problems.append(f"{name}: the message says nothing: {error!r}")
+
+
+def wrong_arguments(rank, who):
+    """Rank(s) `who` make wrong calls between right ones; nobody falls out of step by it."""
+    import torch
+
+    buffer = open_buffer(rank, SHAPE)
+    problems = []
+    good = group_operation(SHAPE, Payload.BF16, "exact", 1)
+    problems += run_operation(buffer, rank, good, Options())
+    _, _, handle, _, _ = buffer.dispatch(**good_dispatch(torch, rank.device))
+    if rank.rank in who:
+        for name, change in wrong_dispatches(torch, rank.device).items():
+            arguments = good_dispatch(torch, rank.device) | change
+            refusals(problems, f"dispatch, {name}", lambda arguments=arguments: buffer.dispatch(**arguments))
+        for name, change in wrong_combines(torch, rank.device, handle).items():
+            arguments = good_combine(torch, rank.device, handle) | change
+            refusals(problems, f"combine, {name}", lambda arguments=arguments: buffer.combine(**arguments))
+    out, _, _ = buffer.combine(**good_combine(torch, rank.device, handle))
+    if out.count_nonzero():
+        problems.append("a combine of nothing is not zero")
+    for seed in (2, 3):
+        problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.FP8, "exact", seed), Options(Payload.FP8))
+    buffer.destroy()
+    return problems
+
+
+@pytest.mark.parametrize("who", [(0, 1), (1,)], ids=str)
+def test_wrong_arguments(ranks_of, who):
+    no_problems(ranks_of(2).run(wrong_arguments, who))
+
+
+def after_destroy(rank):
+    import torch
+
+    buffer = open_buffer(rank, SHAPE)
+    _, _, handle, _, _ = buffer.dispatch(**good_dispatch(torch, rank.device))
+    buffer.combine(**good_combine(torch, rank.device, handle))
+    buffer.destroy()
+    problems = [] if buffer.runtime is None else [f"runtime is {buffer.runtime}"]
+    status = torch.zeros(2, dtype=torch.int32, device=rank.device)
+    for name, call in {
+        "dispatch": lambda: buffer.dispatch(**good_dispatch(torch, rank.device)),
+        "combine": lambda: buffer.combine(**good_combine(torch, rank.device, handle)),
+        "barrier": lambda: buffer.barrier(),
+        "connect": lambda: buffer.connect_ranks([1 - rank.rank]),
+        "disconnect": lambda: buffer.disconnect_ranks([1 - rank.rank]),
+        "query": lambda: buffer.query_mask_buffer(status),
+        "mask": lambda: buffer.update_mask_buffer(1 - rank.rank, True),
+        "memory": lambda: buffer.update_memory_buffers(2, 2, 1 << 20),
+        "view": lambda: buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True),
+        "zero copy": lambda: buffer.get_next_combine_buffer(handle),
+        "faults": lambda: buffer.fault_status(),
+        "destroy": lambda: buffer.destroy(),
+    }.items():
+        refusals(problems, f"{name} after destroy", call)
+    return problems
+
+
+def test_use_after_destroy(ranks_of):
+    no_problems(ranks_of(2).run(after_destroy))
+
+
+def before_memory(rank):
+    """Calls that need memory before there is any."""
+    import nixl_ep
+    import torch
+
+    buffer = nixl_ep.Buffer(rank=rank.rank, explicitly_destroy=True, tcp_store_group=rank.store(), device=rank.device)
+    problems = []
+    for name, call in {
+        "dispatch": lambda: buffer.dispatch(**good_dispatch(torch, rank.device)),
+        "connect": lambda: buffer.connect_ranks([0, 1]),
+        "barrier": lambda: buffer.barrier(),
+        "mask": lambda: buffer.update_mask_buffer(1, True),
+        "rank beyond": lambda: buffer.update_memory_buffers(rank.rank, 2, 1 << 20),
+        "no experts": lambda: buffer.update_memory_buffers(2, 0, 1 << 20),
+        "bytes not of 128": lambda: buffer.update_memory_buffers(2, 2, (1 << 20) + 1),
+        "negative bytes": lambda: buffer.update_memory_buffers(2, 2, -128),
+    }.items():
+        refusals(problems, f"{name} before memory", call)
+    buffer.update_memory_buffers(2, 2, 1 << 22)
+    buffer.connect_ranks([0, 1])
+    problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.BF16, "exact", 1), Options())
+    buffer.destroy()
+    return problems
+
+
+def test_use_before_memory(ranks_of):
+    no_problems(ranks_of(2).run(before_memory))
+
+
+def too_small(rank):
+    """EP-21: memory of another shape is refused before anything is sent."""
+    import nixl_ep
+
+    buffer = nixl_ep.Buffer(rank=rank.rank, explicitly_destroy=True, tcp_store_group=rank.store(), device=rank.device)
+    buffer.update_memory_buffers(2, 2, nixl_ep.Buffer.get_rdma_size_hint(2, 128, 2, 4))
+    buffer.connect_ranks([0, 1])
+    problems = []
+    big = group_operation(Shape(ranks=2, max_tokens=256, hidden=4096), Payload.BF16, "exact", 1, "empty")
+    refusals(problems, "larger than the memory", lambda: run_operation(buffer, rank, big, Options()))
+    small = group_operation(Shape(ranks=2, max_tokens=2, hidden=128), Payload.BF16, "exact", 1)
+    problems += run_operation(buffer, rank, small, Options())
+    buffer.destroy()
+    return problems
+
+
+def test_memory_too_small(ranks_of):
+    no_problems(ranks_of(2).run(too_small))
