@@ -1,0 +1,1 @@
+"""What every benchmark script shares: flags and sizes, measurement, reports."""

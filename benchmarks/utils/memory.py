@@ -1,0 +1,167 @@
+"""Buffers of the benchmarks: host memory, GPU memory through the CUDA driver, patterns that show offset errors."""
+
+import ctypes
+import mmap
+
+import numpy
+
+from utils.benchmark_base import Skip
+
+INITIATOR_FILL, TARGET_FILL = 0xBB, 0xAA
+_PERIOD = 1048573  # a prime: a copy that is off by any power of two shows
+
+
+def pattern(size, number, fill, salt=0):
+    """`size` bytes of pattern `number`, mixed with the position, so that a wrong offset cannot compare equal."""
+    generator = numpy.random.default_rng([number, salt])
+    base = generator.integers(0, 256, min(size, _PERIOD), dtype=numpy.uint8) ^ numpy.uint8(fill)
+    return numpy.resize(base, size)
+
+
+def first_difference(seen, wanted):
+    """Offset of the first byte that differs, or None."""
+    if numpy.array_equal(seen, wanted):
+        return None
+    return int(numpy.flatnonzero(seen != wanted)[0])
+
+
+class HostBuffer:
+    """Touched, page-aligned host memory. `address`, `size`, `device` describe it to an agent."""
+
+    kind, device = "DRAM", 0
+
+    def __init__(self, size):
+        self._map = mmap.mmap(-1, max(size, 1))
+        self.array = numpy.frombuffer(self._map, dtype=numpy.uint8, count=size)
+        self.array[:] = 0
+        self.address, self.size = self.array.ctypes.data, size
+
+    def write(self, values, offset=0):
+        self.array[offset:offset + len(values)] = values
+
+    def read(self, offset=0, size=None):
+        return self.array[offset:self.size if size is None else offset + size]
+
+    def close(self):
+        self.array = None
+
+
+class Cuda:
+    """The few driver calls that buffers need; loaded on first use. Skip when there is no driver or GPU."""
+
+    _shared = None
+
+    @classmethod
+    def get(cls):
+        if cls._shared is None:
+            cls._shared = cls()
+        return cls._shared
+
+    def __init__(self):
+        try:
+            self.lib = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise Skip(f"VRAM needs the CUDA driver: {error}") from None
+        code = self.lib.cuInit(0)
+        if code:
+            raise Skip(f"VRAM needs a CUDA GPU: cuInit answered {code}")
+        self._contexts = {}
+
+    def check(self, code, what):
+        if code:
+            text = ctypes.c_char_p()
+            self.lib.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{what}: CUDA error {code} ({(text.value or b'?').decode()})")
+
+    def use(self, device):
+        if device not in self._contexts:
+            count = ctypes.c_int()
+            self.check(self.lib.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
+            if device >= count.value:
+                raise Skip(f"VRAM on GPU {device} was asked for, this machine has {count.value}")
+            context = ctypes.c_void_p()
+            self.check(self.lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), f"context of GPU {device}")
+            self._contexts[device] = context
+        self.check(self.lib.cuCtxSetCurrent(self._contexts[device]), f"context of GPU {device}")
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class _AllocationProperties(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("requested_handle_types", ctypes.c_int), ("location", _Location),
+                ("win32", ctypes.c_void_p), ("compression", ctypes.c_ubyte), ("rdma", ctypes.c_ubyte),
+                ("usage", ctypes.c_ushort), ("reserved", ctypes.c_ubyte * 4)]
+
+
+class _Access(ctypes.Structure):
+    _fields_ = [("location", _Location), ("flags", ctypes.c_int)]
+
+
+class DeviceBuffer:
+    """GPU memory, plain or (`vmm`) from the virtual-memory interface with an exportable handle."""
+
+    kind = "VRAM"
+
+    def __init__(self, size, device, vmm=False):
+        self._cuda, self.size, self.device = Cuda.get(), size, device
+        self._cuda.use(device)
+        self._vmm_size = 0
+        pointer = ctypes.c_uint64()
+        if vmm:
+            pointer = self._allocate_vmm(size)
+        else:
+            self._cuda.check(self._cuda.lib.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(size)),
+                             f"cuMemAlloc of {size} bytes on GPU {device}")
+        self.address = pointer.value
+
+    def _allocate_vmm(self, size):
+        lib, check = self._cuda.lib, self._cuda.check
+        properties = _AllocationProperties(type=1, requested_handle_types=1, location=_Location(1, self.device))
+        granularity = ctypes.c_size_t()
+        check(lib.cuMemGetAllocationGranularity(ctypes.byref(granularity), ctypes.byref(properties), 0), "granularity")
+        self._vmm_size = -(-size // granularity.value) * granularity.value
+        handle, pointer = ctypes.c_uint64(), ctypes.c_uint64()
+        check(lib.cuMemCreate(ctypes.byref(handle), ctypes.c_size_t(self._vmm_size), ctypes.byref(properties),
+                              ctypes.c_uint64(0)), f"cuMemCreate of {self._vmm_size} bytes on GPU {self.device}")
+        check(lib.cuMemAddressReserve(ctypes.byref(pointer), ctypes.c_size_t(self._vmm_size), ctypes.c_size_t(0),
+                                      ctypes.c_uint64(0), ctypes.c_uint64(0)), "cuMemAddressReserve")
+        check(lib.cuMemMap(pointer, ctypes.c_size_t(self._vmm_size), ctypes.c_size_t(0), handle, ctypes.c_uint64(0)),
+              "cuMemMap")
+        access = _Access(_Location(1, self.device), 3)
+        check(lib.cuMemSetAccess(pointer, ctypes.c_size_t(self._vmm_size), ctypes.byref(access), ctypes.c_size_t(1)),
+              "cuMemSetAccess")
+        check(lib.cuMemRelease(handle), "cuMemRelease")
+        return pointer
+
+    def write(self, values, offset=0):
+        values = numpy.ascontiguousarray(values)
+        self._cuda.use(self.device)
+        self._cuda.check(self._cuda.lib.cuMemcpyHtoD_v2(ctypes.c_uint64(self.address + offset),
+                                                        ctypes.c_void_p(values.ctypes.data),
+                                                        ctypes.c_size_t(len(values))), "copy to the GPU")
+
+    def read(self, offset=0, size=None):
+        values = numpy.empty(self.size - offset if size is None else size, dtype=numpy.uint8)
+        self._cuda.use(self.device)
+        self._cuda.check(self._cuda.lib.cuMemcpyDtoH_v2(ctypes.c_void_p(values.ctypes.data),
+                                                        ctypes.c_uint64(self.address + offset),
+                                                        ctypes.c_size_t(len(values))), "copy from the GPU")
+        return values
+
+    def close(self):
+        if not self.address:
+            return
+        self._cuda.use(self.device)
+        if self._vmm_size:
+            self._cuda.lib.cuMemUnmap(ctypes.c_uint64(self.address), ctypes.c_size_t(self._vmm_size))
+            self._cuda.lib.cuMemAddressFree(ctypes.c_uint64(self.address), ctypes.c_size_t(self._vmm_size))
+        else:
+            self._cuda.lib.cuMemFree_v2(ctypes.c_uint64(self.address))
+        self.address = 0
+
+
+def make_buffer(kind, size, device=0, vmm=False):
+    """A buffer of `kind` ("DRAM" or "VRAM")."""
+    return DeviceBuffer(size, device, vmm) if kind == "VRAM" else HostBuffer(size)
