@@ -88,7 +88,7 @@ struct Dispatch {
   const void* topk_idx = nullptr;  // int32 or int64 [n, K]; negative: skip
   int topk = 0;                    // K, 1 .. 32
   int index_bytes = 8;             // 4 or 8
-  const float* topk_weights = nullptr;  // optional fp32 [n, K]: lets a later combine with hooks be reduced
+  const float* topk_weights = nullptr;  // optional fp32 [n, K], on all ranks or on none: see recv_weights
   std::int64_t max_tokens = 0;     // M
   int num_ranks = 0;               // R
   Payload payload = Payload::kBf16;
@@ -98,6 +98,10 @@ struct Dispatch {
   std::int32_t* recv_count = nullptr;     // [L]
   std::int32_t* src_info = nullptr;       // [L, T] token index at the source
   std::int64_t* layout_range = nullptr;   // [L, R] first row << 32 | count
+  // Both or neither, only with topk_weights: the weight of each row and its place in its token's top-k. Handed to combine
+  // they let a reduced combine sum rows in its send phase, without asking the owners for their weights first.
+  float* recv_weights = nullptr;          // [L, T]
+  std::uint8_t* recv_places = nullptr;    // [L, T]
   std::int32_t* recv_stats = nullptr;     // optional [L], counts are added
   std::int64_t* wait_cost = nullptr;      // optional [R], time waited for each source is added (ns; CUDA: clock cycles)
   void* stream = nullptr;
@@ -113,6 +117,8 @@ struct CombineArgs {
   const float* topk_weights = nullptr;   // fp32 [n, K]
   const std::int32_t* src_info = nullptr;      // from dispatch
   const std::int64_t* layout_range = nullptr;  // from dispatch
+  const float* recv_weights = nullptr;         // from dispatch, optional; without them and with sends_only a combine is
+  const std::uint8_t* recv_places = nullptr;   //   exact whatever Options::combine says
   std::int64_t max_tokens = 0;     // M of the handle
   int num_ranks = 0;               // R of the handle
   bool zero_copy = false;          // rows are in the buffer of next_combine_buffer()
