@@ -38,14 +38,18 @@ AligningCopier aligning_copier;
 Error job_error(const Request& request, const Job& job, std::uint64_t done, std::int64_t result) {
   const unsigned long long bytes = job.bytes, offset = job.offset;
   char what[128];
-  std::snprintf(what, sizeof what, "%s of %llu bytes at offset %llu of ", request.write ? "write" : "read", bytes, offset);
+  std::snprintf(what, sizeof what, "%s of %llu bytes at offset %llu of ", request.write ? "write" : "read", bytes,
+                offset);
   const std::string context = what + request.files[job.file]->name();
   if (result == kCopyFailed) return {Code::kIo, context + ": copy through host memory: " + job.copier->last_error()};
   if (result == 0) {
-    if (request.write) return {Code::kIo, context + ": nothing more was taken after " + std::to_string(done) + " bytes"};
+    if (request.write)
+      return {Code::kIo, context + ": nothing more was taken after " + std::to_string(done) + " bytes"};
     struct stat status;  // a later job may be the first to meet the end, so its own offset would mislead
-    const std::uint64_t end = ::fstat(job.fd, &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : offset + done;
-    return {Code::kIo, context + ": the file ends at offset " + std::to_string(end) + " (truncated, or shorter than asked for)"};
+    const std::uint64_t end =
+        ::fstat(job.fd, &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : offset + done;
+    return {Code::kIo,
+            context + ": the file ends at offset " + std::to_string(end) + " (truncated, or shorter than asked for)"};
   }
   std::string reason = errno_text(static_cast<int>(-result));
   if (done > 0) reason += " after " + std::to_string(done) + " bytes";
@@ -75,7 +79,8 @@ Result<std::unique_ptr<Engine>> Engine::open(const EngineConfig& config) {
     const char* name;
     Opener open;
   };
-  // Linux AIO comes first: for direct files, the only ones it gets by itself, it is as quick as io_uring and never forbidden.
+  // Linux AIO comes first: for direct files, the only ones it gets by itself, it is as quick as io_uring and never
+  // forbidden.
   constexpr Choice kChoices[] = {{EngineKind::kLinuxAio, "libaio", open_linux_aio},
                                  {EngineKind::kUring, "io_uring", open_uring},
                                  {EngineKind::kPosixAio, "posix_aio", open_posix_aio}};
@@ -103,7 +108,8 @@ Result<std::unique_ptr<Engine>> Engine::open(const EngineConfig& config) {
   return engine;
 }
 
-std::unique_ptr<Engine> Engine::with_queues(std::unique_ptr<Queue> kernel, std::unique_ptr<Queue> threads, bool forced) {
+std::unique_ptr<Engine> Engine::with_queues(std::unique_ptr<Queue> kernel, std::unique_ptr<Queue> threads,
+                                            bool forced) {
   std::unique_ptr<Engine> engine(new Engine);
   engine->adopt(std::move(kernel), std::move(threads), forced);
   return engine;
@@ -138,7 +144,9 @@ Engine::~Engine() {
   closing_ = true;
 }
 
-std::string_view Engine::kernel_queue() const noexcept { return lanes_[kKernel].queue->name(); }
+std::string_view Engine::kernel_queue() const noexcept {
+  return lanes_[kKernel].queue->name();
+}
 
 Result<std::unique_ptr<Request>> Engine::prepare(bool write, std::span<const Piece> pieces) {
   CutRules rules;
@@ -186,8 +194,8 @@ Result<Engine::State> Engine::start(Request& request) {
   return State::kRunning;
 }
 
-// A small request that the page cache can serve costs less here than the way to another thread and back. What would block,
-// or fails, is left to the workers.
+// A small request that the page cache can serve costs less here than the way to another thread and back. What would
+// block, or fails, is left to the workers.
 void Engine::run_inline(Request& request) {
   auto& lane = request.lanes[kThreads];
   for (; lane.next < lane.jobs.size(); ++lane.next) {
@@ -205,7 +213,9 @@ Engine::State Engine::poll(Request& request) {
   return request.state.load(std::memory_order_acquire);
 }
 
-const Error& Engine::error_of(const Request& request) noexcept { return request.error; }
+const Error& Engine::error_of(const Request& request) noexcept {
+  return request.error;
+}
 
 std::string Engine::path_of(const Request& request) {
   return request.staged ? "staged+" + request.queue_names : request.queue_names;
@@ -262,7 +272,8 @@ bool Engine::advance_locked() noexcept {
 Io Engine::io_of(int lane, std::uint32_t index) const noexcept {
   const Slot& slot = lanes_[lane].slots[index];
   const Job& job = slot.request->lanes[lane].jobs[slot.job];
-  Io io = {index, slot.request->write, slot.fd, job.offset + slot.done, slot.request->iovs.data() + job.first_iov, job.num_iov, job.copier};
+  Io io = {index,       slot.request->write, slot.fd, job.offset + slot.done, slot.request->iovs.data() + job.first_iov,
+           job.num_iov, job.copier};
   if (slot.done > 0) {
     io.iov = slot.rest.data();
     io.num_iov = static_cast<std::uint32_t>(slot.rest.size());
@@ -281,7 +292,8 @@ bool Engine::pump_locked(int lane_index) noexcept {
     while (count < kSubmitBatch && !lane.runnable.empty() && !lane.free.empty()) {
       Request& request = *lane.runnable.front();
       auto& jobs = request.lanes[lane_index];
-      for (std::size_t turn = 0; turn < kTurn && count < kSubmitBatch && !lane.free.empty() && jobs.next < jobs.jobs.size(); ++turn) {
+      for (std::size_t turn = 0;
+           turn < kTurn && count < kSubmitBatch && !lane.free.empty() && jobs.next < jobs.jobs.size(); ++turn) {
         const std::uint32_t index = lane.free.back();
         lane.free.pop_back();
         Slot& slot = lane.slots[index];

@@ -1,6 +1,6 @@
-// Engine: runs prepared lists of file reads and writes to the end. It merges neighbours, splits what direct I/O cannot take,
-// continues short reads and writes, charges every error to the request it belongs to, and gives memory back only when the
-// kernel is done with it.
+// Engine: runs prepared lists of file reads and writes to the end. It merges neighbours, splits what direct I/O cannot
+// take, continues short reads and writes, charges every error to the request it belongs to, and gives memory back only
+// when the kernel is done with it.
 //
 // Threads: everything here may be called from any thread; calls on one Request are serialised by the caller.
 #pragma once
@@ -40,11 +40,13 @@ class Engine {
  public:
   static Result<std::unique_ptr<Engine>> open(const EngineConfig& config);
   // With queues of the caller's choice (tests, fault injection). `threads` must copy.
-  static std::unique_ptr<Engine> with_queues(std::unique_ptr<Queue> kernel, std::unique_ptr<Queue> threads, bool forced);
+  static std::unique_ptr<Engine> with_queues(std::unique_ptr<Queue> kernel, std::unique_ptr<Queue> threads,
+                                             bool forced);
   // Cancels what is running and waits until the kernel has let go of all memory.
   ~Engine();
 
-  // Which queue serves direct files ("libaio"), and why the ones before it were not taken ("" if it was the first choice).
+  // Which queue serves direct files ("libaio"), and why the ones before it were not taken ("" if it was the first
+  // choice).
   std::string_view kernel_queue() const noexcept;
   const std::string& reason() const noexcept { return reason_; }
 
@@ -54,7 +56,8 @@ class Engine {
   Result<State> start(Request& request);  // kBusy while it runs
   State poll(Request& request);           // makes progress; kFailed: see error_of
   static const Error& error_of(const Request& request) noexcept;
-  // Asks to stop; true when it has ended. Afterwards poll() says kFailed with kCancelled, unless it had finished before.
+  // Asks to stop; true when it has ended. Afterwards poll() says kFailed with kCancelled, unless it had finished
+  // before.
   bool cancel(Request& request) noexcept;
   static std::string path_of(const Request& request);  // "libaio", "threads", "libaio+threads", "staged"
 

@@ -60,13 +60,15 @@ Result<std::optional<PathMode>> parse_path_mode(std::string_view text) {
     for (const FlagWord& known : kFlagWords)
       if (known.word == word) found = &known;
     if (!found)
-      return fail(Code::kInvalidArgument, "file text \"%.*s\": unknown flag \"%.*s\"; known are direct, sync, noatime, create",
+      return fail(Code::kInvalidArgument,
+                  "file text \"%.*s\": unknown flag \"%.*s\"; known are direct, sync, noatime, create",
                   static_cast<int>(text.size()), text.data(), static_cast<int>(word.size()), word.data());
     mode.flags |= found->flag;
   }
   mode.path = text.substr(colon + 1);
   if (mode.path.empty())
-    return fail(Code::kInvalidArgument, "file text \"%.*s\" has an empty path", static_cast<int>(text.size()), text.data());
+    return fail(Code::kInvalidArgument, "file text \"%.*s\" has an empty path", static_cast<int>(text.size()),
+                text.data());
   return std::optional<PathMode>(std::move(mode));
 }
 
@@ -111,7 +113,8 @@ Result<void> File::inspect() {
   writable_ = access != O_RDONLY;
   waits_ = flags & (O_SYNC | O_DSYNC);
   direct_ = flags & O_DIRECT;
-  if (direct_ && !ask_direct_alignment(fd(), &memory_align_, &offset_align_)) memory_align_ = offset_align_ = kSafeAlign;
+  if (direct_ && !ask_direct_alignment(fd(), &memory_align_, &offset_align_))
+    memory_align_ = offset_align_ = kSafeAlign;
   return {};
 }
 
@@ -121,7 +124,8 @@ Result<int> File::buffered_fd() const {
   if (!twin_) {
     const int flags = ::fcntl(fd(), F_GETFL) & (O_ACCMODE | O_SYNC | O_DSYNC | O_NOATIME);
     twin_.reset(::open(("/proc/self/fd/" + std::to_string(fd())).c_str(), flags | O_CLOEXEC));
-    if (!twin_) return fail(errno_error("open " + name_ + " a second time, without O_DIRECT, for an unaligned end", errno));
+    if (!twin_)
+      return fail(errno_error("open " + name_ + " a second time, without O_DIRECT, for an unaligned end", errno));
   }
   return twin_.get();
 }
@@ -129,10 +133,10 @@ Result<int> File::buffered_fd() const {
 Result<void> File::check_lent() const {
   if (lent_fd_ < 0) return {};
   struct stat status;
-  if (::fstat(lent_fd_, &status) != 0)
-    return fail(errno_error(name_ + " was closed after it was registered", errno));
+  if (::fstat(lent_fd_, &status) != 0) return fail(errno_error(name_ + " was closed after it was registered", errno));
   if (status.st_dev != device_ || status.st_ino != inode_)
-    return fail(errno_error(name_ + " was closed after it was registered, and the number now means another file", EBADF));
+    return fail(
+        errno_error(name_ + " was closed after it was registered, and the number now means another file", EBADF));
   return {};
 }
 

@@ -1,6 +1,6 @@
 // File: one open file that transfers read and write. Two ways in: a path with flags (we open and close it), or a
-// descriptor lent by the caller, of which a duplicate is kept, so that a descriptor number reused by the program can never
-// send bytes to another file.
+// descriptor lent by the caller, of which a duplicate is kept, so that a descriptor number reused by the program can
+// never send bytes to another file.
 //
 // Direct I/O wants aligned offsets and memory. `plan` of transfer.h splits what is not aligned; for the odd ends a File
 // opens, at the first need, a second descriptor of the same file without O_DIRECT.
@@ -39,7 +39,9 @@ class File {
   bool direct() const noexcept { return direct_; }
   bool readable() const noexcept { return readable_; }
   bool writable() const noexcept { return writable_; }
-  bool waits_for_device() const noexcept { return waits_; }  // O_SYNC, O_DSYNC: a write returns when it is on the device
+  bool waits_for_device() const noexcept {
+    return waits_;
+  }  // O_SYNC, O_DSYNC: a write returns when it is on the device
   // Direct I/O only: what offsets and lengths, and what memory addresses, must be multiples of. Powers of two.
   std::uint32_t offset_align() const noexcept { return offset_align_; }
   std::uint32_t memory_align() const noexcept { return memory_align_; }

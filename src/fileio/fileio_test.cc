@@ -1,5 +1,6 @@
-// Files, queues and the engine on a real file system. Every engine runs the same list; faults come from the kernel where it
-// can be made to fail here (full tmpfs, read-only descriptor, truncated file), else from a queue that answers for it.
+// Files, queues and the engine on a real file system. Every engine runs the same list; faults come from the kernel
+// where it can be made to fail here (full tmpfs, read-only descriptor, truncated file), else from a queue that answers
+// for it.
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/mount.h>
@@ -144,7 +145,8 @@ TEST(path_mode_grammar) {
     CHECK(!CHECK_OK(parse_path_mode(plain))->has_value());
   const auto mode = **CHECK_OK(parse_path_mode("rw,direct,sync,noatime,create:/a:b"));
   CHECK_EQ(mode.path, "/a:b");
-  CHECK_EQ(mode.flags & (O_RDWR | O_DIRECT | O_SYNC | O_NOATIME | O_CREAT), O_RDWR | O_DIRECT | O_SYNC | O_NOATIME | O_CREAT);
+  CHECK_EQ(mode.flags & (O_RDWR | O_DIRECT | O_SYNC | O_NOATIME | O_CREAT),
+           O_RDWR | O_DIRECT | O_SYNC | O_NOATIME | O_CREAT);
   CHECK_EQ((**CHECK_OK(parse_path_mode("ro:x"))).flags & O_ACCMODE, O_RDONLY);
   for (const char* bad : {"rw:", "ro,:x", "ro,fast:x", "rw,create", "ro,direct,:x", "rw,"}) {
     const auto result = parse_path_mode(bad);
@@ -163,7 +165,8 @@ TEST(round_trip_every_engine_buffered_and_direct) {
       auto source = pattern(24 << 20, 1);
       std::vector<std::byte> copy(source.size());
       std::uint64_t offset = 3, at = 0;
-      for (const std::uint64_t bytes : {1ull, 511ull, 512ull, 4096ull, 4096ull, 8192ull, 65536ull, 1000001ull, 5ull << 20, 3ull, 12ull << 20}) {
+      for (const std::uint64_t bytes :
+           {1ull, 511ull, 512ull, 4096ull, 4096ull, 8192ull, 65536ull, 1000001ull, 5ull << 20, 3ull, 12ull << 20}) {
         pieces.push_back({file.get(), offset, source.data() + at, bytes});
         at += bytes;
         offset += bytes;
@@ -200,7 +203,8 @@ TEST(many_small_scattered) {
     for (std::size_t i = 0; i < kCount; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), std::mt19937_64(3));
     std::vector<Piece> pieces;
-    for (std::size_t i = 0; i < kCount; ++i) pieces.push_back({file.get(), order[i] * 4096, source.data() + i * 4096, 4096});
+    for (std::size_t i = 0; i < kCount; ++i)
+      pieces.push_back({file.get(), order[i] * 4096, source.data() + i * 4096, 4096});
     auto write = std::move(*CHECK_OK(engine.prepare(true, pieces)));
     CHECK(run(engine, *write) == Engine::State::kDone);
     for (std::size_t i = 0; i < kCount; ++i) pieces[i].memory = copy.data() + i * 4096;
@@ -417,4 +421,6 @@ TEST(fork_leaves_the_child_clean) {
   });
 }
 
-int main(int argc, char** argv) { return check::run_tests(argc, argv); }
+int main(int argc, char** argv) {
+  return check::run_tests(argc, argv);
+}

@@ -106,7 +106,8 @@ class LinuxAioQueue final : public Queue {
       io.write ? io_prep_pwrite(block, io.fd, io.iov->iov_base, io.iov->iov_len, offset)
                : io_prep_pread(block, io.fd, io.iov->iov_base, io.iov->iov_len, offset);
     } else {
-      io.write ? io_prep_pwritev(block, io.fd, io.iov, count, offset) : io_prep_preadv(block, io.fd, io.iov, count, offset);
+      io.write ? io_prep_pwritev(block, io.fd, io.iov, count, offset)
+               : io_prep_preadv(block, io.fd, io.iov, count, offset);
     }
   }
   Block& take_back(std::size_t i) {
@@ -135,7 +136,8 @@ Result<std::unique_ptr<Queue>> open_linux_aio(std::uint32_t depth) {
   const int error = io_setup(static_cast<int>(depth), &context);
   if (error < 0) {
     const char* hint = error == -EAGAIN ? "; raise /proc/sys/fs/aio-max-nr" : "";
-    return fail(error == -ENOSYS ? Code::kUnsupported : Code::kIo, "io_setup(%u): %s%s", depth, errno_text(-error).c_str(), hint);
+    return fail(error == -ENOSYS ? Code::kUnsupported : Code::kIo, "io_setup(%u): %s%s", depth,
+                errno_text(-error).c_str(), hint);
   }
   return std::make_unique<LinuxAioQueue>(context, std::move(event), depth);
 }

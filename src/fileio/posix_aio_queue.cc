@@ -1,5 +1,5 @@
-// The POSIX AIO queue (aio_read, aio_write of the C library, which runs them on threads, one a file). The slowest of the
-// four and the most portable. No descriptor tells of completions: it must be polled.
+// The POSIX AIO queue (aio_read, aio_write of the C library, which runs them on threads, one a file). The slowest of
+// the four and the most portable. No descriptor tells of completions: it must be polled.
 #include <aio.h>
 #include <unistd.h>
 
@@ -91,6 +91,8 @@ class PosixAioQueue final : public Queue {
 
 }  // namespace
 
-Result<std::unique_ptr<Queue>> open_posix_aio(std::uint32_t depth) { return std::make_unique<PosixAioQueue>(depth); }
+Result<std::unique_ptr<Queue>> open_posix_aio(std::uint32_t depth) {
+  return std::make_unique<PosixAioQueue>(depth);
+}
 
 }  // namespace nixl::core::fileio

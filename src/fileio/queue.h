@@ -1,8 +1,8 @@
 // Queue: how reads and writes reach the kernel. Four of them behind one interface: io_uring, Linux AIO, POSIX AIO and a
 // pool of threads that make plain calls. What is asked comes back through `reap`, exactly once, whatever happens.
 //
-// A Queue is used by one thread at a time (the Engine holds its lock), `help` excepted; it never blocks there, except that Linux AIO may, in
-// submit, for files that the kernel cannot read or write asynchronously (buffered ones).
+// A Queue is used by one thread at a time (the Engine holds its lock), `help` excepted; it never blocks there, except
+// that Linux AIO may, in submit, for files that the kernel cannot read or write asynchronously (buffered ones).
 // Destroying a Queue waits until the kernel is done with every buffer.
 #pragma once
 #include <sys/uio.h>
@@ -19,8 +19,8 @@
 
 namespace nixl::core::fileio {
 
-// Memory that the kernel cannot read or write in place (another device's, or misaligned for direct I/O): a worker copies
-// through an aligned host buffer. Called from worker threads, several at a time. Blocking.
+// Memory that the kernel cannot read or write in place (another device's, or misaligned for direct I/O): a worker
+// copies through an aligned host buffer. Called from worker threads, several at a time. Blocking.
 class Copier {
  public:
   virtual ~Copier() = default;
@@ -78,9 +78,9 @@ Result<std::unique_ptr<Queue>> open_uring(std::uint32_t depth);
 Result<std::unique_ptr<Queue>> open_linux_aio(std::uint32_t depth);
 Result<std::unique_ptr<Queue>> open_posix_aio(std::uint32_t depth);
 
-// Plain preadv/pwritev on `num_threads` threads, started when first needed. A thread that polls for the result can `help`
-// meanwhile, so that it is at least as quick as making the calls itself. `drained` is called by a worker, with no lock held,
-// when nothing is waiting any more. Copiers must outlive the queue.
+// Plain preadv/pwritev on `num_threads` threads, started when first needed. A thread that polls for the result can
+// `help` meanwhile, so that it is at least as quick as making the calls itself. `drained` is called by a worker, with
+// no lock held, when nothing is waiting any more. Copiers must outlive the queue.
 Result<std::unique_ptr<Queue>> open_threads(std::uint32_t depth, unsigned num_threads, std::function<void()> drained);
 
 }  // namespace nixl::core::fileio

@@ -30,8 +30,8 @@ class Cutter {
     if (is_new) out_.files.push_back(file);
   }
 
-  // Whole pages go direct; a part of a page goes through the page cache. Never both into one page: the kernel keeps the two
-  // apart only by whole pages.
+  // Whole pages go direct; a part of a page goes through the page cache. Never both into one page: the kernel keeps the
+  // two apart only by whole pages.
   Result<void> split_direct(const Piece& piece) {
     const std::uint64_t align = std::max<std::uint64_t>(kPage, piece.file->offset_align());
     const std::uint64_t end = piece.offset + piece.bytes;
@@ -117,7 +117,8 @@ Result<void> cut(std::span<const Piece> pieces, const CutRules& rules, Request& 
     request.staged |= piece.copier != nullptr;
     waits |= rules.write && piece.file->waits_for_device();
   }
-  const bool copies = std::any_of(request.lanes[1].jobs.begin(), request.lanes[1].jobs.end(), [](const Job& job) { return job.copier; });
+  const bool copies = std::any_of(request.lanes[1].jobs.begin(), request.lanes[1].jobs.end(),
+                                  [](const Job& job) { return job.copier; });
   request.may_inline = request.lanes[0].jobs.empty() && !copies && !waits && total <= kInlineBytes;
   return {};
 }

@@ -36,9 +36,9 @@ class Request {
   LaneJobs lanes[2];
   std::string queue_names;
 
-  std::size_t left = 0;       // jobs without a result, guarded by the engine's lock
+  std::size_t left = 0;  // jobs without a result, guarded by the engine's lock
   std::size_t in_flight = 0;
-  bool stopping = false;      // failed or cancelled: no further job is started
+  bool stopping = false;  // failed or cancelled: no further job is started
   Error error;
   std::atomic<Engine::State> state{Engine::State::kIdle};
 
@@ -47,9 +47,9 @@ class Request {
 
 struct CutRules {
   bool write = false;
-  int buffered_lane = 1;           // where files in the page cache go
-  std::uint32_t max_iov[2] = {};   // by lane
-  Copier* aligner = nullptr;       // copies memory that is misaligned for direct I/O
+  int buffered_lane = 1;          // where files in the page cache go
+  std::uint32_t max_iov[2] = {};  // by lane
+  Copier* aligner = nullptr;      // copies memory that is misaligned for direct I/O
 };
 
 // Fills lanes, iovs and files of `request`.

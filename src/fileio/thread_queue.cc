@@ -25,7 +25,8 @@ namespace {
 constexpr std::size_t kBatchBytes = 512 << 10;  // taken from the queue at once
 constexpr std::size_t kBatchIos = 64;
 constexpr std::size_t kHelpIos = 8;
-// A helper whose write took this long hit the kernel's throttling of dirty pages; helpers then leave writes to the workers.
+// A helper whose write took this long hit the kernel's throttling of dirty pages; helpers then leave writes to the
+// workers.
 constexpr Nanoseconds kSlowHelp = 2'000'000;
 constexpr Nanoseconds kHelpPause = 100'000'000;
 
@@ -69,7 +70,8 @@ class ThreadQueue final : public Queue {
     state_->event = std::move(event);
   }
   ~ThreadQueue() override {
-    if (::getpid() != owner_) {  // after a fork the threads do not exist and the lock may be held for ever: leave it all
+    if (::getpid() !=
+        owner_) {  // after a fork the threads do not exist and the lock may be held for ever: leave it all
       for (std::thread& thread : threads_) thread.detach();
       (void)state_.release();
       return;

@@ -102,7 +102,8 @@ Result<std::unique_ptr<Queue>> open_uring(std::uint32_t depth) {
   // Twice the depth, so that a cancel always finds an entry.
   const int error = io_uring_queue_init_params(2 * depth, &ring, &params);
   if (error < 0) {
-    const char* hint = error == -EPERM || error == -ENOSYS ? "; see /proc/sys/kernel/io_uring_disabled and seccomp rules" : "";
+    const char* hint =
+        error == -EPERM || error == -ENOSYS ? "; see /proc/sys/kernel/io_uring_disabled and seccomp rules" : "";
     return fail(error == -EPERM || error == -ENOSYS ? Code::kUnsupported : Code::kIo, "io_uring_setup: %s%s",
                 errno_text(-error).c_str(), hint);
   }
