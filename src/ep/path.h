@@ -50,18 +50,22 @@ struct PeerIdentity {
   std::uint32_t incarnation = 0;
 };
 
-class Path {
+// The part of a path that membership uses. Any thread, also while operations run; never two calls for the same rank at once.
+class PeerMemory {
  public:
-  virtual ~Path() = default;
-
-  // First call allocates; later ones may grow num_ranks or num_bytes. Existing peers stay attached.
-  virtual Result<void> reserve(const Capacity& capacity) = 0;
+  virtual ~PeerMemory() = default;
   virtual Result<Export> export_memory() = 0;
-
-  // Maps a peer's memory. The peer starts masked; nothing is written to it before set_mask(rank, false).
+  // Maps a peer's memory and clears what an earlier connection with this rank left in our control words: counts of both sides
+  // start at zero. The peer starts masked; nothing is written to it before set_mask(rank, false).
   virtual Result<void> attach(const PeerIdentity& peer, Export memory) = 0;
   // Unmaps after every operation that may touch the peer has passed. Works for dead peers.
   virtual Result<void> detach(int rank) = 0;
+};
+
+class Path : public PeerMemory {
+ public:
+  // First call allocates; later ones may grow num_ranks or num_bytes. Existing peers stay attached.
+  virtual Result<void> reserve(const Capacity& capacity) = 0;
 
   virtual Result<void> set_mask(std::span<const int> ranks, bool masked, void* stream) = 0;
   virtual Result<void> query_masks(std::int32_t* out, void* stream) const = 0;
