@@ -30,12 +30,12 @@ NIXL_HD constexpr std::int64_t hidden_step(int payload) {
 // One rank's control memory, the same size whatever the capacity, so that a group can grow. Pages that nobody touches
 // cost nothing.
 struct ControlLayout {
-  std::int64_t hello = 0;       // who this is; the doorbell others ring; until when this rank may be waiting
-  std::int64_t inbox = 0;       // [kMaxRanks] flag words, written by that source
-  std::int64_t outbox = 0;      // [kMaxRanks][2] message headers, written by this rank, read by that destination
+  std::int64_t hello = 0;   // who this is; the doorbell others ring; until when this rank may be waiting
+  std::int64_t inbox = 0;   // [kMaxRanks] flag words, written by that source
+  std::int64_t outbox = 0;  // [kMaxRanks][2] message headers, written by this rank, read by that destination
   std::int64_t total = 0;
   static constexpr std::int64_t kHelloBytes = 4096;
-  static constexpr std::int64_t kInboxBytes = 64;     // a source's own cache line
+  static constexpr std::int64_t kInboxBytes = 64;  // a source's own cache line
   static constexpr std::int64_t kHeaderBytes = 128;
 
   NIXL_HD constexpr std::int64_t inbox_of(int source) const { return inbox + source * kInboxBytes; }
@@ -53,8 +53,8 @@ NIXL_HD constexpr ControlLayout make_control_layout() {
   return layout;
 }
 
-// What a rank stages in one slot for a dispatch, once for all destinations. Entries are sorted by (destination rank, local
-// expert), so entries[begin[e] .. begin[e + 1]) are what expert e of the call gets from this rank.
+// What a rank stages in one slot for a dispatch, once for all destinations. Entries are sorted by (destination rank,
+// local expert), so entries[begin[e] .. begin[e + 1]) are what expert e of the call gets from this rank.
 struct DispatchStage {
   std::int64_t begin = 0;    // int32 [R * L + 1]
   std::int64_t entries = 0;  // Entry [num_entries]
@@ -79,13 +79,13 @@ NIXL_HD constexpr DispatchStage make_dispatch_stage(std::int64_t num_experts, st
   return stage;
 }
 
-// What a rank stages in one slot for a combine: rows for the owners of tokens, in blocks. Exact: a block for each (owner,
-// local expert); reduced: one for each owner.
+// What a rank stages in one slot for a combine: rows for the owners of tokens, in blocks. Exact: a block for each
+// (owner, local expert); reduced: one for each owner.
 struct CombineStage {
-  std::int64_t begin = 0;    // int32 [num_blocks + 1]: a block's first token and first staged row
-  std::int64_t first = 0;    // int64 [num_blocks]: offset in data memory of a block's first row
-  std::int64_t tokens = 0;   // int32 [num_rows]: token index at the owner, ascending inside a block
-  std::int64_t rows = 0;     // [num_rows] rows of 2 * hidden bytes, unless they are read where the caller put them
+  std::int64_t begin = 0;   // int32 [num_blocks + 1]: a block's first token and first staged row
+  std::int64_t first = 0;   // int64 [num_blocks]: offset in data memory of a block's first row
+  std::int64_t tokens = 0;  // int32 [num_rows]: token index at the owner, ascending inside a block
+  std::int64_t rows = 0;    // [num_rows] rows of 2 * hidden bytes, unless they are read where the caller put them
   std::int64_t row_stride = 0;
   std::int64_t total = 0;
 };
@@ -103,6 +103,8 @@ NIXL_HD constexpr CombineStage make_combine_stage(std::int64_t num_blocks, std::
 }
 
 // The rows a caller writes for a combine without copy: bf16 [L, T, H] with this stride between rows, in elements.
-NIXL_HD constexpr std::int64_t zero_copy_row_stride(std::int64_t hidden) { return hidden + hidden / 64; }
+NIXL_HD constexpr std::int64_t zero_copy_row_stride(std::int64_t hidden) {
+  return hidden + hidden / 64;
+}
 
 }  // namespace nixl::core::ep

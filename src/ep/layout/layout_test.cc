@@ -1,10 +1,11 @@
 // The arithmetic that every path shares, against plain restatements of its rules.
+#include "ep/layout/layout.h"
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
 #include "check.h"
-#include "ep/layout/layout.h"
 #include "ep/layout/quantize.h"
 #include "ep/layout/reduce.h"
 #include "ep/layout/route.h"
@@ -22,8 +23,10 @@ static_assert(allows(size_hint_bytes(128, 7168, 256), 256, 128, 7168));
 static_assert(!allows(classic_bytes(128, 7168, 256) - 1, 256, 128, 7168));
 static_assert(max_tokens_for(size_hint_bytes(128, 7168, 256), 256, 7168) == 128);
 static_assert(make_control_layout().total % 4096 == 0);
-static_assert(make_control_layout().header_of(kMaxRanks - 1, 1) + ControlLayout::kHeaderBytes <= make_control_layout().total);
-static_assert(make_control_layout().inbox_of(kMaxRanks - 1) + ControlLayout::kInboxBytes <= make_control_layout().outbox);
+static_assert(make_control_layout().header_of(kMaxRanks - 1, 1) + ControlLayout::kHeaderBytes <=
+              make_control_layout().total);
+static_assert(make_control_layout().inbox_of(kMaxRanks - 1) + ControlLayout::kInboxBytes <=
+              make_control_layout().outbox);
 static_assert(token_of(make_entry(kMaxTokens, 31)) == kMaxTokens && place_of(make_entry(kMaxTokens, 31)) == 31);
 static_assert(range_first(make_range(7, 5)) == 7 && range_count(make_range(7, 5)) == 5);
 static_assert(lead_of(-3, 8) == Lead::kSkip && lead_of(7, 8) == Lead::kExpert && lead_of(8, 8) == Lead::kOutside);
@@ -82,7 +85,8 @@ TEST(e4m3_rounds_to_the_nearest) {
     CHECK_EQ(int{e4m3_from_float(value)}, int{e4m3_by_search(value)});
   }
   for (int code = 0; code < 0x7e; ++code) {  // around every tie
-    const float tie = (float_from_e4m3(static_cast<std::uint8_t>(code)) + float_from_e4m3(static_cast<std::uint8_t>(code + 1))) / 2;
+    const float tie =
+        (float_from_e4m3(static_cast<std::uint8_t>(code)) + float_from_e4m3(static_cast<std::uint8_t>(code + 1))) / 2;
     for (float value : {std::nextafter(tie, 0.0f), tie, std::nextafter(tie, 1e9f), -tie})
       CHECK_EQ(int{e4m3_from_float(value)}, int{e4m3_by_search(value)});
   }
@@ -131,7 +135,9 @@ TEST(sums_round_after_every_step) {
 }
 
 constexpr std::uint32_t kPeer = 77;
-FlagWord word(std::uint32_t count) { return make_flag(kPeer, count); }
+FlagWord word(std::uint32_t count) {
+  return make_flag(kPeer, count);
+}
 
 TEST(a_pair_counts_in_step) {
   PairState pair;
@@ -146,7 +152,7 @@ TEST(a_pair_counts_in_step) {
     accepted(pair, count, 1);
   }
   std::uint32_t count = 0;
-  CHECK(judge(pair, word(8), word(7), 1, &count) == Verdict::kMismatch);             // two ahead
+  CHECK(judge(pair, word(8), word(7), 1, &count) == Verdict::kMismatch);              // two ahead
   CHECK(judge(pair, make_flag(kPeer + 1, 6), word(5), 1, &count) == Verdict::kWait);  // somebody else's word is inert
 }
 
@@ -156,7 +162,7 @@ TEST(unmask_takes_the_newest_count) {
   pair.expected = 6;
   pair.peer_session = 1;
   std::uint32_t count = 0;
-  pair.unmask(true, word(8), word(7));  // the peer went on to 8 while it was masked here
+  pair.unmask(true, word(8), word(7));                                // the peer went on to 8 while it was masked here
   CHECK(judge(pair, word(7), word(8), 1, &count) == Verdict::kWait);  // sent before its own unmask: stale
   CHECK(judge(pair, word(9), word(8), 2, &count) == Verdict::kAccept);
   CHECK_EQ(count, 9u);
@@ -192,4 +198,6 @@ TEST(counts_wrap_around) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return check::run_tests(argc, argv); }
+int main(int argc, char** argv) {
+  return check::run_tests(argc, argv);
+}

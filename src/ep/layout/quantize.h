@@ -1,5 +1,5 @@
-// bfloat16, E4M3 and the scales of FP8 payloads, to the bit. Multiplications and additions round once each (never fused),
-// powers of two are made from exponent bits, so that host, device and a plain reference agree.
+// bfloat16, E4M3 and the scales of FP8 payloads, to the bit. Multiplications and additions round once each (never
+// fused), powers of two are made from exponent bits, so that host, device and a plain reference agree.
 //
 // NaN and infinity follow the formulae: amax passes over NaN; an infinite amax makes factor 0 (or 2^-128), stored scale
 // infinity. Where a NaN results its bits carry no meaning.
@@ -53,7 +53,9 @@ NIXL_HD inline float div_rn(float a, float b) {
 #endif
 }
 
-NIXL_HD inline float float_from_bf16(std::uint16_t bits) { return float_from_bits(static_cast<std::uint32_t>(bits) << 16); }
+NIXL_HD inline float float_from_bf16(std::uint16_t bits) {
+  return float_from_bits(static_cast<std::uint32_t>(bits) << 16);
+}
 
 // Ties to even; NaN becomes a quiet one.
 NIXL_HD inline std::uint16_t bf16_from_float(float value) {
