@@ -1,0 +1,1 @@
+from ep_fixtures import _groups, device, ranks_of  # noqa: F401
