@@ -14,7 +14,7 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def tested_devices() -> list[str]:
+def devices_under_test() -> list[str]:
     """NIXL_EP_TEST_DEVICE names them ("cpu", "cuda", "cpu,cuda"); default: cpu, and cuda where there is a GPU."""
     named = os.environ.get("NIXL_EP_TEST_DEVICE")
     if named:
@@ -22,7 +22,7 @@ def tested_devices() -> list[str]:
     return ["cpu", "cuda"] if num_gpus() else ["cpu"]
 
 
-@pytest.fixture(scope="session", params=tested_devices())
+@pytest.fixture(scope="session", params=devices_under_test())
 def device(request):
     return request.param
 
