@@ -1,0 +1,484 @@
+#include "backends/ucx/backend.h"
+
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <thread>
+
+#include "base/env.h"
+#include "base/log.h"
+
+namespace nixl::core::ucx {
+namespace {
+
+constexpr Nanoseconds kMillisecond = 1'000'000;
+constexpr Nanoseconds kLinger = 300 * kMillisecond;            // for queued messages when a connection is closed
+constexpr Nanoseconds kReadersPatience = 1000 * kMillisecond;  // for reads being served when memory is deregistered
+constexpr Nanoseconds kCancelPatience = 1000 * kMillisecond;   // before a link is reset to get rid of operations
+constexpr std::uint32_t kMaxWorkers = 256;
+constexpr std::size_t kMaxMessageBytes = std::size_t{1} << 30;
+
+}  // namespace
+
+Result<std::unique_ptr<Backend>> UcxBackend::open(BackendConfig config, KindSet kinds, int engines) {
+  std::unique_ptr<UcxBackend> backend(new UcxBackend());
+  backend->config_ = std::move(config);
+  backend->engines_ = engines;
+  NIXL_ASSIGN(backend->options_, parse_options(backend->config_.params));
+  NIXL_ASSIGN(const auto reconnect_ms, env_int("NIXL_RECONNECT_MS"));
+  if (reconnect_ms) backend->caller_.reconnect_ns = std::max<std::int64_t>(*reconnect_ms, 0) * kMillisecond;
+  backend->caller_.name = backend->config_.self.name;
+  backend->caller_.incarnation = backend->config_.self.incarnation;
+  backend->abilities_ = {.local_kinds = kinds, .remote_kinds = kinds, .remote = true, .local = true};
+  NIXL_ASSIGN(backend->context_, Context::open(backend->options_));
+  NIXL_TRY(backend->start(engines > 0 ? engines : backend->options_.num_workers + backend->options_.num_threads));
+  return std::unique_ptr<Backend>(std::move(backend));
+}
+
+Result<void> UcxBackend::start(int num_workers) {
+  desks_ = std::vector<Desk>(static_cast<std::size_t>(num_workers));
+  for (std::size_t i = 0; i < desks_.size(); ++i) {
+    NIXL_ASSIGN(desks_[i].worker, Worker::open(*context_, *this, static_cast<unsigned>(i)));
+  }
+  return make_descriptors();
+}
+
+Result<void> UcxBackend::make_descriptors() {
+  events_ = Fd(epoll_create1(EPOLL_CLOEXEC));
+  wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  timer_ = Fd(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+  if (!events_ || !wake_ || !timer_) return fail(errno_error("event descriptors of the UCX backend", errno));
+  std::vector<int> watched = {wake_.get(), timer_.get()};
+  for (const Desk& desk : desks_) watched.push_back(desk.worker->event_fd());
+  for (const int fd : watched) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.fd = fd;
+    if (epoll_ctl(events_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
+      return fail(errno_error("watch an event descriptor of UCX", errno));
+  }
+  return {};
+}
+
+UcxBackend::~UcxBackend() {
+  for (Desk& desk : desks_) {
+    if (!desk.worker) continue;
+    const auto guard = desk.worker->lock();
+    for (auto& [key, link] : desk.answering) link->lose_locked(Error{Code::kPeerLost, "this agent is closing"});
+    const Deadline deadline = Deadline::after(kReadersPatience);
+    while (!desk.services.empty() && !deadline.passed()) (void)desk.worker->progress_locked();
+    for (auto& [key, link] : desk.answering) link->close_locked(0);
+    for (auto& link : desk.ended_links) link->close_locked(0);
+    (void)desk.worker->progress_locked();
+    desk.services.clear();
+    desk.answering.clear();
+    desk.ended_links.clear();
+  }
+}
+
+// ---- regions ----
+
+Result<void> UcxBackend::check_device(const Region& region) const {
+  if (engines_ > 0 && region.device >= static_cast<std::uint64_t>(engines_))
+    return fail(Code::kInvalidArgument, "UCX_MO: device %llu of a descriptor is not below the number of engines, %d",
+                static_cast<unsigned long long>(region.device), engines_);
+  return {};
+}
+
+Result<std::unique_ptr<LocalRegion>> UcxBackend::add_region(const Region& region) {
+  if (!abilities_.local_kinds.has(region.kind))
+    return fail(Code::kInvalidArgument, "UCX does not serve %s on this machine", name(region.kind));
+  NIXL_TRY(check_device(region));
+  NIXL_ASSIGN(auto memory, Memory::open(*context_, region));
+  return std::make_unique<Registered>(
+      exposed_.add(region, std::move(memory)), [this](Exposed& exposed) { release_region(exposed); }, region.device);
+}
+
+// From here on no peer may reach the memory: reads being served end, and peers are told not to write.
+void UcxBackend::release_region(Exposed& region) {
+  region.revoked.store(true, std::memory_order_release);
+  exposed_.remove(region.id);
+  const Deadline deadline = Deadline::after(kReadersPatience);
+  while (region.readers.load(std::memory_order_acquire) > 0) {
+    for (Desk& desk : desks_) {
+      const auto guard = desk.worker->lock();
+      (void)desk.worker->progress_locked();
+      if (!deadline.passed()) continue;
+      for (std::size_t i = 0; i < desk.services.size(); ++i)  // the asker no longer takes what it asked for
+        if (desk.services[i]->reads(region))
+          desk.services[i]->link().lose_locked(Error{Code::kPeerLost, "memory was deregistered under its read"});
+    }
+  }
+  if (!region.exported) return;
+  const std::string message = encode(Revoke{config_.self.incarnation, region.id});
+  for (Desk& desk : desks_) {
+    const auto guard = desk.worker->lock();
+    for (auto& [key, link] : desk.answering)
+      if (link->state() == Link::State::kReady) (void)desk.worker->send_locked(link->endpoint(), kRevoke, message);
+  }
+}
+
+Result<std::string> UcxBackend::export_region(const LocalRegion& region) {
+  Exposed& exposed = static_cast<const Registered&>(region).exposed();
+  exposed.exported = true;
+  return export_key(exposed);
+}
+
+Result<std::unique_ptr<RemoteRegion>> UcxBackend::import_region(Connection& peer, const Region& region,
+                                                                std::string_view key) {
+  if (!abilities_.remote_kinds.has(region.kind))
+    return fail(Code::kUnsupported, "UCX does not reach %s from this machine", name(region.kind));
+  NIXL_TRY(check_device(region));
+  auto& connection = static_cast<UcxConnection&>(peer);
+  NIXL_ASSIGN(auto imported, Imported::open(key, imported_, connection.peer().incarnation));
+  return imported;
+}
+
+// ---- connections ----
+
+Result<std::string> UcxBackend::export_connection() {
+  ByteWriter out;
+  out.put(kMessageVersion);
+  out.put(static_cast<std::uint32_t>(desks_.size()));
+  for (const Desk& desk : desks_) out.put_text(desk.worker->address());
+  return sealed(out.take());
+}
+
+Result<std::unique_ptr<Connection>> UcxBackend::connect(const PeerId& peer, std::string_view bytes) {
+  NIXL_ASSIGN(const std::string_view content, unsealed(bytes));  // UCX itself does not check what it unpacks
+  ByteReader in(content);
+  NIXL_ASSIGN(const auto version, in.get<std::uint32_t>());
+  if (version != kMessageVersion)
+    return fail(Code::kMismatch, "agent '%s': UCX connection bytes of version 0x%x, this side speaks 0x%x",
+                peer.name.c_str(), version, kMessageVersion);
+  NIXL_ASSIGN(const auto num_addresses, in.get<std::uint32_t>());
+  if (num_addresses == 0 || num_addresses > kMaxWorkers)
+    return fail(Code::kMismatch, "agent '%s': %u UCX addresses, 1 to %u are possible", peer.name.c_str(), num_addresses,
+                kMaxWorkers);
+  std::vector<std::string> addresses;
+  for (std::uint32_t i = 0; i < num_addresses; ++i) {
+    NIXL_ASSIGN(const auto address, in.get_text(kMaxAddressBytes));
+    addresses.emplace_back(address);
+  }
+
+  auto connection = std::make_unique<UcxConnection>(*this, peer);
+  for (std::size_t i = 0; i < desks_.size(); ++i) {
+    Desk& desk = desks_[i];
+    Link::Target target{.name = peer.name, .address = addresses[i % addresses.size()], .incarnation = peer.incarnation};
+    target.is_self = peer.incarnation == config_.self.incarnation && peer.name == config_.self.name;
+    target.peer_errors = options_.peer_errors;
+    target.force_close = options_.force_close;
+    const auto guard = desk.worker->lock();
+    NIXL_ASSIGN(auto link, Link::open_locked(*desk.worker, std::move(target), caller_));
+    desk.calling.emplace(link->id(), link.get());
+    const std::lock_guard owners_guard(connections_mutex_);
+    owners_.emplace(link.get(), connection.get());
+    connection->links_.push_back(std::move(link));
+  }
+  const Link& first = connection->link(0);
+  NIXL_INFO("agent '%s' is reached through UCX over %s", peer.name.c_str(), first.path().c_str());
+  if (first.only_tcp() && have_rdma_device())
+    NIXL_WARN("agent '%s' is reached over %s only although this host has an RDMA device: transfers will be slow. %s",
+              peer.name.c_str(), first.path().c_str(), context_->api().remark.c_str());
+  wake();
+  return connection;
+}
+
+void UcxBackend::close_connection(UcxConnection& connection) {
+  for (const auto& link : connection.links_) {
+    Desk& desk = desks_[link->worker().index()];
+    const auto guard = desk.worker->lock();
+    desk.calling.erase(link->id());
+    {
+      const std::lock_guard owners_guard(connections_mutex_);
+      owners_.erase(link.get());
+    }
+    link->close_locked(options_.force_close ? 0 : kLinger);
+  }
+}
+
+UcxConnection::~UcxConnection() {
+  backend_->close_connection(*this);
+}
+
+Result<void> UcxConnection::wait_ready(Deadline deadline) {
+  for (const auto& link : links_) {
+    while (true) {
+      {
+        const auto guard = link->worker().lock();
+        (void)link->worker().progress_locked();
+        if (link->state() == Link::State::kReady) break;
+        if (link->state() == Link::State::kLost) return fail(link->lost_because());
+      }
+      if (deadline.passed())
+        return fail(Code::kTimeout, "agent '%s' has not answered over %s", peer_.name.c_str(), link->path().c_str());
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+  }
+  return {};
+}
+
+void UcxBackend::link_lost_locked(Link& link, const Error& why) {
+  UcxConnection* connection = nullptr;
+  {
+    const std::lock_guard guard(connections_mutex_);
+    const auto found = owners_.find(&link);
+    if (found != owners_.end()) connection = found->second;
+  }
+  if (!connection || connection->reported_.exchange(true)) return;
+  if (config_.events) config_.events->peer_lost(connection->peer(), why);
+}
+
+// ---- messages ----
+
+void UcxBackend::received_locked(Worker& worker, MessageId id, std::string_view bytes) {
+  Desk& desk = desks_[worker.index()];
+  if (auto handled = handle_locked(desk, id, bytes); !handled)
+    NIXL_WARN("UCX: a message of kind %u from another process is dropped: %s", id, handled.error().reason.c_str());
+}
+
+Result<void> UcxBackend::handle_locked(Desk& desk, MessageId id, std::string_view bytes) {
+  switch (id) {
+    case kHello: {
+      Hello hello;
+      NIXL_TRY(decode(bytes, hello));
+      return answer_hello_locked(desk, hello);
+    }
+    case kHelloAck: {
+      HelloAck ack;
+      NIXL_TRY(decode(bytes, ack));
+      const auto found = desk.calling.find(ack.link);
+      if (found != desk.calling.end()) found->second->acknowledged_locked(ack);
+      return {};
+    }
+    case kNotify: {
+      Notify notify;
+      NIXL_TRY(decode(bytes, notify));
+      inbox_.add(notify.incarnation, notify.stream, notify.sequence,
+                 {std::string(notify.name), std::string(notify.text)});
+      return {};
+    }
+    case kReadRequest:
+      return serve_read_locked(desk, bytes);
+    case kReadDone: {
+      ReadDone done;
+      NIXL_TRY(decode(bytes, done));
+      if (Lane* const lane = desk.requests.close(done.request)) lane->answered_locked(done);
+      return {};
+    }
+    case kRevoke: {
+      Revoke revoke;
+      NIXL_TRY(decode(bytes, revoke));
+      imported_.revoke(revoke.incarnation, revoke.region);
+      return {};
+    }
+    default:
+      return fail(Code::kMismatch, "unknown kind");
+  }
+}
+
+Result<void> UcxBackend::answer_hello_locked(Desk& desk, const Hello& hello) {
+  auto& slot = desk.answering[{hello.incarnation, hello.link}];
+  if (slot) {  // the caller's end broke and it calls again
+    slot->lose_locked(Error{Code::kPeerLost, "agent '" + hello.name + "' opened a new link"});
+    desk.ended_links.push_back(std::move(slot));
+  }
+  Link::Target target{
+      .name = hello.name, .address = hello.address, .incarnation = hello.incarnation, .answer_only = true};
+  target.peer_errors = options_.peer_errors;
+  auto link = Link::open_locked(*desk.worker, std::move(target), caller_);
+  if (!link) {
+    desk.answering.erase({hello.incarnation, hello.link});
+    return fail(std::move(link.error()));
+  }
+  slot = std::move(*link);
+  // Whoever was expected here and is not: the answer carries our own incarnation, and the caller draws the conclusion.
+  return desk.worker->send_locked(
+      slot->endpoint(), kHelloAck,
+      encode(HelloAck{hello.link, config_.self.incarnation, inbox_.next_sequence(hello.incarnation, hello.link)}));
+}
+
+Result<void> UcxBackend::serve_read_locked(Desk& desk, std::string_view bytes) {
+  ReadRequest request;
+  NIXL_TRY(decode(bytes, request));
+  const auto found = desk.answering.find({request.incarnation, request.link});
+  if (found == desk.answering.end() || found->second->state() != Link::State::kReady)
+    return {};  // it broke; the asker knows
+  desk.services.push_back(std::make_unique<ReadService>(std::string(bytes), *found->second, exposed_));
+  desk.services.back()->start_locked();
+  return {};
+}
+
+void UcxBackend::settled_locked(Worker& worker) {
+  Desk& desk = desks_[worker.index()];
+  if (!desk.services.empty())
+    std::erase_if(desk.services, [&](const auto& service) {
+      if (service->ended()) worker.forget_locked(*service);
+      return service->ended();
+    });
+  for (auto it = desk.answering.begin(); it != desk.answering.end();) {
+    if (it->second->state() == Link::State::kLost) {
+      desk.ended_links.push_back(std::move(it->second));
+      it = desk.answering.erase(it);
+    } else {
+      ++it;
+    }
+  }
+  std::erase_if(desk.ended_links, [&](const auto& link) {
+    return std::none_of(desk.services.begin(), desk.services.end(),
+                        [&](const auto& s) { return &s->link() == link.get(); });
+  });
+}
+
+// ---- notifier ----
+
+Result<void> UcxBackend::send(Connection& peer, std::string_view message) {
+  if (message.size() > kMaxMessageBytes)
+    return fail(Code::kInvalidArgument, "notification of %zu bytes, at most %zu are possible", message.size(),
+                kMaxMessageBytes);
+  Link& link = static_cast<UcxConnection&>(peer).link(0);
+  {
+    const auto guard = link.worker().lock();
+    NIXL_TRY(link.notify_locked(message));
+    (void)link.worker().progress_locked();
+  }
+  wake();
+  return {};
+}
+
+void UcxBackend::drain(std::vector<Notification>& out) {
+  for (Desk& desk : desks_) (void)desk.worker->progress();
+  inbox_.drain(out);
+}
+
+// ---- progress ----
+
+bool UcxBackend::progress() noexcept {
+  bool any = false;
+  for (Desk& desk : desks_) any |= desk.worker->progress();
+  return any;
+}
+
+bool UcxBackend::arm() noexcept {
+  std::uint64_t drained = 0;
+  (void)!read(wake_.get(), &drained, sizeof drained);
+  sleeping_.store(true);  // before looking for work: whoever adds some from now on wakes us
+  Deadline next = Deadline::never();
+  for (Desk& desk : desks_) {
+    if (desk.worker->arm(next)) continue;
+    sleeping_.store(false);
+    return false;
+  }
+  itimerspec when{};
+  if (next.at() != Deadline::never().at()) {
+    when.it_value.tv_sec = next.at() / 1'000'000'000;
+    when.it_value.tv_nsec = next.at() % 1'000'000'000;
+  }
+  timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &when, nullptr);
+  return true;
+}
+
+void UcxBackend::wake() noexcept {
+  if (!sleeping_.load(std::memory_order_relaxed) || !sleeping_.exchange(false)) return;
+  const std::uint64_t one = 1;
+  (void)!write(wake_.get(), &one, sizeof one);
+}
+
+// ---- transfers ----
+
+Result<std::size_t> UcxBackend::choose_worker(const Plan& plan) {
+  if (engines_ > 0) {
+    const std::uint64_t device =
+        plan.local_regions.empty() ? 0 : static_cast<const Registered*>(plan.local_regions.front())->device();
+    return static_cast<std::size_t>(device);
+  }
+  const std::size_t at = plan.custom_param.find("worker_id=");
+  if (at == std::string::npos) return round_robin_.fetch_add(1, std::memory_order_relaxed) % desks_.size();
+  const std::string_view text = std::string_view(plan.custom_param).substr(at + 10);
+  std::size_t index = 0;
+  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), index);
+  if (parsed.ec != std::errc() || index >= desks_.size())
+    return fail(Code::kInvalidArgument, "custom parameter '%s': worker_id from 0 to %zu is possible",
+                plan.custom_param.c_str(), desks_.size() - 1);
+  return index;
+}
+
+Result<std::unique_ptr<Transfer>> UcxBackend::prepare(Plan plan) {
+  if (!abilities_.local_kinds.has(plan.local_kind) || !abilities_.remote_kinds.has(plan.remote_kind))
+    return fail(Code::kInvalidArgument, "UCX moves DRAM and, with a working driver, VRAM; not %s to %s",
+                name(plan.local_kind), name(plan.remote_kind));
+  merge_neighbours(plan);
+  NIXL_ASSIGN(const std::size_t index, choose_worker(plan));
+  auto& connection = static_cast<UcxConnection&>(*plan.peer);
+  Link& link = connection.link(index);
+  const bool device_memory = plan.local_kind == MemKind::kVram || plan.remote_kind == MemKind::kVram;
+  std::string path = link.path();
+  if (device_memory && link.only_tcp()) path = "staged+" + path;
+  const auto guard = link.worker().lock();
+  auto lane = std::make_unique<Lane>(std::move(plan), link, desks_[index].requests, config_.self.incarnation);
+  return std::make_unique<UcxTransfer>(*this, std::move(lane), std::move(path));
+}
+
+Result<TransferState> UcxTransfer::answer() const {
+  switch (lane_->state()) {
+    case Lane::State::kDone:
+      return TransferState::kDone;
+    case Lane::State::kFailed:
+      return fail(lane_->error());
+    default:
+      return TransferState::kRunning;
+  }
+}
+
+Result<TransferState> UcxTransfer::submit(std::optional<std::string_view> message) {
+  Worker& worker = lane_->link().worker();
+  give_up_ = Deadline::never();
+  {
+    const auto guard = worker.lock();
+    lane_->start_locked(message);
+    if (lane_->state() == Lane::State::kRunning) (void)worker.progress_locked();
+  }
+  if (lane_->state() == Lane::State::kRunning) backend_->wake();
+  return answer();
+}
+
+Result<TransferState> UcxTransfer::poll() {
+  if (lane_->state() == Lane::State::kRunning) (void)lane_->link().worker().progress();
+  return answer();
+}
+
+bool UcxTransfer::cancel() noexcept {
+  if (lane_->state() != Lane::State::kRunning) return true;
+  Worker& worker = lane_->link().worker();
+  const auto guard = worker.lock();
+  if (lane_->cancel_locked()) return true;
+  if (give_up_.at() == Deadline::never().at()) give_up_ = Deadline::after(kCancelPatience);
+  // A peer that takes nothing any more holds operations for ever; closing the endpoint ends those that we started. What
+  // the peer itself was asked to do (a READ by request) cannot be called back, so that one is waited for.
+  if (give_up_.passed() && lane_->stoppable_by_reset()) lane_->link().reset_locked();
+  (void)worker.progress_locked();
+  return lane_->cancel_locked();
+}
+
+Result<CostEstimate> UcxBackend::estimate(const Transfer& transfer) {
+  const Lane& lane = static_cast<const UcxTransfer&>(transfer).lane();
+  Link& link = lane.link();
+  const auto guard = link.worker().lock();
+  if (!link.endpoint()) return fail(Code::kPeerLost, "agent '%s' is not connected", link.target().name.c_str());
+  ucp_ep_evaluate_perf_param_t question{};
+  question.field_mask = UCP_EP_PERF_PARAM_FIELD_MESSAGE_SIZE;
+  question.message_size = lane.plan().total_bytes;
+  ucp_ep_evaluate_perf_attr_t estimate{};
+  estimate.field_mask = UCP_EP_PERF_ATTR_FIELD_ESTIMATED_TIME;
+  if (const ucs_status_t status = context_->api().ep_evaluate_perf(link.endpoint(), &question, &estimate);
+      status != UCS_OK)
+    return fail(ucx_error(context_->api(), "estimate of UCX", status, Code::kUnsupported));
+  const auto duration = static_cast<std::int64_t>(estimate.estimated_time * 1e6) + 1;
+  return CostEstimate{duration, duration / 2};
+}
+
+}  // namespace nixl::core::ucx

@@ -1,0 +1,9 @@
+// UCX and UCX_MO in the table of backends.
+#pragma once
+#include "contract/entry.h"
+
+namespace nixl::core {
+
+std::span<const BackendEntry> backends_of_ucx();
+
+}  // namespace nixl::core

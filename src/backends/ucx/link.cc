@@ -1,0 +1,228 @@
+#include "backends/ucx/link.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "base/log.h"
+
+namespace nixl::core::ucx {
+namespace {
+
+constexpr std::size_t kHistoryBytes = 256 << 10;  // of sent notifications kept for the case that the link breaks
+
+std::uint64_t next_link_id() {
+  static std::atomic<std::uint64_t> last{0};
+  return ++last;
+}
+
+// Transports whose get is done by hardware, by the kernel or by this process itself.
+bool fetches(std::string_view transport) {
+  for (const std::string_view prefix :
+       {"rc", "dc", "srd", "gga", "cma", "knem", "xpmem", "posix", "sysv", "self", "cuda_ipc"})
+    if (transport.starts_with(prefix)) return true;
+  return false;
+}
+
+void on_closed(void* request, ucs_status_t, void*) {
+  (*open_api())->request_free(request);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Link>> Link::open_locked(Worker& worker, Target target, const Caller& caller) {
+  std::unique_ptr<Link> link(new Link());
+  link->worker_ = &worker;
+  link->caller_ = &caller;
+  link->target_ = std::move(target);
+  link->id_ = next_link_id();
+  NIXL_TRY(link->open_endpoint_locked(caller.connect_ns));
+  return link;
+}
+
+Result<void> Link::open_endpoint_locked(Nanoseconds patience) {
+  const Api& api = worker_->api();
+  ucp_ep_params_t params{};
+  params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE;
+  params.address = reinterpret_cast<const ucp_address_t*>(target_.address.data());
+  const bool watched = target_.peer_errors && !target_.is_self;
+  params.err_mode = watched ? UCP_ERR_HANDLING_MODE_PEER : UCP_ERR_HANDLING_MODE_NONE;
+  if (watched) {
+    params.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLER;
+    params.err_handler = {&Link::on_error, this};
+  }
+  failure_ = UCS_OK;
+  if (const ucs_status_t status = api.ep_create(worker_->handle_, &params, &ep_); status != UCS_OK) {
+    ep_ = nullptr;
+    return fail(ucx_error(api, "connect to agent '" + target_.name + "' with " + worker_->context().transports_asked(),
+                          status));
+  }
+  ++generation_;
+  describe();
+  if (target_.is_self || target_.answer_only) {
+    state_ = State::kReady;
+    return {};
+  }
+  state_ = State::kConnecting;
+  deadline_ = Deadline::after(patience);
+  worker_->connecting_.push_back(this);
+  return worker_->send_locked(
+      ep_, kHello, encode(Hello{target_.incarnation, caller_->incarnation, id_, caller_->name, worker_->address()}));
+}
+
+void Link::describe() {
+  std::array<ucp_transport_entry_t, 32> entries{};
+  ucp_ep_attr_t attributes{};
+  attributes.field_mask = UCP_EP_ATTR_FIELD_TRANSPORTS;
+  attributes.transports.entries = entries.data();
+  attributes.transports.num_entries = entries.size();
+  attributes.transports.entry_size = sizeof(ucp_transport_entry_t);
+  path_.clear();
+  reads_by_request_ = only_tcp_ = true;
+  if (worker_->api().ep_query(ep_, &attributes) != UCS_OK) attributes.transports.num_entries = 0;
+  for (unsigned i = 0; i < attributes.transports.num_entries; ++i) {
+    const std::string transport = entries[i].transport_name;
+    const std::string label = transport + "/" + entries[i].device_name;
+    if (fetches(transport)) reads_by_request_ = false;
+    if (transport != "tcp") only_tcp_ = false;
+    if (path_.find(label) == std::string::npos) path_ += (path_.empty() ? "" : "+") + label;
+  }
+  if (path_.empty()) path_ = "ucx (transports unknown to this version)";
+}
+
+void Link::on_error(void* data, ucp_ep_h, ucs_status_t status) {
+  auto* const link = static_cast<Link*>(data);
+  link->failure_ = status;
+  auto& failed = link->worker_->failed_;
+  if (std::find(failed.begin(), failed.end(), link) == failed.end()) failed.push_back(link);
+}
+
+void Link::drop_endpoint_locked(bool flush) {
+  if (!ep_) return;
+  const Api& api = worker_->api();
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_FLAGS;
+  param.cb.send = &on_closed;
+  const bool can_force = target_.peer_errors && !target_.is_self;
+  param.flags = can_force && !flush ? unsigned{UCP_EP_CLOSE_FLAG_FORCE} : 0u;
+  (void)api.ep_close_nbx(ep_, &param);  // a request is freed by its callback; errors leave nothing to do
+  ep_ = nullptr;
+  std::erase(worker_->failed_, this);
+  std::erase(worker_->connecting_, this);
+  deadline_ = Deadline::never();
+}
+
+void Link::close_locked(Nanoseconds linger) {
+  if (!ep_) {
+    std::erase(worker_->connecting_, this);
+    std::erase(worker_->failed_, this);
+    return;
+  }
+  const Api& api = worker_->api();
+  if (state_ == State::kReady && linger > 0) {
+    // What was queued must be out before the endpoint goes; a peer that stopped reading is not waited for.
+    ucp_request_param_t param{};
+    const ucs_status_ptr_t request = api.ep_flush_nbx(ep_, &param);
+    if (request != nullptr && !UCS_PTR_IS_ERR(request)) {
+      const Deadline deadline = Deadline::after(linger);
+      while (api.request_check_status(request) == UCS_INPROGRESS && !deadline.passed())
+        api.worker_progress(worker_->handle_);
+      api.request_free(request);
+    }
+  }
+  state_ = State::kLost;
+  drop_endpoint_locked(false);
+  for (int round = 0; round < 64 && api.worker_progress(worker_->handle_) != 0; ++round) {
+  }
+}
+
+void Link::acknowledged_locked(const HelloAck& ack) {
+  if (state_ != State::kConnecting) return;
+  if (ack.incarnation != target_.incarnation) {
+    lose_locked(Error{Code::kPeerLost, "agent '" + target_.name + "' is gone: another agent answers at its address"});
+    return;
+  }
+  const std::uint64_t oldest = history_.empty() ? next_sequence_ : history_.front().sequence;
+  if (ack.next_sequence < oldest) {
+    lose_locked(Error{Code::kPeerLost, "the link to agent '" + target_.name + "' broke and " +
+                                           std::to_string(oldest - ack.next_sequence) +
+                                           " notifications sent before may not have arrived"});
+    return;
+  }
+  std::erase(worker_->connecting_, this);
+  deadline_ = Deadline::never();
+  state_ = State::kReady;
+  was_ready_ = true;
+  next_to_send_ = ack.next_sequence;
+  send_history_locked();
+  const std::vector<Job*> jobs = jobs_;
+  for (Job* const job : jobs) job->link_up_locked();
+}
+
+// UCX reported an error of the endpoint, or reset_locked() broke it.
+void Link::failed_locked() {
+  if (state_ == State::kLost) return;
+  const Error why =
+      ucx_error(worker_->api(), "agent '" + target_.name + "' (" + path_ + ")", failure_, Code::kPeerLost);
+  const bool try_again = state_ == State::kReady && !target_.answer_only;
+  drop_endpoint_locked(false);
+  if (!try_again) {
+    lose_locked(why_.reason.empty() ? why : why_);
+    return;
+  }
+  NIXL_INFO("%s; connecting again", why.reason.c_str());
+  why_ = why;  // reported if the second attempt fails as well
+  state_ = State::kConnecting;
+  const std::vector<Job*> jobs = jobs_;
+  for (Job* const job : jobs) job->link_down_locked();
+  if (auto opened = open_endpoint_locked(caller_->reconnect_ns); !opened) lose_locked(why);
+}
+
+void Link::reset_locked() {
+  if (state_ != State::kReady) return;
+  failure_ = UCS_ERR_CANCELED;
+  failed_locked();
+}
+
+void Link::check_deadline_locked() {
+  if (state_ != State::kConnecting || !deadline_.passed()) return;
+  lose_locked(why_.reason.empty()
+                  ? Error{Code::kPeerLost, "agent '" + target_.name + "' did not answer over " + path_ + " within " +
+                                               std::to_string(caller_->connect_ns / 1'000'000) + " ms"}
+                  : why_);
+}
+
+void Link::lose_locked(Error why) {
+  if (state_ == State::kLost) return;
+  state_ = State::kLost;
+  why_ = std::move(why);
+  drop_endpoint_locked(false);
+  const std::vector<Job*> jobs = jobs_;
+  for (Job* const job : jobs) job->link_lost_locked(why_);
+  history_.clear();
+  worker_->receiver_->link_lost_locked(*this, why_);
+}
+
+Result<void> Link::notify_locked(std::string_view text) {
+  if (state_ == State::kLost) return fail(why_);
+  std::string bytes = encode(Notify{caller_->incarnation, id_, next_sequence_, caller_->name, text});
+  history_bytes_ += bytes.size();
+  history_.push_back({next_sequence_++, std::move(bytes)});
+  if (state_ == State::kReady) send_history_locked();
+  return {};
+}
+
+void Link::send_history_locked() {
+  while (next_to_send_ < next_sequence_) {
+    const Sent& sent = history_[next_to_send_ - history_.front().sequence];
+    if (auto ok = worker_->send_locked(ep_, kNotify, sent.bytes); !ok)
+      break;  // the endpoint failed: its handler follows
+    ++next_to_send_;
+  }
+  while (history_bytes_ > kHistoryBytes && !history_.empty() && history_.front().sequence < next_to_send_) {
+    history_bytes_ -= history_.front().bytes.size();
+    history_.pop_front();
+  }
+}
+
+}  // namespace nixl::core::ucx

@@ -1,0 +1,101 @@
+// One endpoint to one worker of a peer. No data crosses it before the peer has answered our hello: the process behind
+// an address may be another one by now. A link that breaks is opened again once; the second failure, or no answer in
+// time, ends it.
+#pragma once
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backends/ucx/worker.h"
+
+namespace nixl::core::ucx {
+
+class Link {
+ public:
+  enum class State { kConnecting, kReady, kLost };
+  struct Target {
+    std::string name, address;
+    std::uint64_t incarnation = 0;
+    bool answer_only = false;  // opened to answer a peer that called: usable at once, not opened again when it breaks
+    bool is_self = false;      // our own agent: no hello, no failure detection
+    bool peer_errors = true;
+    bool force_close = false;
+  };
+  // Who we are in the hello.
+  struct Caller {
+    std::string name;
+    std::uint64_t incarnation = 0;
+    Nanoseconds connect_ns = 10'000'000'000, reconnect_ns = 2'000'000'000;
+  };
+
+  // kIo: no transport reaches that address; the reason names the transports asked for. `caller` outlives the link.
+  static Result<std::unique_ptr<Link>> open_locked(Worker& worker, Target target, const Caller& caller);
+  // Drops the endpoint, after sending what is queued when the link is up (bounded by `linger`). No job may be left.
+  void close_locked(Nanoseconds linger);
+  ~Link() = default;  // close_locked() first
+
+  State state() const noexcept { return state_; }
+  const Error& lost_because() const noexcept { return why_; }
+  ucp_ep_h endpoint() const noexcept { return ep_; }
+  std::uint64_t generation() const noexcept { return generation_; }  // of the endpoint: keys are unpacked anew for each
+  Worker& worker() const noexcept { return *worker_; }
+  const Target& target() const noexcept { return target_; }
+  std::uint64_t id() const noexcept { return id_; }
+  Deadline deadline() const noexcept { return deadline_; }
+
+  // The peer answered.
+  void acknowledged_locked(const HelloAck& ack);
+  void failed_locked();
+  void check_deadline_locked();
+  void lose_locked(Error why);
+  // Breaks and opens the link again, so that nothing in flight touches local memory any more.
+  void reset_locked();
+
+  void join_locked(Job& job) { jobs_.push_back(&job); }
+  void leave_locked(Job& job) { std::erase(jobs_, &job); }
+
+  // Queues a notification; it leaves in order, again after a broken link unless the peer has it.
+  Result<void> notify_locked(std::string_view text);
+
+  // "tcp/eth0", "rc_mlx5/mlx5_0:1+..."
+  const std::string& path() const noexcept { return path_; }
+  // No transport of this link fetches by itself: reading has to be asked for.
+  bool reads_by_request() const noexcept { return reads_by_request_; }
+  bool only_tcp() const noexcept { return only_tcp_; }
+
+ private:
+  friend class Worker;
+  struct Sent {
+    std::uint64_t sequence;
+    std::string bytes;
+  };
+
+  Link() = default;
+  Result<void> open_endpoint_locked(Nanoseconds patience);
+  void drop_endpoint_locked(bool flush);
+  void describe();
+  void send_history_locked();
+  static void on_error(void* link, ucp_ep_h ep, ucs_status_t status);
+
+  Worker* worker_ = nullptr;
+  const Caller* caller_ = nullptr;
+  Target target_;
+  ucp_ep_h ep_ = nullptr;
+  std::uint64_t id_ = 0, generation_ = 0;
+  State state_ = State::kConnecting;
+  bool was_ready_ = false;
+  ucs_status_t failure_ = UCS_OK;
+  Error why_;
+  Deadline deadline_ = Deadline::never();
+  std::vector<Job*> jobs_;
+
+  std::deque<Sent> history_;  // not yet sent, and the last ones sent
+  std::size_t history_bytes_ = 0;
+  std::uint64_t next_sequence_ = 0, next_to_send_ = 0;
+
+  std::string path_;
+  bool reads_by_request_ = false, only_tcp_ = false;
+};
+
+}  // namespace nixl::core::ucx

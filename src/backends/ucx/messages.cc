@@ -1,0 +1,152 @@
+#include "backends/ucx/messages.h"
+
+namespace nixl::core::ucx {
+namespace {
+
+template <typename... T>
+Result<void> read_integers(ByteReader& in, T&... out) {
+  Result<void> result;
+  const auto one = [&](auto& value) {
+    auto got = in.get<std::remove_reference_t<decltype(value)>>();
+    if (got)
+      value = *got;
+    else
+      result = fail(got.error());
+    return got.has_value();
+  };
+  (void)(one(out) && ...);
+  return result;
+}
+
+}  // namespace
+
+std::string sealed(std::string bytes) {
+  ByteWriter out;
+  out.put_raw(bytes);
+  out.put(crc32c(bytes));
+  return out.take();
+}
+Result<std::string_view> unsealed(std::string_view bytes) {
+  if (bytes.size() < sizeof(std::uint32_t))
+    return fail(Code::kMismatch, "%zu bytes from UCX are too few", bytes.size());
+  const std::string_view content = bytes.substr(0, bytes.size() - sizeof(std::uint32_t));
+  NIXL_ASSIGN(const auto sum, ByteReader(bytes.substr(content.size())).get<std::uint32_t>());
+  if (sum != crc32c(content))
+    return fail(Code::kMismatch, "%zu bytes from UCX do not match their checksum", bytes.size());
+  return content;
+}
+
+std::string encode(const Hello& hello) {
+  ByteWriter out;
+  out.put(kMessageVersion);
+  out.put(hello.expected_incarnation);
+  out.put(hello.incarnation);
+  out.put(hello.link);
+  out.put_text(hello.name);
+  out.put_text(hello.address);
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, Hello& hello) {
+  ByteReader in(bytes);
+  std::uint32_t version = 0;
+  NIXL_TRY(read_integers(in, version, hello.expected_incarnation, hello.incarnation, hello.link));
+  if (version != kMessageVersion)
+    return fail(Code::kMismatch, "hello of version 0x%x, this side speaks 0x%x", version, kMessageVersion);
+  NIXL_ASSIGN(hello.name, in.get_text(kMaxNameBytes));
+  NIXL_ASSIGN(hello.address, in.get_text(kMaxAddressBytes));
+  return {};
+}
+
+std::string encode(const HelloAck& ack) {
+  ByteWriter out;
+  out.put(ack.link);
+  out.put(ack.incarnation);
+  out.put(ack.next_sequence);
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, HelloAck& ack) {
+  ByteReader in(bytes);
+  return read_integers(in, ack.link, ack.incarnation, ack.next_sequence);
+}
+
+std::string encode(const Notify& notify) {
+  ByteWriter out;
+  out.put(notify.incarnation);
+  out.put(notify.stream);
+  out.put(notify.sequence);
+  out.put_text(notify.name);
+  out.put_raw(notify.text);
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, Notify& notify) {
+  ByteReader in(bytes);
+  NIXL_TRY(read_integers(in, notify.incarnation, notify.stream, notify.sequence));
+  NIXL_ASSIGN(notify.name, in.get_text(kMaxNameBytes));
+  NIXL_ASSIGN(notify.text, in.get_raw(in.left()));
+  return {};
+}
+
+std::string encode(const ReadRequest& request) {
+  ByteWriter out;
+  out.put(request.incarnation);
+  out.put(request.link);
+  out.put(request.request);
+  out.put(static_cast<std::uint32_t>(request.keys.size()));
+  for (const std::string_view key : request.keys) out.put_text(key);
+  out.put(static_cast<std::uint32_t>(request.pieces.size()));
+  for (const ReadPiece& piece : request.pieces) {
+    out.put(piece.region);
+    out.put(piece.source);
+    out.put(piece.destination);
+    out.put(piece.length);
+    out.put(piece.key);
+  }
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, ReadRequest& request) {
+  ByteReader in(bytes);
+  std::uint32_t num_keys = 0, num_pieces = 0;
+  NIXL_TRY(read_integers(in, request.incarnation, request.link, request.request, num_keys));
+  if (num_keys > kMaxReadPieces)
+    return fail(Code::kMismatch, "read request with %u keys, at most %u", num_keys, kMaxReadPieces);
+  for (std::uint32_t i = 0; i < num_keys; ++i) {
+    NIXL_ASSIGN(const std::string_view key, in.get_text(kMaxKeyBytes));
+    request.keys.push_back(key);
+  }
+  NIXL_TRY(read_integers(in, num_pieces));
+  if (num_pieces > kMaxReadPieces)
+    return fail(Code::kMismatch, "read request with %u pieces, at most %u", num_pieces, kMaxReadPieces);
+  request.pieces.resize(num_pieces);
+  for (ReadPiece& piece : request.pieces) {
+    NIXL_TRY(read_integers(in, piece.region, piece.source, piece.destination, piece.length, piece.key));
+    if (piece.key >= num_keys) return fail(Code::kMismatch, "read request names key %u of %u", piece.key, num_keys);
+  }
+  return {};
+}
+
+std::string encode(const ReadDone& done) {
+  ByteWriter out;
+  out.put(done.request);
+  out.put(done.code);
+  out.put_text(done.reason);
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, ReadDone& done) {
+  ByteReader in(bytes);
+  NIXL_TRY(read_integers(in, done.request, done.code));
+  NIXL_ASSIGN(done.reason, in.get_text(kMaxNameBytes));
+  return {};
+}
+
+std::string encode(const Revoke& revoke) {
+  ByteWriter out;
+  out.put(revoke.incarnation);
+  out.put(revoke.region);
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, Revoke& revoke) {
+  ByteReader in(bytes);
+  return read_integers(in, revoke.incarnation, revoke.region);
+}
+
+}  // namespace nixl::core::ucx
