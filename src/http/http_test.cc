@@ -13,6 +13,7 @@
 #include "base/fd.h"
 #include "check.h"
 #include "http/client.h"
+#include "http/json.h"
 #include "http/text.h"
 
 using namespace nixl::core;
@@ -128,6 +129,19 @@ TEST(texts) {
   const Url url = *CHECK_OK(parse_url("https://h:1/a/b?c=d"));
   CHECK(url.scheme == "https" && url.host == "h:1" && url.path == "/a/b" && url.query == "c=d");
   CHECK(!parse_url("h:1") && !parse_url("ftp://h"));
+}
+
+TEST(json) {
+  const Json value = *CHECK_OK(Json::parse(R"( {"a":[1,{"b":"x\n\u00e9\ud83d\ude00"}],"c":true,"n":null,"e":{}} )"));
+  CHECK_EQ(value["a"].items().size(), 2u);
+  CHECK_EQ(value["a"].items()[0].text(), "1");
+  CHECK_EQ(value["a"].items()[1]["b"].text(), "x\n\xc3\xa9\xf0\x9f\x98\x80");
+  CHECK(value["c"].text() == "true" && value["n"].text().empty() && value["no"]["way"].text().empty());
+  const std::string good = R"({"a":[1,2,{"b":"\u1234"}]})";
+  for (std::size_t size = 0; size < good.size(); ++size) CHECK(!Json::parse(good.substr(0, size)));
+  for (const char* bad : {"{} x", "[1,]", "{1:2}", "\"\\q\"", "\"\\u12g4\""}) CHECK(!Json::parse(bad));
+  CHECK(!Json::parse(std::string(100000, '[')));
+  CHECK_EQ(Json::parse(json_quote("a\"\\\n"))->text(), "a\"\\\n");
 }
 
 TEST(bodies_both_ways_over_one_connection) {
