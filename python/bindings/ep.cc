@@ -1,0 +1,215 @@
+// nixl_ep._native: nixl::ep::Buffer with addresses as integers. Tensors are looked at in Python; no torch here.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <nanobind/trampoline.h>
+
+#include "nixl/ep.h"
+#include "nixl/version.h"
+#include "output_pool.h"
+
+namespace nb = nanobind;
+using namespace nixl::ep;
+using nb::literals::operator""_a;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A store written in Python: set, wait, get, remove. Called from the thread inside connect(), which holds no GIL there.
+struct PythonStore : Store {
+  NB_TRAMPOLINE(Store, 4);
+  void set(const std::string& key, const std::string& value) override {
+    nb::gil_scoped_acquire gil;
+    nb::find(*this).attr("set")(key, nb::bytes(value.data(), value.size()));
+  }
+  bool wait(const std::string& key, std::int64_t timeout_ms) override {
+    nb::gil_scoped_acquire gil;
+    return nb::cast<bool>(nb::find(*this).attr("wait")(key, timeout_ms));
+  }
+  std::string get(const std::string& key) override {
+    nb::gil_scoped_acquire gil;
+    const nb::bytes value = nb::cast<nb::bytes>(nb::find(*this).attr("get")(key));
+    return std::string(value.c_str(), value.size());
+  }
+  void remove(const std::string& key) override {
+    nb::gil_scoped_acquire gil;
+    nb::find(*this).attr("remove")(key);
+  }
+};
+
+// Bytes as an array with strides in elements of `item` bytes; `owner` lives as long as the array.
+nb::object array(void* data, std::vector<std::int64_t> shape, std::vector<std::int64_t> strides, int item, Device device,
+                 int device_id, nb::handle owner) {
+  const std::vector<size_t> sizes(shape.begin(), shape.end());
+  const nb::dlpack::dtype type{static_cast<uint8_t>(nb::dlpack::dtype_code::UInt), static_cast<uint8_t>(8 * item), 1};
+  return nb::cast(nb::ndarray<>(data, sizes.size(), sizes.data(), owner, strides.data(), type,
+                                device == Device::kCuda ? nb::device::cuda::value : nb::device::cpu::value, device_id));
+}
+
+nb::object output_block(std::size_t bytes) {
+  struct Block {
+    void* data;
+    std::size_t bytes;
+  };
+  Block* block = new Block{OutputPool::instance().take(bytes), bytes};
+  nb::capsule owner(block, [](void* raw) noexcept {
+    Block* mine = static_cast<Block*>(raw);
+    OutputPool::instance().give(mine->data, mine->bytes);
+    delete mine;
+  });
+  return array(block->data, {static_cast<std::int64_t>(bytes)}, {1}, 1, Device::kCpu, 0, owner);
+}
+
+enum class Run : int { kWhole = 0, kSend = 1, kReceive = 2 };
+
+void run_dispatch(Buffer& self, int run, const Dispatch& args) {
+  switch (static_cast<Run>(run)) {
+    case Run::kWhole: return self.dispatch(args);
+    case Run::kSend: return self.dispatch_send(args);
+    case Run::kReceive: return self.dispatch_recv(args);
+  }
+}
+
+void run_combine(Buffer& self, int run, const CombineArgs& args) {
+  switch (static_cast<Run>(run)) {
+    case Run::kWhole: return self.combine(args);
+    case Run::kSend: return self.combine_send(args);
+    case Run::kReceive: return self.combine_recv(args);
+  }
+}
+
+void bind_operations(nb::module_& m) {
+  nb::class_<Dispatch>(m, "Dispatch")
+      .def("__init__",
+           [](Dispatch* self, Address x, std::int64_t num_tokens, std::int64_t hidden, Address topk_idx, int topk,
+              int index_bytes, Address topk_weights, std::int64_t max_tokens, int num_ranks, int payload, Address stats,
+              Address wait_cost, Address stream) {
+             new (self) Dispatch();
+             self->x = pointer(x);
+             self->num_tokens = num_tokens;
+             self->hidden = hidden;
+             self->topk_idx = pointer(topk_idx);
+             self->topk = topk;
+             self->index_bytes = index_bytes;
+             self->topk_weights = pointer<float>(topk_weights);
+             self->max_tokens = max_tokens;
+             self->num_ranks = num_ranks;
+             self->payload = static_cast<Payload>(payload);
+             self->recv_stats = pointer<std::int32_t>(stats);
+             self->wait_cost = pointer<std::int64_t>(wait_cost);
+             self->stream = pointer(stream);
+           })
+      .def("outputs", [](Dispatch& self, Address x, Address scales, Address count, Address src_info, Address layout_range,
+                         Address weights, Address places) {
+        self.recv_x = pointer(x);
+        self.recv_scales = pointer(scales);
+        self.recv_count = pointer<std::int32_t>(count);
+        self.src_info = pointer<std::int32_t>(src_info);
+        self.layout_range = pointer<std::int64_t>(layout_range);
+        self.recv_weights = pointer<float>(weights);
+        self.recv_places = pointer<std::uint8_t>(places);
+      });
+  nb::class_<CombineArgs>(m, "Combine")
+      .def("__init__",
+           [](CombineArgs* self, Address x, std::int64_t num_tokens, std::int64_t hidden, Address topk_idx, int topk,
+              int index_bytes, Address topk_weights, std::int64_t max_tokens, int num_ranks, Address out,
+              Address wait_cost, Address stream) {
+             new (self) CombineArgs();
+             self->x = pointer(x);
+             self->num_tokens = num_tokens;
+             self->hidden = hidden;
+             self->topk_idx = pointer(topk_idx);
+             self->topk = topk;
+             self->index_bytes = index_bytes;
+             self->topk_weights = pointer<float>(topk_weights);
+             self->max_tokens = max_tokens;
+             self->num_ranks = num_ranks;
+             self->out = pointer(out);
+             self->wait_cost = pointer<std::int64_t>(wait_cost);
+             self->stream = pointer(stream);
+           })
+      .def("handle",
+           [](CombineArgs& self, Address src_info, Address layout_range, Address weights, Address places) {
+             self.src_info = pointer<std::int32_t>(src_info);
+             self.layout_range = pointer<std::int64_t>(layout_range);
+             self.recv_weights = pointer<float>(weights);
+             self.recv_places = pointer<std::uint8_t>(places);
+           })
+      .def("modes", [](CombineArgs& self, bool zero_copy, bool logfmt, bool sends_only) {
+        self.zero_copy = zero_copy;
+        self.logfmt = logfmt;
+        self.sends_only = sends_only;
+      });
+}
+
+void bind_buffer(nb::module_& m) {
+  const auto free = nb::call_guard<nb::gil_scoped_release>();
+  nb::class_<Buffer>(m, "Buffer")
+      .def("__init__",
+           [](Buffer* self, int rank, int device, int combine, std::int64_t timeout_ms, std::int64_t connect_timeout_ms,
+              bool nvlink) {
+             new (self) Buffer(Options{rank, static_cast<Device>(device), static_cast<Combine>(combine), timeout_ms,
+                                       connect_timeout_ms, nvlink});
+           })
+      .def("update_memory", &Buffer::update_memory, free)
+      .def("set_store", &Buffer::set_store, "store"_a.none(), free)
+      .def("connect", &Buffer::connect, free)
+      .def("disconnect", &Buffer::disconnect, free)
+      .def("destroy", &Buffer::destroy, free)
+      .def("dispatch", &run_dispatch, free)
+      .def("combine", &run_combine, free)
+      .def("barrier", [](Buffer& self, Address stream) { self.barrier(pointer(stream)); }, free)
+      .def("mask", [](Buffer& self, const std::vector<int>& ranks, bool masked, Address stream) {
+            self.mask(ranks, masked, pointer(stream));
+          }, free)
+      .def("clean_masks", [](Buffer& self, Address stream) { self.clean_masks(pointer(stream)); }, free)
+      .def("query_masks", [](const Buffer& self, Address out, Address stream) {
+            self.query_masks(pointer<std::int32_t>(out), pointer(stream));
+          }, free)
+      .def("active_ranks", &Buffer::active_ranks)
+      .def("connected_ranks", &Buffer::connected_ranks)
+      .def("active_rank_bound", &Buffer::active_rank_bound)
+      .def("take_input_error", &Buffer::take_input_error)
+      .def("incarnation", &Buffer::incarnation)
+      .def("take_faults", [](Buffer& self) {
+            nb::list out;
+            for (const Fault& f : self.take_faults())
+              out.append(nb::make_tuple(f.rank, f.operation, static_cast<int>(f.phase), f.expected, f.seen));
+            return out;
+          })
+      .def("next_combine_buffer", [](nb::handle self, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
+                                     int device, int device_id) {
+            const View v = nb::cast<Buffer&>(self).next_combine_buffer(max_tokens, hidden, num_ranks);
+            return array(v.data, {v.shape[0], v.shape[1], v.shape[2]}, {v.stride[0], v.stride[1], v.stride[2]}, 2,
+                         static_cast<Device>(device), device_id, self);
+          })
+      .def("data_memory", [](nb::handle self, std::int64_t offset, std::int64_t bytes, int device, int device_id) {
+            const View v = nb::cast<Buffer&>(self).data_memory();
+            return array(static_cast<char*>(v.data) + offset, {bytes}, {1}, 1, static_cast<Device>(device), device_id, self);
+          })
+      .def("data_bytes", [](const Buffer& self) { return self.data_memory().shape[0]; })
+      .def("fault_view", [](nb::handle self, int device, int device_id) {
+            const View v = nb::cast<Buffer&>(self).fault_view();
+            return array(v.data, {v.shape[0]}, {1}, 4, static_cast<Device>(device), device_id, self);
+          });
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // an undestroyed buffer at interpreter exit is allowed
+  m.def("version", &nixl::version);
+  m.def("size_hint", &size_hint);
+  m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
+  m.def("output_block", &output_block);
+  nb::class_<Store, PythonStore>(m, "Store").def(nb::init<>());
+  bind_operations(m);
+  bind_buffer(m);
+}

@@ -1,0 +1,632 @@
+"""Buffer: one rank's membership in an expert-parallel group, and its operations.
+
+Letters in shapes: ``L`` experts a rank, ``E = capacity * L`` experts in all, ``R`` ranks covered by one call, ``M`` most
+tokens a rank sends in the call, ``T = R * M``, ``H`` hidden size, ``K`` top-k, ``n`` tokens of this call. Expert ``e`` lives
+at rank ``e // L``.
+"""
+import os
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from . import _native, layout
+from .config import COMBINE, DISPATCH, Config, recommended
+from .construction import DEFAULT_TIMEOUT_MS, Arguments, parse
+from .errors import NixlEpError, require
+from .stores import StoreOfTorch
+from .tensors import Allocator, address, check, torch
+from .utils import EventHandle, EventOverlap
+
+_DEVICES = {"cpu": 0, "cuda": 1}
+_COMBINES = {"exact": 0, "reduced": 1}
+_PHASES = ("dispatch", "combine", "barrier", "connect")
+_WHOLE, _SEND, _RECEIVE = 0, 1, 2
+
+
+class Fault(NamedTuple):
+    """A peer that did not keep a deadline, or whose flag did not fit.
+
+    operation counts this rank's operations; phase is "dispatch", "combine" or "barrier"; expected and seen are flag words,
+    sender's incarnation << 32 | its count of operations sent here.
+    """
+
+    rank: int
+    operation: int
+    phase: str
+    expected: int
+    seen: int
+
+
+class Handle(tuple):
+    """(src_info int32 [L, T], layout_range int64 [L, R], M, H), as combine needs it.
+
+    src_info holds each row's token index at its source; layout_range[e, r] = first row << 32 | count. When weights travelled
+    with dispatch, `weights` (float32 [L, T]) and `places` (uint8 [L, T]) hold each row's weight and its place in the top-k.
+    """
+
+    weights: Optional[Any] = None
+    places: Optional[Any] = None
+
+
+class _Runtime:
+    """What programs ask the compiled object behind a buffer."""
+
+    def __init__(self, native: Any, buffer: "Buffer") -> None:
+        self.native = native
+        self._buffer = buffer
+
+    def is_available(self) -> bool:
+        return self._buffer.group_size > 0
+
+    def get_num_rdma_ranks(self) -> int:
+        return max(self._buffer.group_size // 8, 1)
+
+    def get_rdma_rank(self) -> int:
+        return self._buffer.rank // 8
+
+    def get_root_rdma_rank(self, global_: bool) -> int:
+        return self._buffer.rank % 8 if global_ else 0
+
+    def get_local_device_id(self) -> int:
+        return self._buffer._device_id
+
+    def get_local_ipc_handle(self) -> bytes:
+        return self.native.incarnation().to_bytes(8, "little")
+
+    def get_local_metadata(self) -> bytes:
+        return f"{self._buffer.rank}:{self.native.incarnation()}".encode()
+
+
+def _native_call(call: Callable, *arguments: Any) -> Any:
+    """Calls into the library; its exceptions become NixlEpError."""
+    try:
+        return call(*arguments)
+    except NixlEpError:
+        raise
+    except RuntimeError as error:
+        raise NixlEpError(str(error)) from None
+
+
+class Buffer:
+    """One rank's membership in an expert-parallel group.
+
+    Life: construct, :meth:`update_memory_buffers` once, :meth:`connect_ranks` any number of times, operations,
+    :meth:`disconnect_ranks`, ..., :meth:`destroy`. A rank id may leave and come back as a new process.
+
+    Arguments (HEAD order; the README's ``Buffer(rank, ...)`` and release 0.9's ``Buffer(nvlink_backend, ...)`` work too):
+        disable_ll_nvlink: do not use NVLink between GPUs.
+        explicitly_destroy: :meth:`destroy` will be called; without it the memory goes with the object.
+        rank: this rank's id.
+        low_latency_mode: False selects the high-throughput mode, which is not in this release.
+        group, comm: a process group or communicator; at most one, kept for the caller.
+        tcp_store_group: a c10d store for rendezvous (set, wait, multi_get, delete_key are used).
+        timeout_ms: limit of every wait for a peer inside an operation, wall time.
+        device: "cuda" or "cpu"; default from NIXL_EP_DEVICE, else "cuda".
+        combine: "exact" or "reduced" summation; default from NIXL_EP_COMBINE, else exact on the CPU, reduced on CUDA.
+
+    Raises:
+        NixlEpError: the device cannot be used here; the text says why.
+    """
+
+    num_sms: int = 20
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.runtime: Optional[_Runtime] = None
+        self.explicitly_destroy = False
+        arguments = parse(args, kwargs)
+        self.rank = arguments.rank
+        self.group_size = 0
+        self.low_latency_mode = bool(arguments.low_latency_mode)
+        self.timeout_ms = arguments.timeout_ms
+        self.explicitly_destroy = bool(arguments.explicitly_destroy)
+        self.group = arguments.group
+        self.comm = arguments.comm
+        self.tcp_store_group = None
+        self.num_nvl_bytes = 0
+        self.num_rdma_bytes = 0
+        self._device = _choose("device", arguments.device, "NIXL_EP_DEVICE", "cuda", _DEVICES)
+        default_combine = "exact" if self._device == "cpu" else "reduced"
+        self._combine = _choose("combine", arguments.combine, "NIXL_EP_COMBINE", default_combine, _COMBINES)
+        self._experts_per_rank = 0
+        self._device_id = 0
+        self._comm_stream: Optional[Any] = None
+        self._pending: Optional[EventHandle] = None
+        self._agreements = 0
+        self._allocator = Allocator(self._device)
+        self.runtime = _Runtime(self._open(arguments), self)
+        if arguments.tcp_store_group is not None:
+            self.set_tcp_store_group(arguments.tcp_store_group)
+
+    def _open(self, arguments: Arguments) -> Any:
+        if self._device == "cuda":
+            reason = _native.cuda_unavailable_reason()
+            require(not reason, f"Buffer needs a CUDA device: {reason}. NIXL_EP_DEVICE=cpu or device='cpu' selects the CPU path")
+            self._device_id = torch().cuda.current_device()
+        connect_ms = os.environ.get("NIXL_EP_CONNECT_TIMEOUT_MS", "300000")
+        require(connect_ms.isdigit(), f"NIXL_EP_CONNECT_TIMEOUT_MS is {connect_ms!r}; milliseconds are needed")
+        return _native_call(_native.Buffer, self.rank, _DEVICES[self._device], _COMBINES[self._combine], self.timeout_ms,
+                            int(connect_ms), not arguments.disable_ll_nvlink)
+
+    def __del__(self) -> None:
+        try:
+            if self.runtime is not None and self.explicitly_destroy:
+                import warnings
+
+                warnings.warn(f"nixl_ep.Buffer of rank {self.rank} was not destroyed; destroy() releases it in time",
+                              ResourceWarning, stacklevel=2)
+            self.runtime = None
+        except Exception:  # the interpreter may be half gone
+            pass
+
+    # ------------------------------------------------------------------------------------------------------- life
+
+    def destroy(self) -> None:
+        """Leaves the group and releases everything; waits for the device, not for peers. Needs explicitly_destroy."""
+        require(self.explicitly_destroy, "destroy() needs a buffer made with explicitly_destroy=True")
+        native = self._native()
+        self.runtime = None
+        _native_call(native.destroy)
+
+    def _native(self) -> Any:
+        if self.runtime is None:
+            raise NixlEpError(f"this Buffer of rank {self.rank} was destroyed")
+        return self.runtime.native
+
+    def _ready(self) -> Any:
+        native = self._native()
+        require(self.group_size > 0, "no memory yet: call update_memory_buffers() first")
+        return native
+
+    def update_memory_buffers(self, num_ranks: int, num_experts_per_rank: int, num_rdma_bytes: int,
+                              num_nvl_bytes: int = 0) -> None:
+        """Allocates for up to `num_ranks` ranks of `num_experts_per_rank` experts each.
+
+        num_rdma_bytes: from :meth:`get_rdma_size_hint`, a multiple of 128. A later call may raise num_ranks (connections
+        stay, captured graphs stay valid) and num_rdma_bytes; anything else raises.
+        """
+        native = self._native()
+        require(num_nvl_bytes >= 0 and num_nvl_bytes % 128 == 0,
+                f"num_nvl_bytes is {num_nvl_bytes}; a multiple of 128 from 0 is allowed")
+        require(self.rank < num_ranks, f"num_ranks is {num_ranks}; it must be above this rank, {self.rank}")
+        _native_call(native.update_memory, num_ranks, num_experts_per_rank, num_rdma_bytes)
+        self.group_size = num_ranks
+        self.num_rdma_bytes = num_rdma_bytes
+        self.num_nvl_bytes = num_nvl_bytes
+        self._experts_per_rank = num_experts_per_rank
+
+    def set_tcp_store_group(self, tcp_store_group: Optional[Any]) -> None:
+        """The store for coming connects; None: none."""
+        native = self._native()
+        store = None if tcp_store_group is None else StoreOfTorch(tcp_store_group)
+        _native_call(native.set_store, store)
+        self.tcp_store_group = tcp_store_group
+
+    def connect_ranks(self, remote_ranks: Sequence[int], activate: bool = True) -> None:
+        """Connects to the listed ranks; returns when each of them has named this one too.
+
+        Own rank and connected ids are passed over. activate=False leaves the new ranks masked, to be committed later with
+        ``update_mask_buffer(rank, False)``; it may run on another thread while this one dispatches. Bounded by
+        NIXL_EP_CONNECT_TIMEOUT_MS (300000).
+
+        Raises:
+            NixlEpError: naming the ranks that are missing and why; nothing of the new ranks is left then.
+        """
+        native = self._ready()
+        if not self.low_latency_mode and not activate:
+            raise ValueError("connect_ranks(activate=False) needs low_latency_mode=True")
+        _native_call(native.connect, [int(rank) for rank in remote_ranks], bool(activate))
+
+    def disconnect_ranks(self, remote_ranks: Sequence[int]) -> None:
+        """Drops connected ranks, dead ones included: masks them, waits for running operations, releases their memory."""
+        _native_call(self._ready().disconnect, [int(rank) for rank in remote_ranks])
+
+    # ------------------------------------------------------------------------------------------------------- sizes
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether this build holds CUDA kernels."""
+        from .nixl_ep_cpp import is_sm90_compiled
+
+        return is_sm90_compiled()
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """SMs that operations may use; even."""
+        require(new_num_sms % 2 == 0, f"the number of SMs is {new_num_sms}; it must be even")
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event recorded in the current stream now."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_low_latency_buffer_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
+                                         num_experts: int) -> int:
+        """Bytes for update_memory_buffers that suffice for every later call with up to these tokens and hidden size."""
+        return _native_call(_native.size_hint, num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+
+    get_rdma_size_hint = get_low_latency_buffer_size_hint
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Recommended high-throughput dispatch configuration; nearest lower rank count."""
+        return recommended(DISPATCH, num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Recommended high-throughput combine configuration; nearest lower rank count."""
+        return recommended(COMBINE, num_ranks, Buffer.num_sms)
+
+    def get_comm_stream(self) -> Any:
+        """The high-priority torch.cuda.Stream of asynchronous operations, always the same."""
+        require(self._device == "cuda", "get_comm_stream() needs a buffer on CUDA; this one works on the CPU")
+        if self._comm_stream is None:
+            self._comm_stream = torch().cuda.Stream(device=self._device_id, priority=-1)
+        return self._comm_stream
+
+    def get_local_buffer_tensor(self, dtype: Any, size: Optional[Sequence[int]] = None, offset: int = 0,
+                                use_rdma_buffer: bool = False) -> Any:
+        """The exchanged memory from byte `offset`: 1-D of `dtype`, or its head in the shape `size`.
+
+        It may be zeroed between operations. There is no separate NVLink buffer, so use_rdma_buffer changes nothing.
+        """
+        native = self._ready()
+        whole = native.data_bytes()
+        item = dtype.itemsize
+        count = None
+        if size is not None:
+            count = 1
+            for extent in size:
+                count *= extent
+        require(0 <= offset <= whole and offset % item == 0,
+                f"offset is {offset} bytes; multiples of {item} from 0 to {whole} are allowed")
+        room = (whole - offset) // item
+        require(count is None or count <= room,
+                f"size {list(size or ())} needs {count} elements of {dtype}; there are {room} from offset {offset}")
+        bytes_ = (room if count is None else count) * item
+        block = torch().from_dlpack(native.data_memory(offset, bytes_, _DEVICES[self._device], self._device_id))
+        flat = block.view(dtype)
+        return flat if size is None else flat.view(tuple(size))
+
+    def clean_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Zeroes the exchanged memory; never needed, kept for programs that call it."""
+        self.get_local_buffer_tensor(torch().int8, use_rdma_buffer=True).zero_()
+
+    # ------------------------------------------------------------------------------------------------------- masks
+
+    def update_mask_buffer(self, rank_to_mask: Union[int, Sequence[int], Any], mask: bool = False) -> None:
+        """Masks (mask=True) or unmasks a rank, a list of ranks, or a tensor of them; takes effect on the current stream."""
+        native = self._ready()
+        if hasattr(rank_to_mask, "tolist"):
+            rank_to_mask = rank_to_mask.tolist()
+        ranks = [rank_to_mask] if not isinstance(rank_to_mask, (list, tuple, range)) else rank_to_mask
+        _native_call(native.mask, [int(rank) for rank in ranks], bool(mask), self._stream())
+
+    def query_mask_buffer(self, mask_status: Any) -> None:
+        """Writes int32 [capacity]: 0 active, 1 masked, -1 never connected. Asynchronous on the current stream."""
+        native = self._ready()
+        check("mask_status", mask_status, (torch().int32,), (self.group_size,), self._device)
+        _native_call(native.query_masks, address(mask_status), self._stream())
+
+    def clean_mask_buffer(self) -> None:
+        """Unmasks every connected rank."""
+        _native_call(self._ready().clean_masks, self._stream())
+
+    def active_ranks(self) -> Tuple[List[int], List[int]]:
+        """(ranks active by the API, ranks active on the device now): a timeout changes the second only."""
+        native = self._ready()
+        status = torch().empty((self.group_size,), dtype=torch().int32, device=self._device)
+        self.query_mask_buffer(status)
+        return native.active_ranks(), [rank for rank, masked in enumerate(status.tolist()) if masked == 0]
+
+    def fault_status(self) -> List[Fault]:
+        """Faults since the last call, oldest first; does not wait for the device."""
+        return [Fault(rank, operation, _PHASES[phase], expected, seen)
+                for rank, operation, phase, expected, seen in self._ready().take_faults()]
+
+    def fault_tensor(self) -> Any:
+        """int32 [capacity] on the device: nonzero = failed in the newest operation."""
+        view = self._ready().fault_view(_DEVICES[self._device], self._device_id)
+        return torch().from_dlpack(view).view(torch().int32)
+
+    def agree_mask(self, store: Any) -> List[int]:
+        """All callers mask the union of what each of them has masked; returns it, sorted.
+
+        Every rank that is not masked calls it the same number of times. Ranks that do not answer within timeout_ms are
+        masked too. store: a c10d store; keys live under "NIXL_EP/agree/".
+        """
+        channel = StoreOfTorch(store)
+        turn, self._agreements = self._agreements, self._agreements + 1
+        active_by_api, active = self.active_ranks()
+        mine = set(self._native().connected_ranks()) - set(active)
+        channel.set(f"NIXL_EP/agree/{turn}/{self.rank}", ",".join(map(str, sorted(mine))).encode() or b"-")
+        union = set(mine)
+        for rank in active:
+            if rank == self.rank:
+                continue
+            key = f"NIXL_EP/agree/{turn}/{rank}"
+            if not channel.wait(key, max(self.timeout_ms, 1)):
+                union.add(rank)
+                continue
+            text = channel.get(key).decode()
+            union |= set() if text == "-" else {int(number) for number in text.split(",")}
+        newly = sorted(union - mine - {self.rank} & set(active))
+        if newly:
+            self.update_mask_buffer(newly, True)
+        return sorted(union)
+
+    def barrier(self) -> None:
+        """Meets every unmasked peer on the current stream; one that does not come within timeout_ms is masked."""
+        _native_call(self._ready().barrier, self._stream())
+
+    # -------------------------------------------------------------------------------------------------- operations
+
+    def low_latency_dispatch(
+        self, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: Optional[int] = None,
+        cumulative_local_expert_recv_stats: Optional[Any] = None, dispatch_wait_recv_cost_stats: Optional[Any] = None,
+        use_fp8: bool = True, round_scale: bool = False, use_ue8m0: bool = False, async_finish: bool = False,
+        return_recv_hook: bool = False, topk_weights: Optional[Any] = None,
+    ) -> Tuple[Any, Any, Handle, EventOverlap, Optional[Callable[[], None]]]:
+        """Sends each token to the ranks of its experts; receives, expert by expert, what others sent here.
+
+        Arguments:
+            x: bfloat16 [n, H], contiguous; 0 <= n <= M. H a multiple of 128 (of 8 without fp8, of 512 for ue8m0).
+            topk_idx: int32 or int64 [n, K], contiguous; negative ids are skipped, ids of absent ranks are dropped.
+            num_max_dispatch_tokens_per_rank: M, equal on all ranks.
+            num_experts: covers R = num_experts // L ranks; None: up to the highest active rank.
+            cumulative_local_expert_recv_stats: int32 [L]; counts are added.
+            dispatch_wait_recv_cost_stats: int64 [R]; time waited for each source is added.
+            use_fp8, round_scale, use_ue8m0: E4M3 values in groups of 128 channels; scales as powers of two; as exponents.
+            async_finish: the event of the result must be waited for. return_recv_hook: only the send phase runs now.
+            topk_weights: float32 [n, K]; sent along, so that a combine in hook mode can be reduced.
+
+        Returns:
+            recv_x: bfloat16 [L, T, H], or with fp8 a pair of float8_e4m3fn [L, T, H] and scales float32 [L, T, H/128] with
+                strides (H/128*T, 1, T) (ue8m0: int32 [L, T, H/512], strides (H/512*T, 1, T)). Rows past the count are
+                undefined. Rows stand by source rank, then by token.
+            recv_count: int32 [L].
+            handle: see :class:`Handle`.
+            event: its ``event`` is None unless async_finish.
+            hook: None unless return_recv_hook; call it to receive.
+        """
+        native = self._operation()
+        t = torch()
+        check("x", x, (t.bfloat16,), (None, None), self._device)
+        tokens, hidden = x.shape
+        check("topk_idx", topk_idx, (t.int32, t.int64), (tokens, None), self._device)
+        topk = topk_idx.shape[1]
+        if topk_weights is not None:
+            check("topk_weights", topk_weights, (t.float32,), (tokens, topk), self._device)
+        require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+        payload = _payload(use_fp8, round_scale, use_ue8m0, hidden)
+        bound, experts = num_max_dispatch_tokens_per_rank, self._experts_per_rank
+        ranks = self._ranks_of(num_experts)
+        require(0 < bound, f"num_max_dispatch_tokens_per_rank is {bound}; it must be positive")
+        require(tokens <= bound, f"x has {tokens} tokens; num_max_dispatch_tokens_per_rank is {bound}")
+        needed = _native_call(_native.size_hint, bound, hidden, ranks, self.group_size * experts)
+        require(needed <= self.num_rdma_bytes,
+                f"{bound} tokens of hidden size {hidden} need {needed} bytes; update_memory_buffers got {self.num_rdma_bytes}")
+        if cumulative_local_expert_recv_stats is not None:
+            check("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, (t.int32,), (experts,), self._device)
+        if dispatch_wait_recv_cost_stats is not None:
+            check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, (t.int64,), (ranks,), self._device)
+
+        rows, empty = ranks * bound, self._allocator.empty
+        args = _native.Dispatch(
+            address(x), tokens, hidden, address(topk_idx), topk, topk_idx.element_size(), address(topk_weights), bound, ranks,
+            payload, address(cumulative_local_expert_recv_stats), address(dispatch_wait_recv_cost_stats),
+            self._operation_stream(async_finish))
+        recv = empty((experts, rows, hidden), t.float8_e4m3fn if payload else t.bfloat16)
+        storage = None
+        if payload:
+            groups = hidden // 512 if payload == 3 else hidden // 128
+            storage = empty((experts, groups, rows), t.int32 if payload == 3 else t.float32)
+        count = empty((experts,), t.int32)
+        handle = Handle((empty((experts, rows), t.int32), empty((experts, ranks), t.int64), bound, hidden))
+        if topk_weights is not None:
+            handle.weights, handle.places = empty((experts, rows), t.float32), empty((experts, rows), t.uint8)
+        args.outputs(address(recv), address(storage), address(count), address(handle[0]), address(handle[1]),
+                     address(handle.weights), address(handle.places))
+        keep = (x, topk_idx, topk_weights, recv, storage, count, handle, handle.weights, handle.places,
+                cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        event, hook = self._run(native.dispatch, args, async_finish, return_recv_hook, keep)
+        return (recv, storage.transpose(1, 2)) if payload else recv, count, handle, event, hook
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> Tuple[Any, Any, Handle, EventOverlap, Optional[Callable[[], None]]]:
+        """:meth:`low_latency_dispatch`."""
+        return self.low_latency_dispatch(*args, **kwargs)
+
+    def low_latency_combine(
+        self, x: Any, topk_idx: Any, topk_weights: Any, handle: tuple, use_logfmt: bool = False, zero_copy: bool = False,
+        async_finish: bool = False, return_recv_hook: bool = False, out: Optional[Any] = None,
+        combine_wait_recv_cost_stats: Optional[Any] = None,
+    ) -> Tuple[Any, EventOverlap, Optional[Callable[[], None]]]:
+        """Brings the experts' rows home and sums them: row i = sum over k of weights[i, k] * row(topk_idx[i, k], i).
+
+        Arguments:
+            x: bfloat16 [L, T, H], contiguous, rows as dispatch delivered them; ignored with zero_copy (see
+                :meth:`get_next_combine_buffer`). Rows past the count are not read.
+            topk_idx, topk_weights: as given to dispatch; weights float32 [n, K].
+            handle: of the dispatch. One handle may be combined several times.
+            use_logfmt: rows travel compressed, within 9e-4 of the plain result. Excludes zero_copy.
+            out: bfloat16 [n, H], contiguous; written and returned.
+            combine_wait_recv_cost_stats: int64 [R]; time waited for each source is added.
+
+        Returns:
+            combined_x bfloat16 [n, H] (a token with no contribution left is exactly zero), event and hook as in dispatch.
+        """
+        native = self._operation()
+        t = torch()
+        src_info, layout_range, bound, hidden, ranks = self._check_handle(handle)
+        rows, experts = ranks * bound, self._experts_per_rank
+        if not zero_copy:
+            check("x", x, (t.bfloat16,), (experts, rows, hidden), self._device)
+        check("topk_idx", topk_idx, (t.int32, t.int64), (None, None), self._device)
+        tokens, topk = topk_idx.shape
+        check("topk_weights", topk_weights, (t.float32,), (tokens, topk), self._device)
+        require(tokens <= bound, f"topk_idx has {tokens} tokens; the handle's bound is {bound}")
+        require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+        require(not (use_logfmt and zero_copy), "use_logfmt and zero_copy exclude each other")
+        if out is not None:
+            check("out", out, (t.bfloat16,), (tokens, hidden), self._device)
+        if combine_wait_recv_cost_stats is not None:
+            check("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, (t.int64,), (ranks,), self._device)
+        if out is None:
+            out = self._allocator.empty((tokens, hidden), t.bfloat16)
+        weights, places = getattr(handle, "weights", None), getattr(handle, "places", None)
+        args = _native.Combine(
+            0 if zero_copy else address(x), tokens, hidden, address(topk_idx), topk, topk_idx.element_size(),
+            address(topk_weights), bound, ranks, address(out), address(combine_wait_recv_cost_stats),
+            self._operation_stream(async_finish))
+        args.handle(address(src_info), address(layout_range), address(weights), address(places))
+        args.modes(zero_copy, use_logfmt, return_recv_hook)
+        keep = (x, topk_idx, topk_weights, handle, weights, places, out, combine_wait_recv_cost_stats)
+        event, hook = self._run(native.combine, args, async_finish, return_recv_hook, keep)
+        return out, event, hook
+
+    def combine(self, *args: Any, **kwargs: Any) -> Tuple[Any, EventOverlap, Optional[Callable[[], None]]]:
+        """:meth:`low_latency_combine`."""
+        return self.low_latency_combine(*args, **kwargs)
+
+    def get_next_combine_buffer(self, handle: tuple) -> Any:
+        """bfloat16 [L, T, H] view (rows may be apart) to be filled with the rows of the next combine(zero_copy=True).
+
+        Any operation in between invalidates it. Its memory is allocated at the first request.
+        """
+        native = self._operation()
+        _, _, bound, hidden, ranks = self._check_handle(handle)
+        view = _native_call(native.next_combine_buffer, bound, hidden, ranks, _DEVICES[self._device], self._device_id)
+        return torch().from_dlpack(view).view(torch().bfloat16)
+
+    def get_dispatch_layout(
+        self, topk_idx: Any, num_experts: int, previous_event: Optional[Any] = None, async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Tuple[Any, Optional[Any], Any, Any, EventOverlap]:
+        """How many tokens go to each rank, node and expert.
+
+        topk_idx: int32 or int64 [n, K], negative: skip. Returns num_tokens_per_rank int32 [capacity],
+        num_tokens_per_rdma_rank int32 [capacity // 8] or None up to 8 ranks, num_tokens_per_expert int32 [num_experts],
+        is_token_in_rank bool [n, capacity], event. A token counts once for each rank and node.
+        """
+        self._ready()
+        t = torch()
+        check("topk_idx", topk_idx, (t.int32, t.int64), (None, None), self._device)
+        require(num_experts > 0 and num_experts % self.group_size == 0,
+                f"num_experts is {num_experts}; a positive multiple of the {self.group_size} ranks is needed")
+        if previous_event is not None and previous_event.event is not None:
+            previous_event.current_stream_wait()
+        result = layout.dispatch_layout(t, topk_idx, num_experts, self.group_size)
+        return (*result, EventOverlap(EventHandle(), result) if async_finish else EventOverlap())
+
+    def ht_dispatch(
+        self, x: Any, handle: Optional[tuple] = None, num_tokens_per_rank: Optional[Any] = None,
+        num_tokens_per_rdma_rank: Optional[Any] = None, is_token_in_rank: Optional[Any] = None,
+        num_tokens_per_expert: Optional[Any] = None, topk_idx: Optional[Any] = None, topk_weights: Optional[Any] = None,
+        expert_alignment: int = 1, config: Optional[Config] = None, previous_event: Optional[Any] = None,
+        async_finish: bool = False, allocate_on_comm_stream: bool = False,
+    ) -> tuple:
+        """High-throughput dispatch; not in this release."""
+        raise self._no_high_throughput("ht_dispatch")
+
+    def ht_combine(
+        self, x: Any, handle: tuple, topk_weights: Optional[Any] = None, bias: Optional[Any] = None,
+        config: Optional[Config] = None, previous_event: Optional[Any] = None, async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple:
+        """High-throughput combine; not in this release."""
+        raise self._no_high_throughput("ht_combine")
+
+    # ----------------------------------------------------------------------------------------------------- inside
+
+    def _no_high_throughput(self, name: str) -> NixlEpError:
+        self._native()
+        if self.low_latency_mode:
+            return NixlEpError(f"{name}() needs low_latency_mode=False; this buffer is in low-latency mode")
+        return NixlEpError(f"{name}() is not in this release: only the low-latency mode is; use a buffer with "
+                           "low_latency_mode=True and dispatch()/combine()")
+
+    def _operation(self) -> Any:
+        """The native buffer, after the checks every operation begins with."""
+        native = self._ready()
+        require(self.low_latency_mode, "low-latency operations need a buffer with low_latency_mode=True")
+        error = native.take_input_error()
+        require(not error, f"an earlier operation dropped part of its input: {error}")
+        return native
+
+    def _ranks_of(self, num_experts: Optional[int]) -> int:
+        bound, per_rank = self._native().active_rank_bound(), self._experts_per_rank
+        if num_experts is None:
+            return bound
+        low, high = bound * per_rank, self.group_size * per_rank
+        require(num_experts % per_rank == 0 and low <= num_experts <= high,
+                f"num_experts is {num_experts}; multiples of {per_rank} from {low} (highest active rank {bound - 1}) to {high} "
+                "are allowed")
+        return num_experts // per_rank
+
+    def _check_handle(self, handle: tuple) -> Tuple[Any, Any, int, int, int]:
+        require(isinstance(handle, (tuple, list)) and len(handle) in (4, 5),
+                f"handle is {type(handle).__name__}; the tuple that dispatch returned is needed")
+        t, experts = torch(), self._experts_per_rank
+        src_info, layout_range, bound, hidden = handle[:4]
+        check("layout_range of the handle", layout_range, (t.int64,), (experts, None), self._device)
+        ranks, low = layout_range.shape[1], self._native().active_rank_bound()
+        require(low <= ranks <= self.group_size,
+                f"the handle covers {ranks} ranks; from {low} (highest active rank {low - 1}) to {self.group_size} are allowed")
+        require(isinstance(bound, int) and isinstance(hidden, int) and bound > 0 and hidden > 0,
+                f"the handle's sizes are {bound!r} and {hidden!r}; positive integers are needed")
+        check("src_info of the handle", src_info, (t.int32,), (experts, ranks * bound), self._device)
+        return src_info, layout_range, bound, hidden, ranks
+
+    def _stream(self) -> int:
+        return torch().cuda.current_stream().cuda_stream if self._device == "cuda" else 0
+
+    def _operation_stream(self, async_finish: bool) -> int:
+        """Asynchronous operations run on the comm stream after the current one, all others on the current stream, which
+        first waits for what is still running on the comm stream: operations keep their order."""
+        if self._device == "cpu":
+            return 0
+        current = torch().cuda.current_stream()
+        if not async_finish:
+            if self._pending is not None:
+                self._pending.current_stream_wait()
+                self._pending = None
+            return current.cuda_stream
+        comm = self.get_comm_stream()
+        comm.wait_stream(current)
+        return comm.cuda_stream
+
+    def _run(self, call: Callable, args: Any, async_finish: bool, with_hook: bool, keep: tuple):
+        if with_hook:
+            _native_call(call, _SEND, args)
+
+            def hook() -> None:
+                _native_call(call, _RECEIVE, args)
+
+            hook.tensors = keep  # they live as long as the hook
+            return EventOverlap(), hook
+        _native_call(call, _WHOLE, args)
+        if not async_finish:
+            return EventOverlap(), None
+        if self._device == "cpu":
+            return EventOverlap(EventHandle(), keep), None
+        with torch().cuda.stream(self.get_comm_stream()):
+            self._pending = EventHandle()
+        return EventOverlap(self._pending, keep), None
+
+
+def _choose(name: str, given: Optional[str], variable: str, default: str, allowed: dict) -> str:
+    value = given if given is not None else os.environ.get(variable) or default
+    if value not in allowed:
+        source = name if given is not None else variable
+        raise ValueError(f"{source} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _payload(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -> int:
+    """The number of nixl::ep::Payload."""
+    require(not use_ue8m0 or (round_scale and use_fp8), "use_ue8m0 needs use_fp8 and round_scale")
+    unit = 512 if use_ue8m0 else 128 if use_fp8 else 8
+    kind = "ue8m0" if use_ue8m0 else "fp8" if use_fp8 else "bfloat16"
+    require(hidden > 0 and hidden % unit == 0, f"the hidden size is {hidden}; {kind} dispatch needs a multiple of {unit}")
+    if not use_fp8:
+        return 0
+    return 3 if use_ue8m0 else 2 if round_scale else 1

@@ -1,0 +1,51 @@
+"""Checks of the caller's tensors, and allocation of the results."""
+import sys
+from typing import Any, Optional, Sequence
+
+from . import _native
+from .errors import NixlEpError, require
+
+
+def torch():
+    """torch, imported at the first operation on tensors."""
+    module = sys.modules.get("torch")
+    if module is None:
+        import torch as module
+    return module
+
+
+def address(tensor: Optional[Any]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check(name: str, tensor: Any, dtypes: Sequence[Any], shape: Sequence[Optional[int]], device: str) -> None:
+    """Raises unless `tensor` is a contiguous tensor of one of the dtypes and of the shape (None: any size)."""
+    if not isinstance(tensor, torch().Tensor):
+        raise NixlEpError(f"{name} is {'None' if tensor is None else 'a ' + type(tensor).__name__}; a torch tensor is needed")
+    wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+    require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; allowed: {', '.join(str(d) for d in dtypes)}")
+    require(tensor.dim() == len(shape) and all(w is None or w == s for w, s in zip(shape, tensor.shape)),
+            f"{name} has shape {list(tensor.shape)}; {wanted} is needed")
+    require(tensor.is_contiguous(), f"{name} has strides {tensor.stride()}; it must be contiguous (call .contiguous())")
+    require(tensor.device.type == device, f"{name} is on {tensor.device}; this buffer works on {device} tensors")
+
+
+class Allocator:
+    """Fresh tensors of one device. On the CPU large blocks are recycled when the tensors in them are gone."""
+
+    RECYCLE_FROM = 1 << 16  # bytes
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def empty(self, shape: Sequence[int], dtype: Any):
+        t = torch()
+        if self.device == "cuda":
+            return t.empty(shape, dtype=dtype, device="cuda")
+        count = 1
+        for size in shape:
+            count *= size
+        if count * dtype.itemsize < self.RECYCLE_FROM:
+            return t.empty(shape, dtype=dtype, device="cpu")
+        block = t.from_dlpack(_native.output_block(count * dtype.itemsize))
+        return block.view(dtype).view(shape)
