@@ -1,0 +1,184 @@
+#include "backends/samehost/connection.h"
+
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdint>
+
+namespace nixl::core::samehost {
+namespace {
+
+constexpr long kBacklogRetryNs = 1'000'000;
+
+Error gone(const PeerConnection& peer, std::uint32_t pid) {
+  return {Code::kPeerLost, "agent '" + peer.id().name + "' (process " + std::to_string(pid) + " of this host) died"};
+}
+
+}  // namespace
+
+PeerConnection::PeerConnection(PeerId id, PeerProcess process, LaneWriter writer, const Address& address,
+                               std::shared_ptr<Mailbox> mailbox, std::shared_ptr<PeerTable> table)
+    : id_(std::move(id)),
+      process_(std::move(process)),
+      doorbell_(Doorbell::named(address.doorbell)),
+      mailbox_(std::move(mailbox)),
+      table_(std::move(table)),
+      writer_(std::move(writer)) {
+  writer_.move_to(process_.segment());
+}
+
+PeerConnection::~PeerConnection() {
+  table_->remove(*this);
+  writer_.leave();
+}
+
+Result<void> PeerConnection::check_alive(bool now) {
+  if (lost()) return fail(gone(*this, process_.pid()));
+  if (process_.alive(now)) return {};
+  note_lost(gone(*this, process_.pid()));
+  return fail(gone(*this, process_.pid()));
+}
+
+void PeerConnection::note_lost(const Error& why) {
+  if (!lost_.exchange(true, std::memory_order_acq_rel)) table_->tell_lost(id_, why);
+}
+
+void PeerConnection::send(std::string_view message) {
+  bool left;
+  {
+    std::lock_guard lock(mutex_);
+    writer_.send(message);
+    left = !writer_.idle();
+  }
+  mailbox_->ring(process_.segment(), doorbell_);
+  if (left) {
+    backlog_.store(true, std::memory_order_release);
+    table_->note_backlog();
+  }
+}
+
+bool PeerConnection::push() {
+  if (!backlog_.load(std::memory_order_acquire)) return false;
+  if (lost()) {
+    backlog_.store(false, std::memory_order_release);
+    return false;
+  }
+  bool moved, left;
+  {
+    std::lock_guard lock(mutex_);
+    moved = writer_.push();
+    left = !writer_.idle();
+    backlog_.store(left, std::memory_order_release);
+  }
+  if (moved) mailbox_->ring(process_.segment(), doorbell_);
+  return left;
+}
+
+Result<std::shared_ptr<PeerTable>> PeerTable::open(Events* events, int doorbell) {
+  auto table = std::make_shared<PeerTable>();
+  table->events_ = events;
+  table->epoll_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
+  table->timer_ = Fd(::timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC));
+  if (!table->epoll_ || !table->timer_) return fail(errno_error("epoll and timer of the same-host backend", errno));
+  for (const auto& [fd, key] : {std::pair{doorbell, kDoorbell}, std::pair{table->timer_.get(), kTimer}}) {
+    epoll_event event{EPOLLIN, {.u64 = key}};
+    if (::epoll_ctl(table->epoll_fd(), EPOLL_CTL_ADD, fd, &event) != 0)
+      return fail(errno_error("epoll_ctl of the same-host backend", errno));
+  }
+  return table;
+}
+
+Result<void> PeerTable::add(PeerConnection& peer) {
+  epoll_event event{EPOLLIN, {.u64 = reinterpret_cast<std::uint64_t>(&peer)}};
+  std::lock_guard lock(mutex_);
+  if (::epoll_ctl(epoll_fd(), EPOLL_CTL_ADD, peer.process().pid_fd(), &event) != 0)
+    return fail(errno_error("epoll_ctl of a peer's process descriptor", errno));
+  peers_.push_back(&peer);
+  return {};
+}
+
+void PeerTable::remove(PeerConnection& peer) noexcept {
+  std::lock_guard lock(mutex_);
+  ::epoll_ctl(epoll_fd(), EPOLL_CTL_DEL, peer.process().pid_fd(), nullptr);
+  std::erase(peers_, &peer);
+}
+
+void PeerTable::tell_lost(const PeerId& peer, const Error& why) noexcept {
+  if (events_) events_->peer_lost(peer, why);
+}
+
+void PeerTable::note_backlog() noexcept {
+  backlog_.store(true, std::memory_order_release);
+  const itimerspec soon{{0, kBacklogRetryNs}, {0, kBacklogRetryNs}};
+  ::timerfd_settime(timer_.get(), 0, &soon, nullptr);
+}
+
+bool PeerTable::serve(bool& doorbell) {
+  std::array<epoll_event, 16> events;
+  const int count = ::epoll_wait(epoll_fd(), events.data(), static_cast<int>(events.size()), 0);
+  bool any = false;
+  for (int i = 0; i < count; ++i) {
+    const std::uint64_t key = events[i].data.u64;
+    if (key == kDoorbell) {
+      doorbell = any = true;
+    } else if (key == kTimer) {
+      std::uint64_t ticks;
+      (void)!::read(timer_.get(), &ticks, sizeof ticks);
+    } else {
+      std::lock_guard lock(mutex_);
+      const auto peer = std::find(peers_.begin(), peers_.end(), reinterpret_cast<PeerConnection*>(key));
+      if (peer == peers_.end()) continue;  // dropped since
+      // A dead process stays readable: it must not wake us again.
+      ::epoll_ctl(epoll_fd(), EPOLL_CTL_DEL, (*peer)->process().pid_fd(), nullptr);
+      (void)(*peer)->check_alive(true);
+      any = true;
+    }
+  }
+  return any;
+}
+
+bool PeerTable::push_backlogs() {
+  std::lock_guard lock(mutex_);
+  bool left = false;
+  // Cleared first: a message queued meanwhile sets it again.
+  backlog_.store(false, std::memory_order_release);
+  for (PeerConnection* peer : peers_) left |= peer->push();
+  if (left) {
+    backlog_.store(true, std::memory_order_release);
+  } else if (!has_backlog()) {
+    const itimerspec never{};
+    ::timerfd_settime(timer_.get(), 0, &never, nullptr);
+  }
+  return true;
+}
+
+Result<std::pair<std::uint32_t, std::uint64_t>> SlotTable::take() {
+  std::lock_guard lock(mutex_);
+  std::uint32_t slot;
+  if (!free_.empty()) {
+    slot = free_.back();
+    free_.pop_back();
+  } else if (used_ < kNumSlots) {
+    slot = used_++;
+  } else {
+    return fail(Code::kUnsupported, "all %u regions of the same-host segment are in use", kNumSlots);
+  }
+  const std::uint64_t generation = next_generation_++;
+  mailbox_->segment().slot(slot).store(generation, std::memory_order_release);
+  return std::pair{slot, generation};
+}
+
+void SlotTable::give_back(std::uint32_t slot) noexcept {
+  std::lock_guard lock(mutex_);
+  mailbox_->segment().slot(slot).store(0, std::memory_order_release);
+  free_.push_back(slot);
+}
+
+OwnRegion::~OwnRegion() {
+  slots_->give_back(slot_);
+}
+
+}  // namespace nixl::core::samehost

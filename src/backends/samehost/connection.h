@@ -1,0 +1,114 @@
+// What this backend holds for one peer, and the regions of both sides.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "backends/samehost/mailbox.h"
+#include "backends/samehost/peer.h"
+#include "contract/backend.h"
+
+namespace nixl::core::samehost {
+
+class PeerTable;
+
+class PeerConnection final : public Connection {
+ public:
+  PeerConnection(PeerId id, PeerProcess process, LaneWriter writer, const Address& address,
+                 std::shared_ptr<Mailbox> mailbox, std::shared_ptr<PeerTable> table);
+  ~PeerConnection() override;
+
+  const PeerId& id() const noexcept { return id_; }
+  PeerProcess& process() noexcept { return process_; }
+  bool lost() const noexcept { return lost_.load(std::memory_order_acquire); }
+
+  // kPeerLost when the process is gone (and tells the agent so, once).
+  Result<void> check_alive(bool now = false);
+  void note_lost(const Error& why);
+
+  void send(std::string_view message);
+  // Moves queued message parts into the peer's lane; true while some are left.
+  bool push();
+
+ private:
+  PeerId id_;
+  PeerProcess process_;
+  Doorbell doorbell_;
+  std::shared_ptr<Mailbox> mailbox_;
+  std::shared_ptr<PeerTable> table_;
+  std::mutex mutex_;  // of writer_
+  LaneWriter writer_;
+  std::atomic<bool> backlog_{false};
+  std::atomic<bool> lost_{false};
+};
+
+// The connections of one backend: what progress() looks after.
+class PeerTable {
+ public:
+  static Result<std::shared_ptr<PeerTable>> open(Events* events, int doorbell);
+
+  int epoll_fd() const noexcept { return epoll_.get(); }
+  Result<void> add(PeerConnection& peer);
+  void remove(PeerConnection& peer) noexcept;
+  void tell_lost(const PeerId& peer, const Error& why) noexcept;
+  // A connection has message parts that did not fit: push them soon.
+  void note_backlog() noexcept;
+  bool has_backlog() const noexcept { return backlog_.load(std::memory_order_acquire); }
+  // Notices dead peers and pushes backlogs; `doorbell`: the mailbox was rung. true when something happened.
+  bool serve(bool& doorbell);
+  bool push_backlogs();
+
+ private:
+  static constexpr std::uint64_t kDoorbell = 0, kTimer = 1;
+  Events* events_ = nullptr;
+  Fd epoll_, timer_;
+  std::mutex mutex_;  // of peers_: a connection in it stays alive while the lock is held
+  std::vector<PeerConnection*> peers_;
+  std::atomic<bool> backlog_{false};
+};
+
+// Ours: holds a slot of the segment; giving it back revokes the region at every peer.
+class OwnRegion final : public LocalRegion {
+ public:
+  OwnRegion(std::shared_ptr<class SlotTable> slots, std::uint32_t slot, std::uint64_t generation)
+      : slots_(std::move(slots)), slot_(slot), generation_(generation) {}
+  ~OwnRegion() override;
+  std::uint32_t slot() const noexcept { return slot_; }
+  std::uint64_t generation() const noexcept { return generation_; }
+
+ private:
+  std::shared_ptr<SlotTable> slots_;
+  std::uint32_t slot_;
+  std::uint64_t generation_;
+};
+
+class SlotTable {
+ public:
+  explicit SlotTable(std::shared_ptr<Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
+  Result<std::pair<std::uint32_t, std::uint64_t>> take();
+  void give_back(std::uint32_t slot) noexcept;
+
+ private:
+  std::shared_ptr<Mailbox> mailbox_;
+  std::mutex mutex_;
+  std::vector<std::uint32_t> free_;
+  std::uint32_t used_ = 0;
+  std::uint64_t next_generation_ = 1;
+};
+
+class FarRegion final : public RemoteRegion {
+ public:
+  FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation)
+      : slot_(&peer.process().segment().slot(slot)), generation_(generation) {}
+  // false once the owner has deregistered it.
+  bool registered() const noexcept { return slot_->load(std::memory_order_acquire) == generation_; }
+
+ private:
+  std::atomic<std::uint64_t>* slot_;
+  std::uint64_t generation_;
+};
+
+}  // namespace nixl::core::samehost

@@ -1,0 +1,58 @@
+// Our end of the messages: the own segment, the doorbell that wakes its owner, and the way to ring another's.
+#pragma once
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backends/samehost/lane.h"
+#include "backends/samehost/segment.h"
+#include "base/fd.h"
+#include "base/result.h"
+
+namespace nixl::core::samehost {
+
+// An abstract datagram socket's address.
+struct Doorbell {
+  sockaddr_un address{};
+  socklen_t bytes = 0;
+  static Doorbell named(const std::string& name) noexcept;
+};
+
+// Thread-safe; shared with jobs that may end after the backend.
+class Mailbox {
+ public:
+  static Result<std::shared_ptr<Mailbox>> open(std::uint64_t incarnation);
+
+  Segment& segment() noexcept { return segment_; }
+  int socket() const noexcept { return socket_.get(); }
+  const std::string& doorbell_name() const noexcept { return name_; }
+
+  // Wakes the owner of `segment` if it sleeps. Call after putting something into one of its lanes.
+  void ring(Segment& segment, const Doorbell& doorbell) noexcept;
+  void ring_own() noexcept { ring(segment_, own_); }
+  // Says that the owner is about to sleep on socket(); false: there is news already.
+  bool arm() noexcept;
+  void silence() noexcept;  // eats the bytes of the doorbell
+
+  // Moves arrived messages aside; true when there were any.
+  bool collect();
+  // Collects, and appends all messages set aside.
+  void drain(std::vector<Notification>& out);
+
+ private:
+  explicit Mailbox(Segment segment) : segment_(std::move(segment)), reader_(segment_) {}
+
+  Segment segment_;
+  Fd socket_;
+  std::string name_;
+  Doorbell own_;
+  std::mutex mutex_;
+  LaneReader reader_;
+  std::vector<Notification> arrived_;
+};
+
+}  // namespace nixl::core::samehost
