@@ -36,10 +36,8 @@ def _groups():
 
 
 @pytest.fixture
-def ranks_of(_groups, device):
-    """ranks_of(n): the n rank processes on `device`, kept from test to test unless one broke them."""
-    if device == "cpu":
-        pytest.importorskip("nixl_ep", reason="nixl_ep is not built")
+def ranks_of(_groups, device, request):
+    """ranks_of(n): the n rank processes on `device`, kept from test to test unless one failed."""
 
     def get(size: int) -> RankGroup:
         if device == "cuda" and size > num_gpus() and os.environ.get("NIXL_EP_TEST_SHARE_GPU") != "1":
@@ -49,4 +47,7 @@ def ranks_of(_groups, device):
             group = _groups[device, size] = RankGroup(size, device)
         return group
 
-    return get
+    yield get
+    if getattr(request.node, "failed", False):
+        for group in _groups.values():
+            group.abandon()

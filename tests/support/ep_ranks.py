@@ -48,19 +48,23 @@ class Rank:
     progress: Any  # one int64 a rank, shared with the parent
     call: int = 0  # number of the running call, equal on all of its ranks
     state: dict = field(default_factory=dict)  # stays between calls
-    _tcp_store: Any = None
+    _meeting: Any = None  # (call, its store)
 
     def store(self, prefix: str | None = None):
-        """The group's torch TCPStore, or a PrefixStore of it. The default prefix is the running call's own."""
+        """A PrefixStore on the group's torch TCPStore; the default prefix is the running call's own.
+
+        Each has a connection of its own: a client that waits for a key keeps other threads from using it.
+        """
         import torch.distributed as dist
 
-        if self._tcp_store is None:
-            self._tcp_store = dist.TCPStore("127.0.0.1", self.store_port, is_master=False, wait_for_workers=False)
-        return dist.PrefixStore(prefix if prefix is not None else f"call{self.call}", self._tcp_store)
+        client = dist.TCPStore("127.0.0.1", self.store_port, is_master=False, wait_for_workers=False)
+        return dist.PrefixStore(prefix if prefix is not None else f"call{self.call}", client)
 
     def meet(self, name: str, ranks) -> None:
         """Returns once all of `ranks` are here; a name serves once a call."""
-        store = self.store()
+        if self._meeting is None or self._meeting[0] != self.call:
+            self._meeting = self.call, self.store()
+        store = self._meeting[1]
         store.set(f"meet/{name}/{self.rank}", b"here")
         store.wait([f"meet/{name}/{other}" for other in ranks])
 

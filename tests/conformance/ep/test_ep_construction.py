@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import ep_oracle as oracle
+import nixl_ep
 import numpy as np
 import pytest
+import torch
 
-nixl_ep = pytest.importorskip("nixl_ep", reason="nixl_ep is not built")
-torch = pytest.importorskip("torch", reason="torch is not installed")
 Buffer = nixl_ep.Buffer
 
 
@@ -117,6 +117,8 @@ def test_head_spelling(opened):
     assert buffer.timeout_ms == 30_000 and buffer.group_size == 0 and buffer.runtime is not None
     assert buffer.group is None and buffer.comm is None and buffer.tcp_store_group is None
     assert Buffer.num_sms == 20
+    for name in ("is_available", "get_num_rdma_ranks", "get_rdma_rank", "get_local_device_id", "get_local_metadata"):
+        assert callable(getattr(buffer.runtime, name)), name
     buffer.update_memory_buffers(5, 2, Buffer.get_rdma_size_hint(8, 256, 5, 10))
     assert buffer.group_size == 5 and buffer.num_nvl_bytes == 0
     assert buffer.num_rdma_bytes == Buffer.get_rdma_size_hint(8, 256, 5, 10)
@@ -272,6 +274,19 @@ def test_exposed_memory(opened):
             buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True, **wrong)
     head.fill_(3)
     assert whole[64:128].any()
+
+
+def test_a_large_hint_costs_little_memory(opened):
+    """EP-21, section 8 row 7: memory follows what is in flight, not experts x tokens."""
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    buffer, before = opened(), resident()
+    buffer.update_memory_buffers(32, 32, Buffer.get_rdma_size_hint(128, 7168, 32, 1024))
+    assert resident() - before < 1_000_000_000
+    assert buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).numel() < 7_600_000_000
 
 
 # --------------------------------------------------------------------------------------------------------------- Config

@@ -1,6 +1,7 @@
 """Every combination of options, on several shapes, against the oracle to the bit."""
 
 import itertools
+import os
 from dataclasses import replace
 
 import pytest
@@ -109,4 +110,29 @@ def run_index_widths(rank, shape):
 
 def test_both_index_widths_give_the_same(ranks_of):
     results = ranks_of(4).run(run_index_widths, Shape(topk=6))
+    assert not any(results.values()), results
+
+
+def run_chosen_mode(rank, shape, argument, environment):
+    """The mode of sums by the argument, else by NIXL_EP_COMBINE, else by the device."""
+    if environment is not None:
+        os.environ["NIXL_EP_COMBINE"] = environment
+    try:
+        buffer = open_buffer(rank, shape, argument)
+    finally:
+        os.environ.pop("NIXL_EP_COMBINE", None)
+    mode = argument or environment or {"cpu": "exact", "cuda": "reduced"}[rank.device]
+    operation = group_operation(shape, Payload.BF16, mode, 8, "plain")
+    problems = run_operation(buffer, rank, operation, Options(combine=mode))
+    buffer.destroy()
+    return problems
+
+
+@pytest.mark.parametrize("argument", [None, "exact", "reduced"])
+@pytest.mark.parametrize("environment", [None, "exact", "reduced"])
+def test_the_mode_of_sums_is_chosen(ranks_of, argument, environment):
+    shape = Shape(ranks=2, experts_per_rank=4, topk=6)
+    exact, reduced = (group_operation(shape, Payload.BF16, mode, 8, "plain").combined[0] for mode in ("exact", "reduced"))
+    assert (exact != reduced).any(), "the two modes must differ here, or this test shows nothing"
+    results = ranks_of(2).run(run_chosen_mode, shape, argument, environment)
     assert not any(results.values()), results

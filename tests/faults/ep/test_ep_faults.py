@@ -8,6 +8,7 @@ import statistics
 import time
 
 import pytest
+from ep_cases import Shape
 from ep_faults import (
     TIMEOUT_MS,
     Service,
@@ -33,7 +34,7 @@ def group(ranks_of, request):
     group = ranks_of(4)
     group.run(open_service, request.node.name)
     yield group
-    if not group.broken:
+    if not request.node.failed:
         group.run(close_service)
 
 
@@ -230,7 +231,7 @@ def connecting(ranks_of, request):
     group.run(limit_connects, 2000)
     group.run(open_service, request.node.name, [0, 1, 2], ranks=[0, 1, 2])
     yield group
-    if not group.broken:
+    if not request.node.failed:
         group.run(close_service)
         group.abandon()  # with it goes the limit
 
@@ -298,7 +299,7 @@ def test_what_lies_under_the_key_of_a_dead_rank(connecting, request, left):
 
 
 def stop_before(rank, site, victim):
-    """Everyone but the victim goes on past `site`; returns (the phases of the faults, the ranks named)."""
+    """Everyone but the victim goes on past `site`; returns (phases of the faults, ranks named, ranks in the tensor)."""
     from ep_cases import Options, run_combine, run_dispatch
     from ep_faults import SHAPE, expected_dispatch, group_inputs
     from ep_oracle import Payload
@@ -320,15 +321,42 @@ def stop_before(rank, site, victim):
 
         torch.cuda.synchronize()
     faults = buffer.fault_status()
-    return [str(fault.phase).lower() for fault in faults], sorted({fault.rank for fault in faults})
+    failed = [r for r, value in enumerate(buffer.fault_tensor().tolist()) if value]
+    return [str(fault.phase).lower() for fault in faults], sorted({fault.rank for fault in faults}), failed
 
 
 @pytest.mark.parametrize("site", ["barrier", "dispatch", "combine"])
 def test_every_wait_expires_and_says_where(group, site):
-    for rank, (phases, named) in group.run(stop_before, site, 1).items():
-        if rank == 1:
-            assert not named
-        else:
-            assert named == [1] and all(site in phase for phase in phases), (phases, named)
+    for rank, (phases, named, failed) in group.run(stop_before, site, 1).items():
+        assert named == failed == ([] if rank == 1 else [1]), (rank, named, failed)
+        assert all(site in phase for phase in phases), phases
     group.run(unmask_everyone, "after", RANKS)
     check_whole(group)
+
+
+def time_a_wait(rank, tag, timeout_ms):
+    """Rank 0 waits for rank 1, which does nothing; returns the seconds it took and whom it named."""
+    shape = Shape(ranks=2)
+    open_service(rank, tag, None, timeout_ms, shape)
+    rank.meet("open", range(2))
+    taken, named = 0.0, []
+    if rank.rank == 0:
+        began = time.monotonic()
+        rank.state["buffer"].barrier()
+        if rank.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        taken = time.monotonic() - began
+        named = [fault.rank for fault in rank.state["buffer"].fault_status()]
+    rank.meet("waited", range(2))
+    close_service(rank)
+    return taken, named
+
+
+@pytest.mark.parametrize("timeout_ms", [0, 50, 400])
+def test_a_wait_takes_its_time(ranks_of, request, timeout_ms):
+    """EP-50: by the clock on the wall; 0 does not wait."""
+    taken, named = ranks_of(2).run(time_a_wait, request.node.name, timeout_ms)[0]
+    assert named == [1]
+    assert timeout_ms / 1000 <= taken < timeout_ms / 1000 + SLACK_S
