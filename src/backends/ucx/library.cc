@@ -79,6 +79,12 @@ Result<Api> load(const Candidate& candidate) {
   if (!api.status_string) missing = "ucs_status_string";
   if (missing)  // the handle stays open: UCX does not survive being unloaded
     return fail(Code::kUnsupported, "%s has no %s: UCX 1.13 or above is needed", candidate.path.c_str(), missing);
+  // UCX prints errors of endpoints to standard output; we report the same with the peer's name. Only the operator's own
+  // UCX_LOG_LEVEL changes that.
+  using SetOption = ucs_status_t (*)(const char*, const char*);
+  if (const auto set = reinterpret_cast<SetOption>(dlsym(handle, "ucs_global_opts_set_value"));
+      set && !env_text("UCX_LOG_LEVEL"))
+    (void)set("LOG_LEVEL", "fatal");
   Dl_info info{};
   api.path =
       dladdr(reinterpret_cast<void*>(api.init_version), &info) && info.dli_fname ? info.dli_fname : candidate.path;

@@ -1,0 +1,473 @@
+// The backend between processes and, where namespaces are permitted, between two hosts: data, notifications, peers that
+// are killed, stopped and resumed. The peer is this program started again with the argument "peer".
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <thread>
+
+#include "backends/ucx/entry.h"
+#include "base/clock.h"
+#include "base/fd.h"
+#include "check.h"
+
+using namespace nixl::core;
+
+namespace {
+
+constexpr Nanoseconds kPatience = 20'000'000'000;
+constexpr std::size_t kBytes = 64 << 20;
+
+struct Lost final : Events {
+  void peer_lost(const PeerId&, Error) noexcept override { ++count; }
+  std::atomic<int> count{0};
+};
+
+// A backend driven as an agent drives it: polling for a while after the last activity, then asleep on its descriptor.
+struct Node {
+  Node(const std::string& name, std::uint64_t incarnation, const Params& params) : id{name, incarnation} {
+    BackendConfig config;
+    config.self = id;
+    config.params = backends_of_ucx()[0].params;
+    for (const auto& [key, value] : params) config.params[key] = value;
+    config.events = &lost;
+    backend = std::move(*CHECK_OK(backends_of_ucx()[0].open(std::move(config))));
+    thread = std::thread([this] { drive(); });
+  }
+  ~Node() {
+    stop = true;
+    thread.join();
+  }
+  void drive() {
+    Nanoseconds active = now_ns();
+    while (!stop) {
+      if (backend->progress()) active = now_ns();
+      if (now_ns() - active < 100'000) continue;
+      if (!backend->arm()) continue;
+      pollfd wait{backend->event_fd(), POLLIN, 0};
+      poll(&wait, 1, 50);
+      active = now_ns();
+    }
+  }
+  Lost lost;
+  PeerId id;
+  std::unique_ptr<Backend> backend;
+  std::atomic<bool> stop{false};
+  std::thread thread;
+};
+
+std::string to_hex(const std::string& bytes) {
+  std::string text;
+  for (const unsigned char byte : bytes) {
+    char two[3];
+    std::snprintf(two, sizeof two, "%02x", byte);
+    text += two;
+  }
+  return text;
+}
+std::string from_hex(const std::string& text) {
+  std::string bytes;
+  for (std::size_t i = 0; i + 1 < text.size(); i += 2)
+    bytes += static_cast<char>(std::stoi(text.substr(i, 2), nullptr, 16));
+  return bytes;
+}
+
+std::vector<char> pattern(std::size_t size, unsigned seed) {
+  std::vector<char> bytes(size);
+  std::mt19937_64 random(seed);
+  for (std::size_t at = 0; at + 8 <= size; at += 8) {
+    const std::uint64_t word = random();
+    std::memcpy(bytes.data() + at, &word, 8);
+  }
+  return bytes;
+}
+
+// ---- the peer: exposes one buffer filled with pattern 1, reports what the initiator asks for over its pipes ----
+
+int serve(char** argv) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  Node node("peer", std::stoull(argv[2]), {{"UCX_TLS", argv[3]}, {"UCX_NET_DEVICES", argv[4]}});
+  std::vector<char> buffer = pattern(kBytes, 1);
+  const Region region{MemKind::kDram, reinterpret_cast<std::uint64_t>(buffer.data()), kBytes, 0, ""};
+  auto local = std::move(*CHECK_OK(node.backend->add_region(region)));
+  std::printf("%s %s %llu\n", to_hex(*CHECK_OK(node.backend->export_connection())).c_str(),
+              to_hex(*CHECK_OK(node.backend->export_region(*local))).c_str(),
+              static_cast<unsigned long long>(region.address));
+  std::fflush(stdout);
+  char line[64];
+  while (std::fgets(line, sizeof line, stdin)) {
+    if (line[0] == 'c') {  // compare with a pattern
+      std::printf("%d\n", buffer == pattern(kBytes, static_cast<unsigned>(std::atoi(line + 1))));
+    } else if (line[0] == 'n') {  // wait for a notification
+      std::vector<Notification> seen;
+      const Deadline deadline = Deadline::after(kPatience);
+      while (seen.empty() && !deadline.passed()) {
+        node.backend->notifier()->drain(seen);
+        usleep(100);
+      }
+      std::printf("%s\n", seen.empty() ? "none" : (seen[0].sender + ":" + seen[0].message).c_str());
+    } else if (line[0] == 'd') {  // deregister
+      local.reset();
+      std::printf("gone\n");
+    }
+    std::fflush(stdout);
+  }
+  std::_Exit(0);
+}
+
+struct Peer {
+  Peer(std::uint64_t peer_incarnation, const std::string& tls, const std::string& netns = "")
+      : incarnation(peer_incarnation) {
+    int in[2], out[2];
+    CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0);
+    char self[512] = {};
+    CHECK(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
+    const std::string number = std::to_string(incarnation);
+    pid = fork();
+    if (pid == 0) {
+      dup2(in[0], 0);
+      dup2(out[1], 1);
+      if (netns.empty())
+        execl(self, self, "peer", number.c_str(), tls.c_str(), "", nullptr);
+      else  // UCX finds devices in /sys, which shows those of whoever mounted it; both "hosts" have one boot id, so
+            // that UCX would try the loopback device: name the device
+        execlp("nsenter", "nsenter", "-t", netns.c_str() + 2, "-n", "unshare", "-m", "sh", "-c",
+               "mount -t sysfs sysfs /sys && exec \"$0\" \"$@\"", self, "peer", number.c_str(), tls.c_str(),
+               (netns + "b").c_str(), nullptr);
+      _exit(127);
+    }
+    close(in[0]);
+    close(out[1]);
+    to = fdopen(in[1], "w");
+    from = fdopen(out[0], "r");
+    const std::string hello = line();
+    const std::size_t a = hello.find(' '), b = hello.rfind(' ');
+    CHECK(a != std::string::npos && b > a);
+    connection = from_hex(hello.substr(0, a));
+    key = from_hex(hello.substr(a + 1, b - a - 1));
+    address = std::stoull(hello.substr(b + 1));
+  }
+  ~Peer() {
+    if (pid > 0) kill(pid, SIGKILL), waitpid(pid, nullptr, 0);
+    fclose(to);
+    fclose(from);
+  }
+  std::string line() {
+    char* text = nullptr;
+    std::size_t size = 0;
+    const ssize_t got = getline(&text, &size, from);
+    std::string out = got > 0 ? std::string(text, got - 1) : "";
+    free(text);
+    return out;
+  }
+  std::string ask(const std::string& question) {
+    std::fprintf(to, "%s\n", question.c_str());
+    std::fflush(to);
+    return line();
+  }
+  std::uint64_t incarnation;
+  pid_t pid = -1;
+  FILE *to = nullptr, *from = nullptr;
+  std::string connection, key;
+  std::uint64_t address = 0;
+};
+
+// Our side with everything towards one peer.
+struct Pair {
+  explicit Pair(const std::string& tls, const std::string& netns = "", std::uint64_t incarnation = 2)
+      : peer(incarnation, tls, netns),
+        node("initiator", 1, {{"UCX_TLS", tls}, {"UCX_NET_DEVICES", netns.empty() ? "" : netns + "a"}}),
+        buffer(pattern(kBytes, 2)) {
+    const Region here{MemKind::kDram, reinterpret_cast<std::uint64_t>(buffer.data()), kBytes, 0, ""};
+    const Region there{MemKind::kDram, peer.address, kBytes, 0, ""};
+    local = std::move(*CHECK_OK(node.backend->add_region(here)));
+    line = std::move(*CHECK_OK(node.backend->connect({"peer", peer.incarnation}, peer.connection)));
+    remote = std::move(*CHECK_OK(node.backend->import_region(*line, there, peer.key)));
+  }
+  ~Pair() {
+    transfer.reset();
+    remote.reset();
+    line.reset();
+    local.reset();
+  }
+  // The whole buffer in `pieces` equal pieces, the remote ones in random order if asked for.
+  void prepare(Op op, std::size_t pieces, bool scattered = false, std::size_t bytes = kBytes) {
+    transfer.reset();
+    Plan plan;
+    plan.op = op;
+    plan.peer = line.get();
+    plan.local_regions = {local.get()};
+    plan.remote_regions = {remote.get()};
+    const std::size_t size = bytes / pieces;
+    std::vector<std::size_t> order(pieces);
+    std::iota(order.begin(), order.end(), 0);
+    if (scattered) std::shuffle(order.begin(), order.end(), std::mt19937(3));
+    for (std::size_t i = 0; i < pieces; ++i) {
+      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(buffer.data()) + order[i] * size);
+      plan.remote_address.push_back(peer.address + order[i] * size);
+      plan.length.push_back(size);
+    }
+    plan.local_region.assign(pieces, 0);
+    plan.remote_region.assign(pieces, 0);
+    plan.num_blocks = pieces;
+    plan.total_bytes = bytes;
+    transfer = std::move(*CHECK_OK(node.backend->prepare(std::move(plan))));
+  }
+  Result<TransferState> finish(Nanoseconds patience = kPatience) {
+    const Deadline deadline = Deadline::after(patience);
+    for (;;) {
+      auto state = transfer->poll();
+      if (!state || *state == TransferState::kDone) return state;
+      if (deadline.passed()) return state;
+    }
+  }
+  Result<TransferState> run(Nanoseconds patience = kPatience) {
+    auto state = transfer->submit({});
+    return !state || *state == TransferState::kDone ? state : finish(patience);
+  }
+  Peer peer;
+  Node node;
+  std::vector<char> buffer;
+  std::unique_ptr<LocalRegion> local;
+  std::unique_ptr<Connection> line;
+  std::unique_ptr<RemoteRegion> remote;
+  std::unique_ptr<Transfer> transfer;
+};
+
+bool done(const Result<TransferState>& state) {
+  if (!state) std::fprintf(stderr, "transfer: %s\n", state.error().reason.c_str());
+  return state && *state == TransferState::kDone;
+}
+
+void check_data(Pair& pair) {
+  pair.prepare(Op::kWrite, 1);
+  CHECK(done(pair.run()));
+  CHECK_EQ(pair.peer.ask("c 2"), "1");
+  const std::vector<char> sent = pair.buffer;
+  std::fill(pair.buffer.begin(), pair.buffer.end(), 0);
+  pair.prepare(Op::kRead, 4096, true);
+  CHECK(done(pair.run()));
+  CHECK(pair.buffer == sent);
+}
+
+void stop(pid_t pid) {
+  kill(pid, SIGSTOP);
+  int status = 0;
+  CHECK(waitpid(pid, &status, WUNTRACED) == pid && WIFSTOPPED(status));
+}
+
+TEST(data_between_processes_over_tcp) {
+  Pair pair("tcp");
+  check_data(pair);
+  CHECK(pair.transfer->path().starts_with("tcp/"));
+}
+
+TEST(data_between_processes_with_kernel_copies) {
+  Pair pair("all");
+  check_data(pair);
+}
+
+TEST(attached_notification_leaves_when_nobody_polls) {
+  Pair pair("tcp");
+  pair.prepare(Op::kWrite, 16);
+  CHECK(pair.transfer->submit("after the data").has_value());
+  CHECK_EQ(pair.peer.ask("n"), "initiator:after the data");
+  CHECK_EQ(pair.peer.ask("c 2"), "1");
+  CHECK(done(pair.finish()));
+}
+
+TEST(killed_peer_is_lost_in_time) {
+  for (const Op op : {Op::kWrite, Op::kRead}) {
+    for (int round = 0; round < 3; ++round) {
+      Pair pair("tcp");
+      pair.prepare(op, 1024, true);
+      if (round > 0) CHECK(done(pair.run()));
+      CHECK(pair.transfer->submit("never").has_value());
+      if (round == 2) CHECK_OK(pair.finish(500'000));  // well under way
+      kill(pair.peer.pid, SIGKILL);
+      const Nanoseconds start = now_ns();
+      const auto state = pair.finish();
+      if (!state) CHECK(state.error().code == Code::kPeerLost);
+      CHECK(now_ns() - start < 4'000'000'000);
+      while (pair.node.lost.count == 0) CHECK(now_ns() - start < 4'000'000'000);
+      CHECK(pair.run().error().code == Code::kPeerLost);
+      CHECK_EQ(pair.node.lost.count.load(), 1);
+      CHECK(pair.node.backend->notifier()->send(*pair.line, "x").error().code == Code::kPeerLost);
+    }
+  }
+}
+
+TEST(stopped_peer_stalls_and_goes_on) {
+  for (const Op op : {Op::kWrite, Op::kRead}) {
+    Pair pair("tcp");
+    pair.prepare(op, 64);
+    CHECK(done(pair.run()));
+    stop(pair.peer.pid);
+    CHECK(pair.transfer->submit({}).has_value());
+    const auto state = pair.finish(300'000'000);
+    CHECK(state && *state == TransferState::kRunning);
+    kill(pair.peer.pid, SIGCONT);
+    CHECK(done(pair.finish()));
+  }
+}
+
+TEST(write_to_a_stopped_peer_can_be_cancelled) {
+  Pair pair("tcp");
+  pair.prepare(Op::kWrite, 64);
+  CHECK(done(pair.run()));
+  stop(pair.peer.pid);
+  CHECK(pair.transfer->submit({}).has_value());
+  const Deadline deadline = Deadline::after(4'000'000'000);
+  while (!pair.transfer->cancel()) CHECK(!deadline.passed());
+  CHECK(pair.transfer->poll().error().code == Code::kCancelled);
+  kill(pair.peer.pid, SIGCONT);
+  CHECK(done(pair.run()));  // over the link that was opened again
+  CHECK_EQ(pair.peer.ask("c 2"), "1");
+}
+
+TEST(deregistered_memory_is_refused_at_the_initiator) {
+  for (const Op op : {Op::kRead, Op::kWrite}) {
+    Pair pair("tcp");
+    pair.prepare(op, 4);
+    CHECK(done(pair.run()));
+    CHECK_EQ(pair.peer.ask("d"), "gone");
+    const Deadline deadline = Deadline::after(kPatience);
+    Result<TransferState> state;
+    do {
+      state = pair.run();
+      CHECK(!deadline.passed());
+    } while (state);  // the notice may still be under way for the first ones
+    CHECK(state.error().code == Code::kNotFound);
+  }
+}
+
+TEST(a_stranger_at_the_address_is_not_the_peer) {
+  Peer peer(7, "tcp");
+  Node node("initiator", 1, {{"UCX_TLS", "tcp"}});
+  auto line = std::move(*CHECK_OK(node.backend->connect({"peer", 6}, peer.connection)));
+  const auto ready = line->wait_ready(Deadline::after(kPatience));
+  CHECK(!ready);
+  CHECK(ready.error().code == Code::kPeerLost);
+}
+
+TEST(restarted_peer_is_a_new_one_and_nothing_leaks) {
+  Node node("initiator", 1, {{"UCX_TLS", "tcp"}});
+  const auto num_fds = [] {
+    int count = 0;
+    for (int fd = 0; fd < 4096; ++fd) count += fcntl(fd, F_GETFD) >= 0;
+    return count;
+  };
+  int before = 0;
+  for (int round = 0; round < 12; ++round) {
+    {
+      Peer peer(10u + round, "tcp");
+      auto line = std::move(*CHECK_OK(node.backend->connect({"peer", peer.incarnation}, peer.connection)));
+      CHECK_OK(line->wait_ready(Deadline::after(kPatience)));
+      kill(peer.pid, SIGKILL);
+      const Deadline deadline = Deadline::after(kPatience);
+      while (node.lost.count <= round) CHECK(!deadline.passed());
+    }
+    if (round == 3) before = num_fds();
+  }
+  CHECK(num_fds() <= before);
+}
+
+TEST(idle_costs_nothing) {
+  Pair pair("tcp");
+  pair.prepare(Op::kWrite, 4);
+  CHECK(done(pair.run()));
+  timespec cpu{};
+  usleep(300'000);  // lets wiring timers pass
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
+  const double before = static_cast<double>(cpu.tv_sec) + 1e-9 * static_cast<double>(cpu.tv_nsec);
+  usleep(1'000'000);
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
+  const double used = static_cast<double>(cpu.tv_sec) + 1e-9 * static_cast<double>(cpu.tv_nsec) - before;
+  if (used >= 0.02) std::fprintf(stderr, "used %.3f s of CPU in 1 s\n", used);
+  CHECK(used < 0.02);
+}
+
+// ---- two hosts ----
+
+bool run_command(const std::string& command) {
+  return std::system((command + " >/dev/null 2>&1").c_str()) == 0;
+}
+
+// A network namespace held by a child process, joined to ours by a veth pair: everything vanishes with the child.
+struct TwoHosts {
+  TwoHosts() {
+    int ready[2];
+    CHECK(pipe2(ready, O_CLOEXEC) == 0);
+    holder = fork();
+    if (holder == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+      const char ok = unshare(CLONE_NEWNET) == 0 ? 'y' : 'n';
+      (void)!write(ready[1], &ok, 1);
+      for (;;) pause();
+    }
+    char ok = 'n';
+    (void)!read(ready[0], &ok, 1);
+    close(ready[0]);
+    close(ready[1]);
+    const std::string pid = std::to_string(holder), subnet = "10.97." + std::to_string(holder % 250) + ".";
+    name = "nx" + pid;
+    enter = "nsenter -t " + pid + " -n ";
+    made = ok == 'y' && run_command("ip link add " + name + "a type veth peer name " + name + "b netns " + pid) &&
+           run_command("ip addr add " + subnet + "1/24 dev " + name + "a") &&
+           run_command("ip link set " + name + "a up") &&
+           run_command(enter + "ip addr add " + subnet + "2/24 dev " + name + "b") &&
+           run_command(enter + "ip link set " + name + "b up") && run_command(enter + "ip link set lo up");
+  }
+  ~TwoHosts() {
+    kill(holder, SIGKILL);
+    waitpid(holder, nullptr, 0);
+  }
+  pid_t holder = -1;
+  std::string name, enter;
+  bool made = false;
+};
+
+TEST(two_hosts_over_tcp) {
+  TwoHosts hosts;
+  if (!hosts.made) {
+    std::fprintf(stderr, "SKIP two_hosts_over_tcp: a network namespace needs root, ip and nsenter\n");
+    return;
+  }
+  {
+    Pair pair("tcp", hosts.name);
+    check_data(pair);
+    CHECK(pair.transfer->path().find(hosts.name) != std::string::npos);  // the veth device
+    kill(pair.peer.pid, SIGKILL);
+    CHECK(pair.run().error().code == Code::kPeerLost);
+  }
+  // A lossy, slow link: right bytes all the same.
+  if (run_command("tc qdisc add dev " + hosts.name + "a root netem delay 2ms loss 1%")) {
+    Pair pair("tcp", hosts.name);
+    pair.prepare(Op::kWrite, 64, true, 4 << 20);
+    CHECK(done(pair.run()));
+    pair.prepare(Op::kRead, 64, true, 4 << 20);
+    CHECK(done(pair.run()));
+  } else {
+    std::fprintf(stderr, "SKIP lossy link: tc netem is not available\n");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  signal(SIGPIPE, SIG_IGN);
+  const Probe probe = backends_of_ucx()[0].probe();
+  if (!probe.viable) SKIP(probe.reason.c_str());
+  if (argc == 5 && std::string(argv[1]) == "peer") return serve(argv);
+  return check::run_tests(argc, argv);
+}
