@@ -427,6 +427,8 @@ struct TwoHosts {
            run_command("ip link set " + name + "a up") &&
            run_command(enter + "ip addr add " + subnet + "2/24 dev " + name + "b") &&
            run_command(enter + "ip link set " + name + "b up") && run_command(enter + "ip link set lo up");
+    const Deadline deadline = Deadline::after(kPatience);
+    while (made && !run_command("grep -q up /sys/class/net/" + name + "a/operstate") && !deadline.passed()) usleep(10'000);
   }
   ~TwoHosts() {
     kill(holder, SIGKILL);
