@@ -17,12 +17,32 @@ constexpr std::array<std::uint32_t, 256> make_table() {
 
 constexpr auto kTable = make_table();
 
+std::uint32_t step(std::uint32_t c, std::string_view bytes) noexcept {
+  for (const unsigned char b : bytes) c = kTable[(c ^ b) & 0xff] ^ (c >> 8);
+  return c;
+}
+
+#if defined(__x86_64__)
+// The processor's own instruction, about twenty times as quick; chosen at run time.
+[[gnu::target("sse4.2")]] std::uint32_t step_by_instruction(std::uint32_t c, std::string_view bytes) noexcept {
+  std::uint64_t wide = c;
+  for (; bytes.size() >= 8; bytes.remove_prefix(8)) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes.data(), 8);
+    wide = __builtin_ia32_crc32di(wide, word);
+  }
+  return step(static_cast<std::uint32_t>(wide), bytes);
+}
+const bool kHasInstruction = __builtin_cpu_supports("sse4.2");
+#endif
+
 }  // namespace
 
 std::uint32_t crc32c(std::string_view bytes, std::uint32_t seed) noexcept {
-  std::uint32_t c = ~seed;
-  for (const unsigned char b : bytes) c = kTable[(c ^ b) & 0xff] ^ (c >> 8);
-  return ~c;
+#if defined(__x86_64__)
+  if (kHasInstruction) return ~step_by_instruction(~seed, bytes);
+#endif
+  return ~step(~seed, bytes);
 }
 
 }  // namespace nixl::core
