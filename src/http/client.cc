@@ -49,6 +49,8 @@ struct Cursor {
 struct Exchange {
   CallId id = 0;
   Call call;
+  std::function<Call()> make;  // instead of a call
+  Nanoseconds not_before = 0;
   std::function<void(Outcome)> callback;
   Outcome outcome;
   Cursor sent, stored;
@@ -206,22 +208,46 @@ class Client::Loop {
         cancelled.swap(cancelled_);
         stop = stop_;
       }
-      for (auto& exchange : incoming) add(std::move(exchange));
+      for (auto& exchange : incoming) {
+        if (exchange->not_before > 0)
+          delayed_.push_back(std::move(exchange));
+        else
+          add(std::move(exchange));
+      }
       for (const CallId id : cancelled) drop(id, "cancelled");
       if (stop) {
+        while (!delayed_.empty()) drop(delayed_.back()->id, "the client is closing");
         while (!running_.empty()) drop(running_.begin()->second.exchange->id, "the client is closing");
         const std::lock_guard lock(mutex_);
         if (incoming_.empty()) return;
         continue;
       }
+      const int pause_ms = add_delayed();
       int left = 0;
       curl_multi_perform(multi_, &left);
       collect();
-      curl_multi_poll(multi_, nullptr, 0, 1000, nullptr);
+      curl_multi_poll(multi_, nullptr, 0, pause_ms, nullptr);
     }
   }
 
+  // Sends those whose time has come; returns the time until the next, in milliseconds.
+  int add_delayed() {
+    std::vector<std::unique_ptr<Exchange>> due;
+    const Nanoseconds now = now_ns();
+    Nanoseconds next = 1'000'000'000;
+    for (auto& exchange : delayed_) {
+      if (exchange->not_before <= now)
+        due.push_back(std::move(exchange));
+      else
+        next = std::min(next, exchange->not_before - now);
+    }
+    std::erase(delayed_, nullptr);
+    for (auto& exchange : due) add(std::move(exchange));
+    return static_cast<int>(next / 1'000'000 + 1);
+  }
+
   void add(std::unique_ptr<Exchange> exchange) {
+    if (exchange->make) exchange->call = exchange->make();
     CURL* easy = spare_.empty() ? curl_easy_init() : spare_.back();
     if (!spare_.empty()) spare_.pop_back();
     if (!easy || exchange->call.deadline.passed()) {
@@ -295,12 +321,20 @@ class Client::Loop {
         outcome.transient = worth_repeating(code);
         outcome.error = curl_error(*exchange, code);
       }
+      outcome.call = std::move(exchange->call);
       exchange->callback(std::move(outcome));
     }
   }
   void drop(CallId id, const char* why) {
-    if (!running_.contains(id)) return;
-    const auto exchange = take(id);
+    std::unique_ptr<Exchange> exchange;
+    if (running_.contains(id)) {
+      exchange = take(id);
+    } else {
+      const auto at = std::find_if(delayed_.begin(), delayed_.end(), [&](const auto& one) { return one->id == id; });
+      if (at == delayed_.end()) return;
+      exchange = std::move(*at);
+      delayed_.erase(at);
+    }
     Outcome outcome;
     outcome.failed = true;
     outcome.error = {Code::kCancelled, shown(exchange->call) + ": " + why};
@@ -333,6 +367,7 @@ class Client::Loop {
   std::unordered_map<CallId, Running> running_;
   std::unordered_map<CURL*, CallId> by_handle_;
   std::vector<CURL*> spare_;
+  std::vector<std::unique_ptr<Exchange>> delayed_;
 };
 
 std::string_view Reply::header(std::string_view name) const noexcept {
@@ -361,11 +396,29 @@ Client::~Client() {
   }
 }
 
-CallId Client::start(Call call, std::function<void(Outcome)> callback) {
+namespace {
+
+CallId next_id() {
   static std::atomic<CallId> next{1};
+  return next++;
+}
+
+}  // namespace
+
+CallId Client::start(Call call, std::function<void(Outcome)> callback) {
   auto exchange = std::make_unique<Exchange>();
-  const CallId id = exchange->id = next++;
+  const CallId id = exchange->id = next_id();
   exchange->call = std::move(call);
+  exchange->callback = std::move(callback);
+  loops_[id % loops_.size()]->start(std::move(exchange));
+  return id;
+}
+
+CallId Client::start(std::function<Call()> make, Nanoseconds delay, std::function<void(Outcome)> callback) {
+  auto exchange = std::make_unique<Exchange>();
+  const CallId id = exchange->id = next_id();
+  exchange->make = std::move(make);
+  exchange->not_before = delay > 0 ? now_ns() + delay : 0;
   exchange->callback = std::move(callback);
   loops_[id % loops_.size()]->start(std::move(exchange));
   return id;

@@ -44,6 +44,7 @@ struct Reply {
 // What became of a call: a reply with any status, or an error on the way. `transient`: the same call may succeed if
 // repeated.
 struct Outcome {
+  Call call;  // what was sent
   Reply reply;
   bool failed = false;
   bool transient = false;
@@ -65,8 +66,10 @@ class Client {
   // Ends all calls; their callbacks have run when it returns.
   ~Client();
 
-  // Never blocks. The callback runs exactly once, maybe before start() returns.
+  // Never blocks. The callback runs exactly once, maybe before start() returns. With `make` the call is made, on a
+  // thread of the client, when it is time to send it: after `delay`.
   CallId start(Call call, std::function<void(Outcome)> callback);
+  CallId start(std::function<Call()> make, Nanoseconds delay, std::function<void(Outcome)> callback);
   // Ends one call soon; its callback says kCancelled unless it was quicker. Unknown ids are ignored.
   void cancel(CallId id) noexcept;
   // Starts the call and waits for its end (by its deadline).
