@@ -91,5 +91,6 @@ class Path : public PeerMemory {
 Result<std::unique_ptr<Path>> open_cpu_path(const PathOptions& options);
 // In a build without kernels, or without a driver or device: kUnsupported with the reason.
 Result<std::unique_ptr<Path>> open_cuda_path(const PathOptions& options);
+std::string cuda_unavailable_reason();  // "" when it can be opened
 
 }  // namespace nixl::core::ep
