@@ -1,5 +1,6 @@
 """Rendezvous over a c10d store (TCPStore, PrefixStore, or anything with set, wait, multi_get and delete_key)."""
 import datetime
+import time
 
 from . import _native
 
@@ -19,6 +20,10 @@ class StoreOfTorch(_native.Store):
         self._store.set(key, value)
 
     def wait(self, key: str, timeout_ms: int) -> bool:
+        # A store that can answer at once is asked again and again: a wait inside a TCPStore locks its connection for
+        # everybody else in this process, and every wait that runs out prints warnings.
+        if callable(getattr(self._store, "check", None)):
+            return self._poll(key, timeout_ms)
         try:
             self._store.wait([key], datetime.timedelta(milliseconds=max(timeout_ms, 1)))
             return True
@@ -26,6 +31,16 @@ class StoreOfTorch(_native.Store):
             if "timeout" in str(error).lower() or "timed out" in str(error).lower():
                 return False
             raise
+
+    def _poll(self, key: str, timeout_ms: int) -> bool:
+        end, pause = time.monotonic() + timeout_ms / 1000, 0.001
+        while not self._store.check([key]):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.02)
+        return True
 
     def get(self, key: str) -> bytes:
         return bytes(self._store.multi_get([key])[0])

@@ -43,7 +43,7 @@ Result<std::uint32_t> draw_incarnation() {
 // A caller's store behind the interface of the group.
 class CallerStore final : public core::Store {
  public:
-  explicit CallerStore(std::shared_ptr<Store> store) : store_(std::move(store)) {}
+  explicit CallerStore(std::shared_ptr<nixl::ep::Store> store) : store_(std::move(store)) {}
 
   Result<void> publish(std::string_view key, std::string_view value) override {
     return guarded([&]() -> Result<void> {
@@ -74,13 +74,14 @@ class CallerStore final : public core::Store {
       return fail(Code::kIo, "the store failed: %s", error.what());
     }
   }
-  const std::shared_ptr<Store> store_;
+  const std::shared_ptr<nixl::ep::Store> store_;
 };
 
 }  // namespace
 
 struct Buffer::Impl {
-  Options options;
+  explicit Impl(const Options& given) : options(given) {}
+  const Options options;
   std::uint32_t incarnation = 0;
 
   // The parts stay alive while a call is inside them, also when another thread destroys the buffer.
@@ -248,7 +249,7 @@ Result<void> Buffer::Impl::destroy() {
   return last.path->close();
 }
 
-Buffer::Buffer(const Options& options) : impl_(new Impl{.options = options}) { check(impl_->open()); }
+Buffer::Buffer(const Options& options) : impl_(new Impl(options)) { check(impl_->open()); }
 
 Buffer::~Buffer() { (void)impl_->destroy(); }
 

@@ -10,7 +10,7 @@ namespace nixl::core::ep {
 namespace {
 
 constexpr Nanoseconds kMs = 1'000'000;
-constexpr Nanoseconds kFirstSlice_ns = 20 * kMs, kLastSlice_ns = 200 * kMs;
+constexpr Nanoseconds kFirstSlice_ns = 100 * kMs, kLastSlice_ns = 1000 * kMs;
 constexpr Nanoseconds kFirstPause_ns = 5 * kMs, kLastPause_ns = 200 * kMs;
 // A lower rank calls us; its card is looked at only to learn that it cannot.
 constexpr Nanoseconds kGlance_ns = 500 * kMs;
