@@ -13,21 +13,26 @@ Result<void> check_present(const char* name, const void* pointer) {
   return {};
 }
 
-Result<void> check_shape(std::int64_t max_tokens, std::int64_t hidden, std::int64_t step, int num_ranks, const Limits& limits) {
+Result<void> check_shape(std::int64_t max_tokens, std::int64_t hidden, std::int64_t step, int num_ranks,
+                         const Limits& limits) {
   const Capacity& capacity = limits.capacity;
   if (max_tokens <= 0 || max_tokens > kMaxTokens)
     return fail(Code::kInvalidArgument, "max_tokens is %lld; 1 to %lld are allowed", Int(max_tokens), Int(kMaxTokens));
   if (hidden <= 0 || hidden > kMaxHidden || hidden % step != 0)
-    return fail(Code::kInvalidArgument, "the hidden size is %lld; multiples of %lld up to %lld are allowed here", Int(hidden),
-                Int(step), Int(kMaxHidden));
+    return fail(Code::kInvalidArgument, "the hidden size is %lld; multiples of %lld up to %lld are allowed here",
+                Int(hidden), Int(step), Int(kMaxHidden));
   if (num_ranks < limits.active_rank_bound || num_ranks > capacity.num_ranks)
-    return fail(Code::kInvalidArgument, "the call covers %d ranks; from %d (the highest active rank is %d) to %d (the capacity) "
-                "are allowed", num_ranks, limits.active_rank_bound, limits.active_rank_bound - 1, capacity.num_ranks);
+    return fail(Code::kInvalidArgument,
+                "the call covers %d ranks; from %d (the highest active rank is %d) to %d (the capacity) "
+                "are allowed",
+                num_ranks, limits.active_rank_bound, limits.active_rank_bound - 1, capacity.num_ranks);
   const std::int64_t num_experts = std::int64_t{capacity.num_ranks} * capacity.experts_per_rank;
   if (!allows(capacity.num_bytes, num_experts, max_tokens, hidden))
-    return fail(Code::kInvalidArgument, "max_tokens %lld at hidden size %lld needs a buffer of %lld bytes; update_memory got %lld: "
-                "pass what the size hint gives for the largest call", Int(max_tokens), Int(hidden),
-                Int(size_hint_bytes(max_tokens, hidden, num_experts)), Int(capacity.num_bytes));
+    return fail(Code::kInvalidArgument,
+                "max_tokens %lld at hidden size %lld needs a buffer of %lld bytes; update_memory got %lld: "
+                "pass what the size hint gives for the largest call",
+                Int(max_tokens), Int(hidden), Int(size_hint_bytes(max_tokens, hidden, num_experts)),
+                Int(capacity.num_bytes));
   return {};
 }
 
@@ -59,15 +64,17 @@ Result<void> check_capacity(const Capacity& wanted, const Capacity& present, int
   if (wanted.experts_per_rank < 1)
     return fail(Code::kInvalidArgument, "experts per rank are %d; 1 or more are needed", wanted.experts_per_rank);
   if (wanted.num_bytes <= 0 || wanted.num_bytes % 128 != 0)
-    return fail(Code::kInvalidArgument, "the buffer has %lld bytes; a positive multiple of 128 is needed (see the size hint)",
+    return fail(Code::kInvalidArgument,
+                "the buffer has %lld bytes; a positive multiple of 128 is needed (see the size hint)",
                 Int(wanted.num_bytes));
   if (present.num_ranks == 0) return {};
   if (wanted.experts_per_rank != present.experts_per_rank || wanted.num_ranks < present.num_ranks ||
       wanted.num_bytes < present.num_bytes)
-    return fail(Code::kNotAllowed, "Multiple calls to update_memory_buffers are not supported except to grow: %d ranks of %d "
-                "experts and %lld bytes are there, %d of %d and %lld were asked for", present.num_ranks,
-                present.experts_per_rank, Int(present.num_bytes), wanted.num_ranks, wanted.experts_per_rank,
-                Int(wanted.num_bytes));
+    return fail(Code::kNotAllowed,
+                "Multiple calls to update_memory_buffers are not supported except to grow: %d ranks of %d "
+                "experts and %lld bytes are there, %d of %d and %lld were asked for",
+                present.num_ranks, present.experts_per_rank, Int(present.num_bytes), wanted.num_ranks,
+                wanted.experts_per_rank, Int(wanted.num_bytes));
   return {};
 }
 

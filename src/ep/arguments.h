@@ -1,5 +1,5 @@
-// Checks of what callers pass to an operation, the same for every path. A message names the argument, the value seen and the
-// values allowed.
+// Checks of what callers pass to an operation, the same for every path. A message names the argument, the value seen
+// and the values allowed.
 #pragma once
 #include "base/result.h"
 #include "ep/path.h"

@@ -54,7 +54,8 @@ class CallerStore final : public core::Store {
   Result<std::string> fetch(std::string_view key, core::Deadline deadline) override {
     const std::string name(key);
     return guarded([&]() -> Result<std::string> {
-      if (!store_->wait(name, deadline.left() / kMs)) return fail(Code::kTimeout, "key %s is not in the store", name.c_str());
+      if (!store_->wait(name, deadline.left() / kMs))
+        return fail(Code::kTimeout, "key %s is not in the store", name.c_str());
       return store_->get(name);
     });
   }
@@ -125,9 +126,10 @@ Result<void> Buffer::Impl::open() {
     return fail(Code::kInvalidArgument, "timeout_ms is %lld and connect_timeout_ms %lld; 0 or more are allowed",
                 static_cast<long long>(options.timeout_ms), static_cast<long long>(options.connect_timeout_ms));
   NIXL_ASSIGN(incarnation, draw_incarnation());
-  const inner::PathOptions path_options{options.rank, options.combine, options.timeout_ms * kMs, incarnation, options.nvlink};
+  const inner::PathOptions path_options{options.rank, options.combine, options.timeout_ms * kMs, incarnation,
+                                        options.nvlink};
   NIXL_ASSIGN(parts.path, options.device == Device::kCuda ? inner::open_cuda_path(path_options)
-                                                           : inner::open_cpu_path(path_options));
+                                                          : inner::open_cpu_path(path_options));
   return {};
 }
 
@@ -170,7 +172,8 @@ Result<void> Buffer::Impl::connect(const std::vector<int>& ranks, bool activate)
                   now.limits.capacity.num_ranks - 1);
   auto connected = now.group->connect(ranks);
   forget_departed(*now.group);
-  if (!connected) return fail(within("connect_ranks of rank " + std::to_string(options.rank), std::move(connected).error()));
+  if (!connected)
+    return fail(within("connect_ranks of rank " + std::to_string(options.rank), std::move(connected).error()));
   if (!activate) return {};
   if (auto unmasked = set_masks(now, ranks, false, nullptr); !unmasked) {
     if (!connected->empty()) (void)now.group->disconnect(*connected);
@@ -204,7 +207,8 @@ Result<void> Buffer::Impl::mask(const std::vector<int>& ranks, bool masked, void
   const int capacity = now.limits.capacity.num_ranks;
   for (int rank : ranks) {
     if (rank < 0 || rank >= capacity)
-      return fail(Code::kInvalidArgument, "mask: rank %d is outside the capacity; 0 to %d are allowed", rank, capacity - 1);
+      return fail(Code::kInvalidArgument, "mask: rank %d is outside the capacity; 0 to %d are allowed", rank,
+                  capacity - 1);
     if (rank == options.rank && masked)
       return fail(Code::kInvalidArgument, "mask: rank %d is this rank itself, which is always active", rank);
     if (!masked && rank != options.rank && !now.group->has(rank))
@@ -249,9 +253,13 @@ Result<void> Buffer::Impl::destroy() {
   return last.path->close();
 }
 
-Buffer::Buffer(const Options& options) : impl_(new Impl(options)) { check(impl_->open()); }
+Buffer::Buffer(const Options& options) : impl_(new Impl(options)) {
+  check(impl_->open());
+}
 
-Buffer::~Buffer() { (void)impl_->destroy(); }
+Buffer::~Buffer() {
+  (void)impl_->destroy();
+}
 
 void Buffer::update_memory(int num_ranks, int experts_per_rank, std::int64_t num_bytes) {
   check(impl_->update_memory({num_ranks, experts_per_rank, num_bytes}));
@@ -265,27 +273,53 @@ void Buffer::set_store(std::shared_ptr<Store> store) {
   if (impl_->parts.group) impl_->parts.group->set_store(std::move(inside));
 }
 
-void Buffer::connect(const std::vector<int>& ranks, bool activate) { check(impl_->connect(ranks, activate)); }
-void Buffer::disconnect(const std::vector<int>& ranks) { check(impl_->disconnect(ranks)); }
-void Buffer::destroy() { check(impl_->destroy()); }
+void Buffer::connect(const std::vector<int>& ranks, bool activate) {
+  check(impl_->connect(ranks, activate));
+}
+void Buffer::disconnect(const std::vector<int>& ranks) {
+  check(impl_->disconnect(ranks));
+}
+void Buffer::destroy() {
+  check(impl_->destroy());
+}
 
-void Buffer::dispatch(const Dispatch& args) { check(impl_->operate(&inner::Path::dispatch, args)); }
-void Buffer::dispatch_send(const Dispatch& args) { check(impl_->operate(&inner::Path::dispatch_send, args)); }
-void Buffer::dispatch_recv(const Dispatch& args) { check(value_of(impl_->ready()).path->dispatch_recv(args)); }
-void Buffer::combine(const CombineArgs& args) { check(impl_->operate(&inner::Path::combine, args)); }
-void Buffer::combine_send(const CombineArgs& args) { check(impl_->operate(&inner::Path::combine_send, args)); }
-void Buffer::combine_recv(const CombineArgs& args) { check(value_of(impl_->ready()).path->combine_recv(args)); }
-void Buffer::barrier(void* stream) { check(value_of(impl_->ready()).path->barrier(stream)); }
+void Buffer::dispatch(const Dispatch& args) {
+  check(impl_->operate(&inner::Path::dispatch, args));
+}
+void Buffer::dispatch_send(const Dispatch& args) {
+  check(impl_->operate(&inner::Path::dispatch_send, args));
+}
+void Buffer::dispatch_recv(const Dispatch& args) {
+  check(value_of(impl_->ready()).path->dispatch_recv(args));
+}
+void Buffer::combine(const CombineArgs& args) {
+  check(impl_->operate(&inner::Path::combine, args));
+}
+void Buffer::combine_send(const CombineArgs& args) {
+  check(impl_->operate(&inner::Path::combine_send, args));
+}
+void Buffer::combine_recv(const CombineArgs& args) {
+  check(value_of(impl_->ready()).path->combine_recv(args));
+}
+void Buffer::barrier(void* stream) {
+  check(value_of(impl_->ready()).path->barrier(stream));
+}
 
 View Buffer::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
   const auto now = value_of(impl_->ready());
   check(inner::check_combine_buffer(max_tokens, hidden, num_ranks, now.limits));
   return value_of(now.path->next_combine_buffer(max_tokens, hidden, num_ranks));
 }
-View Buffer::data_memory() const { return value_of(impl_->ready()).path->data_memory(); }
+View Buffer::data_memory() const {
+  return value_of(impl_->ready()).path->data_memory();
+}
 
-void Buffer::mask(const std::vector<int>& ranks, bool masked, void* stream) { check(impl_->mask(ranks, masked, stream)); }
-void Buffer::clean_masks(void* stream) { check(impl_->clean_masks(stream)); }
+void Buffer::mask(const std::vector<int>& ranks, bool masked, void* stream) {
+  check(impl_->mask(ranks, masked, stream));
+}
+void Buffer::clean_masks(void* stream) {
+  check(impl_->clean_masks(stream));
+}
 void Buffer::query_masks(std::int32_t* out, void* stream) const {
   check(value_of(impl_->ready()).path->query_masks(out, stream));
 }
@@ -297,21 +331,36 @@ std::vector<int> Buffer::active_ranks() const {
   all.insert(impl_->options.rank);
   return {all.begin(), all.end()};
 }
-std::vector<int> Buffer::connected_ranks() const { return value_of(impl_->ready()).group->members(); }
-int Buffer::active_rank_bound() const { return value_of(impl_->ready()).limits.active_rank_bound; }
+std::vector<int> Buffer::connected_ranks() const {
+  return value_of(impl_->ready()).group->members();
+}
+int Buffer::active_rank_bound() const {
+  return value_of(impl_->ready()).limits.active_rank_bound;
+}
 
-std::vector<Fault> Buffer::take_faults() { return value_of(impl_->ready()).path->take_faults(); }
-std::string Buffer::take_input_error() { return value_of(impl_->ready()).path->take_input_error(); }
-View Buffer::fault_view() const { return value_of(impl_->ready()).path->fault_view(); }
-std::uint64_t Buffer::incarnation() const { return impl_->incarnation; }
+std::vector<Fault> Buffer::take_faults() {
+  return value_of(impl_->ready()).path->take_faults();
+}
+std::string Buffer::take_input_error() {
+  return value_of(impl_->ready()).path->take_input_error();
+}
+View Buffer::fault_view() const {
+  return value_of(impl_->ready()).path->fault_view();
+}
+std::uint64_t Buffer::incarnation() const {
+  return impl_->incarnation;
+}
 
 std::int64_t size_hint(std::int64_t max_tokens, std::int64_t hidden, int num_ranks, int num_experts) {
   if (max_tokens <= 0 || max_tokens > inner::kMaxTokens || hidden <= 0 || num_ranks <= 0 || num_experts <= 0)
     throw Error("size hint of " + std::to_string(max_tokens) + " tokens, hidden size " + std::to_string(hidden) + ", " +
-                std::to_string(num_ranks) + " ranks, " + std::to_string(num_experts) + " experts: all must be positive");
+                std::to_string(num_ranks) + " ranks, " + std::to_string(num_experts) +
+                " experts: all must be positive");
   return inner::size_hint_bytes(max_tokens, hidden, num_experts);
 }
 
-std::string cuda_unavailable_reason() { return inner::cuda_unavailable_reason(); }
+std::string cuda_unavailable_reason() {
+  return inner::cuda_unavailable_reason();
+}
 
 }  // namespace nixl::ep

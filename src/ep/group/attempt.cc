@@ -10,8 +10,7 @@ namespace nixl::core::ep {
 namespace {
 
 constexpr Nanoseconds kMs = 1'000'000;
-constexpr Nanoseconds kFirstSlice_ns = 100 * kMs, kLastSlice_ns = 1000 * kMs;
-constexpr Nanoseconds kFirstPause_ns = 5 * kMs, kLastPause_ns = 200 * kMs;
+constexpr Nanoseconds kFirstPause_ns = 2 * kMs, kLastPause_ns = 100 * kMs;  // between looks into the store
 // A lower rank calls us; its card is looked at only to learn that it cannot.
 constexpr Nanoseconds kGlance_ns = 500 * kMs;
 constexpr Nanoseconds kForeignGrace_ns = 2000 * kMs;
@@ -33,7 +32,7 @@ std::string list_text(const std::vector<int>& ranks) {
 }  // namespace
 
 Attempt::Attempt(const Context& context, const std::vector<int>& targets, Deadline deadline)
-    : context_(context), deadline_(deadline), slice_ns_(kFirstSlice_ns) {
+    : context_(context), deadline_(deadline) {
   for (int rank : targets) {
     Candidate& candidate = candidates_.emplace_back();
     candidate.rank = rank;
@@ -101,7 +100,6 @@ Result<void> Attempt::hear_all() {
     bool more = true;
     while (more && candidate.link && !candidate.gone) {
       NIXL_ASSIGN(more, hear(candidate));
-      if (more) slice_ns_ = kFirstSlice_ns;
     }
   }
   return {};
@@ -175,6 +173,7 @@ Result<void> Attempt::gave_up(Candidate& candidate, const std::string& reason) {
   if (ready_sent_) return fail(Code::kPeerLost, "%s", text.c_str());
   forget(candidate);
   candidate.seen = text;
+  candidate.gave_up = true;
   return {};
 }
 
@@ -214,18 +213,15 @@ bool Attempt::complete() const {
   return ready_sent_ && std::ranges::all_of(candidates_, [](const Candidate& c) { return c.ready || c.gone; });
 }
 
-// Sleeps until a link speaks or somebody calls; while a card is missing, the store is asked for it meanwhile.
+// Sleeps until a link speaks, somebody calls, or it is time to look for a card. The store is never waited in: links
+// come first, and others may be using its connection.
 Result<void> Attempt::wait_or_look() {
   Deadline until = deadline_;
   const Nanoseconds now = now_ns();
-  for (std::size_t i = 0; i < candidates_.size(); ++i) {
-    Candidate& candidate = candidates_[(next_look_ + i) % candidates_.size()];
+  for (Candidate& candidate : candidates_) {
     if (candidate.link) continue;
-    if (candidate.look_at <= now) {
-      next_look_ = (next_look_ + i + 1) % candidates_.size();
-      return look_for(candidate);
-    }
-    until = until.earlier(Deadline::after(candidate.look_at - now));
+    if (candidate.look_at <= now) NIXL_TRY(look_for(candidate));
+    until = until.earlier(Deadline::after(std::max<Nanoseconds>(candidate.look_at - now, 0)));
   }
   std::vector<pollfd> list{{context_.board.calls().fd(), POLLIN, 0}};
   for (const Candidate& candidate : candidates_)
@@ -236,11 +232,10 @@ Result<void> Attempt::wait_or_look() {
 
 Result<void> Attempt::look_for(Candidate& candidate) {
   const bool calls_us = candidate.rank < card_.rank;
-  const Deadline until = calls_us ? Deadline::passed_already() : Deadline::after(slice_ns_).earlier(deadline_);
-  auto bytes = context_.store.fetch(store_key(candidate.rank), until);
-  if (calls_us) candidate.look_at = now_ns() + kGlance_ns;
+  candidate.look_at = now_ns() + (calls_us ? kGlance_ns : candidate.pause_ns);
+  candidate.pause_ns = std::min(2 * candidate.pause_ns, kLastPause_ns);
+  auto bytes = context_.store.fetch(store_key(candidate.rank), Deadline::passed_already());
   if (!bytes && bytes.error().code == Code::kTimeout) {
-    slice_ns_ = std::min(2 * slice_ns_, kLastSlice_ns);
     candidate.foreign_since = 0;
     return {};
   }
@@ -251,18 +246,12 @@ Result<void> Attempt::look_for(Candidate& candidate) {
   if (card && card->rank != candidate.rank) card = fail(Code::kMismatch, "the card is that of rank %d", card->rank);
   if (!card) {
     candidate.seen = store_key(candidate.rank) + " cannot be read: " + card.error().reason;
-  } else if (card->place.boot_id != card_.place.boot_id ||
-             card->place.network_namespace != card_.place.network_namespace) {
-    NIXL_TRY(meet_foreigner(candidate, *card));
-  } else if (!calls_us) {
-    return call(candidate, *card);
-  } else {
-    candidate.seen = "process " + std::to_string(card->pid) + " has not called";
+    return {};
   }
-  if (!calls_us) {  // the key exists, so that asking again does not wait by itself
-    candidate.look_at = now_ns() + candidate.pause_ns;
-    candidate.pause_ns = std::min(2 * candidate.pause_ns, kLastPause_ns);
-  }
+  if (card->place.boot_id != card_.place.boot_id || card->place.network_namespace != card_.place.network_namespace)
+    return meet_foreigner(candidate, *card);
+  if (!calls_us) return call(candidate, *card);
+  candidate.seen = "process " + std::to_string(card->pid) + " has not called";
   return {};
 }
 
@@ -271,8 +260,6 @@ Result<void> Attempt::call(Candidate& candidate, const Card& card) {
   auto socket = net::connect_local(card.socket, Deadline::after(kDialLimit_ns).earlier(deadline_));
   if (!socket && (socket.error().code == Code::kPeerLost || socket.error().code == Code::kTimeout)) {
     candidate.seen = "its card is out of date: " + who + " does not listen any more (" + socket.error().reason + ")";
-    candidate.look_at = now_ns() + candidate.pause_ns;
-    candidate.pause_ns = std::min(2 * candidate.pause_ns, kLastPause_ns);
     return {};
   }
   if (!socket) return fail(within(who, std::move(socket).error()));
@@ -312,10 +299,16 @@ std::string Attempt::describe(const Candidate& candidate) const {
 }
 
 Error Attempt::timeout_error() const {
+  const auto is_missing = [this](const Candidate& candidate) {
+    return ready_sent_ ? !candidate.ready && !candidate.gone : !candidate.prepared();
+  };
+  // Who gave up because of a third one is not the cause.
+  const bool only_quitters =
+      std::ranges::none_of(candidates_, [&](const Candidate& c) { return is_missing(c) && !c.gave_up; });
   std::vector<int> missing;
   std::string details;
   for (const Candidate& candidate : candidates_) {
-    if (ready_sent_ ? candidate.ready || candidate.gone : candidate.prepared()) continue;
+    if (!is_missing(candidate) || (candidate.gave_up && !only_quitters)) continue;
     missing.push_back(candidate.rank);
     details +=
         "; " + describe(candidate) + ": " + (ready_sent_ ? "it waits for ranks of its own list" : candidate.seen);

@@ -45,10 +45,11 @@ class Attempt {
     bool attached = false;     // its memory is mapped here
     bool attached_us = false;  // ours is mapped there
     bool ready = false;        // it is prepared with all of its own targets
+    bool gave_up = false;      // it was there and ended its own attempt
     bool gone = false;         // it died after it may have been ready
     std::string seen = "no card of it in the store";
     Nanoseconds look_at = 0;   // when to look for its card next
-    Nanoseconds pause_ns = 0;  // between looks while its card is stale
+    Nanoseconds pause_ns = 0;  // before the look after that
     Nanoseconds foreign_since = 0;
     bool prepared() const { return attached && attached_us; }
   };
@@ -80,8 +81,6 @@ class Attempt {
   Card card_;
   Export export_;
   bool ready_sent_ = false;
-  std::size_t next_look_ = 0;  // whose card is looked for next
-  Nanoseconds slice_ns_;       // how long one look may block
 };
 
 }  // namespace nixl::core::ep
