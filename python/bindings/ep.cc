@@ -1,10 +1,8 @@
 // nixl_ep._native: nixl::ep::Buffer with addresses as integers. Tensors are looked at in Python; no torch here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <nanobind/trampoline.h>
 
 #include "nixl/ep.h"
 #include "nixl/version.h"
@@ -22,26 +20,41 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A store written in Python: set, wait, get, remove. Called from the thread inside connect(), which holds no GIL there.
-struct PythonStore : Store {
-  NB_TRAMPOLINE(Store, 4);
+// A store written in Python: an object with set, wait, get, remove. Used by the thread inside connect(), which holds no GIL.
+class PythonStore final : public Store {
+ public:
+  explicit PythonStore(nb::object object) : object_(std::move(object)) {}
+  ~PythonStore() override {
+    const nb::gil_scoped_acquire gil;
+    object_.reset();
+  }
   void set(const std::string& key, const std::string& value) override {
-    nb::gil_scoped_acquire gil;
-    nb::find(*this).attr("set")(key, nb::bytes(value.data(), value.size()));
+    call([&] { object_.attr("set")(key, nb::bytes(value.data(), value.size())); });
   }
   bool wait(const std::string& key, std::int64_t timeout_ms) override {
-    nb::gil_scoped_acquire gil;
-    return nb::cast<bool>(nb::find(*this).attr("wait")(key, timeout_ms));
+    return call([&] { return nb::cast<bool>(object_.attr("wait")(key, timeout_ms)); });
   }
   std::string get(const std::string& key) override {
-    nb::gil_scoped_acquire gil;
-    const nb::bytes value = nb::cast<nb::bytes>(nb::find(*this).attr("get")(key));
-    return std::string(value.c_str(), value.size());
+    return call([&] {
+      const nb::bytes value = nb::cast<nb::bytes>(object_.attr("get")(key));
+      return std::string(value.c_str(), value.size());
+    });
   }
   void remove(const std::string& key) override {
-    nb::gil_scoped_acquire gil;
-    nb::find(*this).attr("remove")(key);
+    call([&] { object_.attr("remove")(key); });
   }
+
+ private:
+  template <typename F>
+  static auto call(F f) -> decltype(f()) {
+    const nb::gil_scoped_acquire gil;
+    try {
+      return f();
+    } catch (const nb::python_error& error) {  // without the traceback, which would end up in the caller's message
+      throw std::runtime_error(nb::cast<std::string>(nb::str(error.value())));
+    }
+  }
+  nb::object object_;
 };
 
 // Bytes as an array with strides in elements of `item` bytes; `owner` lives as long as the array.
@@ -159,7 +172,12 @@ void bind_buffer(nb::module_& m) {
                                        connect_timeout_ms, nvlink});
            })
       .def("update_memory", &Buffer::update_memory, free)
-      .def("set_store", &Buffer::set_store, "store"_a.none(), free)
+      .def("set_store", [](Buffer& self, nb::object store) {
+            std::shared_ptr<Store> inside;
+            if (!store.is_none()) inside = std::make_shared<PythonStore>(std::move(store));
+            const nb::gil_scoped_release released;
+            self.set_store(std::move(inside));
+          }, "store"_a.none())
       .def("connect", &Buffer::connect, free)
       .def("disconnect", &Buffer::disconnect, free)
       .def("destroy", &Buffer::destroy, free)
@@ -209,7 +227,6 @@ NB_MODULE(_native, m) {
   m.def("size_hint", &size_hint);
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
   m.def("output_block", &output_block);
-  nb::class_<Store, PythonStore>(m, "Store").def(nb::init<>());
   bind_operations(m);
   bind_buffer(m);
 }

@@ -2,14 +2,11 @@
 import datetime
 import time
 
-from . import _native
 
-
-class StoreOfTorch(_native.Store):
+class StoreOfTorch:
     """What connect() needs of a store. Methods run on the thread that is inside connect()."""
 
     def __init__(self, store) -> None:
-        super().__init__()
         missing = [name for name in ("set", "wait", "multi_get", "delete_key") if not callable(getattr(store, name, None))]
         if missing:
             raise TypeError(f"tcp_store_group is a {type(store).__name__} without {', '.join(missing)}(); a c10d store such as "
