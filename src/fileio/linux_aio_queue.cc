@@ -1,6 +1,7 @@
 // The Linux AIO queue (io_submit, io_getevents). Completions carry an eventfd, so that a sleeper can be woken.
 #include <libaio.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -10,6 +11,13 @@
 
 namespace nixl::core::fileio {
 namespace {
+
+// The system calls themselves: libaio adds nothing here but versioned symbols, which cannot be linked into another library.
+template <typename... Arguments>
+int kernel(long number, Arguments... arguments) noexcept {
+  const long result = ::syscall(number, (long)arguments...);
+  return static_cast<int>(result < 0 ? -errno : result);
+}
 
 class LinuxAioQueue final : public Queue {
  public:
@@ -22,7 +30,7 @@ class LinuxAioQueue final : public Queue {
     events_.resize(64);
   }
   ~LinuxAioQueue() override {
-    if (::getpid() == owner_) io_destroy(context_);  // waits for what is in flight
+    if (::getpid() == owner_) kernel(SYS_io_destroy, context_);  // waits for what is in flight
   }
 
   std::string_view name() const noexcept override { return "libaio"; }
@@ -43,7 +51,7 @@ class LinuxAioQueue final : public Queue {
     }
     std::size_t taken = 0;
     while (taken < batch_.size()) {
-      const int got = io_submit(context_, static_cast<long>(batch_.size() - taken), batch_.data() + taken);
+      const int got = kernel(SYS_io_submit, context_, static_cast<long>(batch_.size() - taken), batch_.data() + taken);
       if (got > 0) {
         taken += static_cast<std::size_t>(got);
       } else if (got == -EINTR) {
@@ -66,7 +74,7 @@ class LinuxAioQueue final : public Queue {
     timespec none = {};
     while (count < out.size()) {
       const auto room = static_cast<long>(std::min(out.size() - count, events_.size()));
-      const int got = io_getevents(context_, 0, room, events_.data(), &none);
+      const int got = kernel(SYS_io_getevents, context_, 0, room, events_.data(), &none);
       if (got == -EINTR) continue;
       for (int i = 0; i < got; ++i) {
         const auto* block = reinterpret_cast<Block*>(events_[i].obj);
@@ -83,7 +91,7 @@ class LinuxAioQueue final : public Queue {
       if (block.slot == slot) {
         io_event event;
         // Few drivers can; where it succeeds the event still arrives through io_getevents.
-        io_cancel(context_, &block.control, &event);
+        kernel(SYS_io_cancel, context_, &block.control, &event);
       }
   }
 
@@ -133,7 +141,7 @@ Result<std::unique_ptr<Queue>> open_linux_aio(std::uint32_t depth) {
   Fd event(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!event) return fail(errno_error("eventfd", errno));
   io_context_t context = nullptr;
-  const int error = io_setup(static_cast<int>(depth), &context);
+  const int error = kernel(SYS_io_setup, depth, &context);
   if (error < 0) {
     const char* hint = error == -EAGAIN ? "; raise /proc/sys/fs/aio-max-nr" : "";
     return fail(error == -ENOSYS ? Code::kUnsupported : Code::kIo, "io_setup(%u): %s%s", depth,
