@@ -4,6 +4,7 @@
 //     const nixl::core::StoreEntry& nixl::core::store_NAME();
 // The build collects them into the tables of the library; a MODULE exports the same entries through `nixl_module` below.
 #pragma once
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -37,9 +38,9 @@ struct BackendEntry {
   std::vector<std::string> stands_in_for;
   std::string off_env, off_param;
 
-  Probe (*probe)() = nullptr;
+  std::function<Probe()> probe;
   // Bad parameter value: kInvalidArgument naming it; device or server refuses: kIo with the vendor's text.
-  Result<std::unique_ptr<Backend>> (*open)(BackendConfig config) = nullptr;
+  std::function<Result<std::unique_ptr<Backend>>(BackendConfig config)> open;
 };
 
 struct StoreEntry {
