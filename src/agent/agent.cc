@@ -1,0 +1,555 @@
+#include "agent/agent.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <random>
+
+#include "agent/exchange.h"
+#include "agent/settings.h"
+#include "agent/telemetry.h"
+#include "base/env.h"
+#include "base/log.h"
+
+namespace nixl::core {
+namespace {
+
+std::atomic<int> g_forks{0};
+int fork_count() {
+  static const bool watching = [] {
+    pthread_atfork(nullptr, nullptr, [] { ++g_forks; });
+    return true;
+  }();
+  (void)watching;
+  return g_forks;
+}
+
+std::uint64_t new_incarnation() {
+  std::random_device random;
+  return static_cast<std::uint64_t>(random()) << 32 | random() | 1;
+}
+
+}  // namespace
+
+Agent::Agent(AgentOptions options, Catalog& catalog)
+    : options_(std::move(options)), catalog_(catalog), incarnation_(new_incarnation()), fork_count_(fork_count()) {
+  enter_census(incarnation_);
+}
+
+Result<std::unique_ptr<Agent>> Agent::open(AgentOptions options, Catalog& catalog) {
+  if (options.name.empty()) return fail(Code::kInvalidArgument, "the agent's name is empty");
+  catalog.refresh();
+  std::unique_ptr<Agent> agent(new Agent(std::move(options), catalog));
+  NIXL_TRY(agent->start());
+  return agent;
+}
+
+Result<void> Agent::start() {
+  NIXL_ASSIGN(const Settings settings, Settings::read());
+  NIXL_ASSIGN(telemetry_, Telemetry::open(settings, options_.name, options_.capture_telemetry));
+  self_ = std::make_shared<Peer>();
+  self_->name = options_.name;
+  self_->incarnation = incarnation_;
+  self_->is_self = true;
+  Runtime::Options runtime;
+  runtime.agent = options_.name;
+  runtime.progress_thread = options_.progress_thread;
+  runtime.on_lost = [this](const PeerId& peer, const Error& why) { on_lost(peer, why); };
+  runtime.telemetry = telemetry_.get();
+  NIXL_ASSIGN(runtime_, Runtime::open(std::move(runtime)));
+
+  Exchange::Hooks hooks;
+  hooks.agent = options_.name;
+  hooks.metadata = [this] { return metadata(); };
+  hooks.load = [this](std::string_view bytes) { return load(bytes); };
+  hooks.name_in = [](std::string_view bytes) -> Result<std::string> {
+    NIXL_ASSIGN(const Metadata data, decode(bytes));
+    return data.agent;
+  };
+  hooks.remove = [this](const std::string& agent) { (void)remove(agent); };
+  hooks.knows = [this](const std::string& agent) { return known_peer(agent) != nullptr; };
+  const Exchange::Options exchange{options_.listen, options_.listen_port, options_.use_etcd, options_.watch_timeout_ns};
+  NIXL_ASSIGN(exchange_, Exchange::open(std::move(hooks), exchange, settings, catalog_));
+  NIXL_INFO("Initialized NIXL agent: %s", options_.name.c_str());
+  return {};
+}
+
+Agent::~Agent() {
+  leave_census(incarnation_);
+  if (fork_count_ != fork_count()) {  // a forked child: threads and devices belong to the parent; everything is left alone
+    (void)exchange_.release();
+    (void)runtime_.release();
+    for (auto& slot : slots_) (void)slot.release();
+    new std::shared_ptr<Peer>(self_);
+    for (const auto& [name, peer] : peers_) new std::shared_ptr<Peer>(peer);
+    for (const auto& request : requests_.all()) new std::shared_ptr<Request>(request);
+    (void)telemetry_.release();
+    return;
+  }
+  if (exchange_) exchange_->close();
+  if (runtime_) runtime_->stop();
+  bool all_stopped = true;
+  for (const auto& request : requests_.all()) all_stopped &= request->close();
+  for (const auto& [name, peer] : peers_) peer->retire();
+  if (self_) self_->retire();
+  for (auto& slot : slots_) {
+    for (const auto& entry : slot->regions.all()) slot->retire(*entry);
+    if (all_stopped) {
+      slot->backend.reset();
+    } else {
+      NIXL_ERROR("agent %s: backend %s is left open: I/O in flight did not stop", options_.name.c_str(), slot->name().c_str());
+      (void)slot->backend.release();
+    }
+  }
+}
+
+Result<void> Agent::usable() const {
+  if (fork_count_ != fork_count())
+    return fail(Code::kNotAllowed, "agent '%s' belongs to the parent process; a forked child makes its own", options_.name.c_str());
+  return {};
+}
+
+// ---- backends
+
+std::vector<Slot*> Agent::slots() const {
+  const std::shared_lock lock(mutex_);
+  std::vector<Slot*> list;
+  list.reserve(slots_.size());
+  for (const auto& slot : slots_) list.push_back(slot.get());
+  return list;
+}
+
+Slot* Agent::slot(std::uint32_t id) const {
+  const std::shared_lock lock(mutex_);
+  return id < slots_.size() ? slots_[id].get() : nullptr;
+}
+
+Slot* Agent::slot(const std::string& name) const {
+  const std::string canonical = catalog_.canonical(name);
+  for (Slot* candidate : slots())
+    if (candidate->name() == canonical) return candidate;
+  return nullptr;
+}
+
+Result<std::vector<Slot*>> Agent::chosen(BackendIds backends, bool with_companions) const {
+  NIXL_TRY(usable());
+  std::vector<Slot*> list;
+  for (Slot* candidate : slots()) {
+    if (candidate->is_companion) continue;
+    if (backends.empty() || std::find(backends.begin(), backends.end(), candidate->id) != backends.end())
+      list.push_back(candidate);
+  }
+  for (const std::uint32_t id : backends)
+    if (!slot(id)) return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", id, name().c_str());
+  if (with_companions) {
+    const std::size_t count = list.size();
+    for (std::size_t i = 0; i < count; ++i)
+      if (Slot* companion = list[i]->companion; companion && std::find(list.begin(), list.end(), companion) == list.end())
+        list.push_back(companion);
+  }
+  return list;
+}
+
+Result<Params> Agent::full_params(const BackendEntry& entry, const Params& given) const {
+  Params params = entry.params;
+  std::string unknown;
+  for (const auto& [key, value] : given) {
+    bool known = params.count(key) || (!entry.param_prefix.empty() && key.starts_with(entry.param_prefix));
+    for (const BackendEntry* stand_in : catalog_.stand_ins(entry.name)) known |= stand_in->off_param == key;
+    if (!known) unknown += (unknown.empty() ? "" : ", ") + key;
+    if (!value.empty() || !params.count(key)) params[key] = value;
+  }
+  if (!unknown.empty()) {
+    std::string names;
+    for (const auto& [key, value] : entry.params) names += " " + key;
+    NIXL_WARN("backend %s: unknown parameter %s; known:%s%s", entry.name.c_str(), unknown.c_str(),
+              names.empty() ? " none" : names.c_str(),
+              entry.param_prefix.empty() ? "" : (" " + entry.param_prefix + "*").c_str());
+  }
+  return params;
+}
+
+Result<Slot*> Agent::open_slot(const BackendEntry& entry, Params params, bool companion) {
+  auto fresh = std::make_unique<Slot>();
+  fresh->entry = &entry;
+  fresh->params = params;
+  fresh->is_companion = companion;
+  BackendConfig config;
+  config.self = {options_.name, incarnation_};
+  config.params = std::move(params);
+  config.progress_thread = options_.progress_thread;
+  config.events = runtime_.get();
+  auto opened = entry.open(std::move(config));
+  if (!opened) return fail(Code::kIo, "backend %s: %s", entry.name.c_str(), opened.error().reason.c_str());
+  fresh->backend = std::move(*opened);
+  fresh->notifier = fresh->backend->notifier();
+  const Abilities& can = fresh->abilities();
+  if (can.remote && !fresh->notifier && !companion)
+    return fail(Code::kIo, "backend %s reaches other agents but has no notifications", entry.name.c_str());
+  NIXL_ASSIGN(fresh->connection, fresh->backend->export_connection());
+  Slot* raw = fresh.get();
+  {
+    const std::unique_lock lock(mutex_);
+    if (slots_.size() >= kMaxSlots) return fail(Code::kNotAllowed, "an agent holds at most %zu backends", kMaxSlots);
+    raw->id = static_cast<std::uint32_t>(slots_.size());
+  }
+  if (can.local) {
+    auto self = raw->backend->connect(PeerId{options_.name, incarnation_}, raw->connection);
+    if (!self) return fail(Code::kIo, "backend %s: connecting to the own agent: %s", entry.name.c_str(), self.error().reason.c_str());
+    auto link = std::make_unique<PeerLink>();
+    link->slot = raw;
+    link->bytes = raw->connection;
+    link->connection = std::move(*self);
+    self_->adopt(std::move(link));
+  }
+  {
+    const std::unique_lock lock(mutex_);
+    slots_.push_back(std::move(fresh));
+  }
+  runtime_->add_slot(*raw);
+  return raw;
+}
+
+void Agent::add_companions(Slot& owner) {
+  for (const BackendEntry* entry : catalog_.stand_ins(owner.name())) {
+    const auto says_no = [](const std::optional<std::string>& text) {
+      return text && !text->empty() && !parse_bool(*text).value_or(true);
+    };
+    const auto off = owner.params.find(entry->off_param);
+    if (says_no(env_text(entry->off_env.c_str())) || (off != owner.params.end() && says_no(off->second))) continue;
+    if (Slot* existing = slot(entry->name)) {
+      owner.companion = existing;
+      return;
+    }
+    const Probe seen = catalog_.probe(*entry);
+    if (!seen.viable) {
+      NIXL_INFO("backend %s: %s is not used: %s", owner.name().c_str(), entry->name.c_str(), seen.reason.c_str());
+      continue;
+    }
+    auto opened = open_slot(*entry, entry->params, true);
+    if (!opened) {
+      NIXL_WARN("%s; peers of this host are served by %s alone", opened.error().reason.c_str(), owner.name().c_str());
+      continue;
+    }
+    owner.companion = *opened;
+    return;
+  }
+}
+
+Result<std::uint32_t> Agent::create_backend(const std::string& asked, const Params& given) {
+  NIXL_TRY(usable());
+  const std::lock_guard lock(registry_mutex_);
+  NIXL_ASSIGN(const BackendEntry* entry, catalog_.find(asked));
+  if (slot(entry->name))
+    return fail(Code::kInvalidArgument, "backend %s exists already in agent '%s'", entry->name.c_str(), name().c_str());
+  for (Slot* other : slots()) {
+    const auto clash = [](const BackendEntry& a, const BackendEntry& b) {
+      return std::find(a.excludes.begin(), a.excludes.end(), b.name) != a.excludes.end();
+    };
+    if (clash(*entry, *other->entry) || clash(*other->entry, *entry))
+      return fail(Code::kNotAllowed, "backends %s and %s cannot be in one agent", entry->name.c_str(), other->name().c_str());
+  }
+  NIXL_ASSIGN(Params params, full_params(*entry, given));
+  NIXL_ASSIGN(Slot* const fresh, open_slot(*entry, std::move(params), false));
+  add_companions(*fresh);
+  NIXL_INFO("Backend %s was instantiated", entry->name.c_str());
+  memory_changed();
+  return fresh->id;
+}
+
+// ---- registration
+
+namespace {
+Region region_at(const Descs& descs, std::size_t row) {
+  return {kind_of(descs), descs.addr[row], descs.len[row], descs.dev[row], descs.text(row)};
+}
+}  // namespace
+
+Result<void> Agent::register_one(Slot& slot, const Region& region) {
+  if (const auto held = slot.regions.exact(region); held && (!is_storage(region.kind) || held->region.meta == region.meta)) {
+    ++held->registrations;
+    return {};
+  }
+  auto entry = std::make_shared<LocalEntry>();
+  entry->region = region;
+  std::shared_ptr<RemoteEntry> target;
+  {
+    const auto lock = slot.setup();
+    NIXL_ASSIGN(entry->object, slot.backend->add_region(region));
+    if (slot.abilities().remote) {
+      NIXL_ASSIGN(entry->key, slot.backend->export_region(*entry->object));
+    }
+    PeerLink* self = self_->link(slot);
+    if (self && slot.abilities().remote_kinds.has(region.kind)) {
+      target = std::make_shared<RemoteEntry>();
+      target->region = region;
+      target->key = entry->key;
+      NIXL_ASSIGN(target->object, slot.backend->loopback_region(*self->connection, region, *entry->object));
+    }
+  }
+  if (const auto held = slot.regions.exact(region)) {  // same place, other text: the backend allowed it
+    ++held->registrations;
+    return {};
+  }
+  if (target) {
+    entry->usage.acquire();
+    target->base = entry;
+    self_->link(slot)->regions.put(target);
+  }
+  slot.regions.put(std::move(entry));
+  return {};
+}
+
+void Agent::deregister_one(Slot& slot, const Region& region) {
+  const auto entry = slot.regions.exact(region);
+  if (!entry || --entry->registrations > 0) return;
+  slot.regions.remove(region);
+  if (PeerLink* self = self_->link(slot))
+    if (const auto target = self->regions.exact(region)) {
+      self->regions.remove(region);
+      slot.retire(*target);
+    }
+  slot.retire(*entry);
+}
+
+Result<void> Agent::register_in(Slot& slot, const Descs& descs) {
+  for (std::size_t row = 0; row < descs.rows(); ++row) {
+    if (auto added = register_one(slot, region_at(descs, row)); !added) {
+      while (row) deregister_one(slot, region_at(descs, --row));
+      return fail(within("backend " + slot.name() + ": " + describe(descs, row), added.error()));
+    }
+  }
+  return {};
+}
+
+Result<void> Agent::register_memory(const Descs& descs, BackendIds backends) {
+  NIXL_ASSIGN(const std::vector<Slot*> candidates, chosen(backends, false));
+  const MemKind kind = kind_of(descs);
+  std::vector<Slot*> fitting;
+  for (Slot* slot : candidates)
+    if (slot->abilities().registrable().has(kind)) fitting.push_back(slot);
+  if (fitting.empty())
+    return fail(Code::kNotFound, "no %sbackend of agent '%s' registers %s", backends.empty() ? "" : "named ", name().c_str(),
+                nixl::core::name(kind));
+  std::optional<Error> first;
+  bool any = false;
+  {
+    const std::lock_guard lock(registry_mutex_);
+    for (Slot* slot : fitting) {
+      auto added = register_in(*slot, descs);
+      if (!added) {
+        if (!first) first = added.error();
+        continue;
+      }
+      any = true;
+      Slot* companion = slot->companion;
+      if (!companion || !companion->abilities().registrable().has(kind)) continue;
+      if (auto beside = register_in(*companion, descs); !beside)
+        NIXL_WARN("%s; peers of this host use %s for it", beside.error().reason.c_str(), slot->name().c_str());
+    }
+  }
+  if (!any) {
+    if (first->code != Code::kInvalidArgument && first->code != Code::kUnsupported) first->code = Code::kIo;
+    return fail(std::move(*first));
+  }
+  if (telemetry_) {
+    std::uint64_t bytes = 0;
+    for (std::size_t row = 0; row < descs.rows(); ++row) bytes += descs.len[row];
+    telemetry_->memory(Metric::kMemoryRegistered, bytes);
+  }
+  memory_changed();
+  return {};
+}
+
+bool Agent::holds_all(Slot& slot, const Descs& descs) const {
+  std::map<const LocalEntry*, int> wanted;
+  for (std::size_t row = 0; row < descs.rows(); ++row) {
+    const auto entry = slot.regions.exact(region_at(descs, row));
+    if (!entry || ++wanted[entry.get()] > entry->registrations) return false;
+  }
+  return true;
+}
+
+Result<void> Agent::deregister_memory(const Descs& descs, BackendIds backends) {
+  NIXL_ASSIGN(const std::vector<Slot*> candidates, chosen(backends, false));
+  {
+    const std::lock_guard lock(registry_mutex_);
+    std::vector<Slot*> holders;
+    for (Slot* slot : candidates)
+      if (slot->abilities().registrable().has(kind_of(descs)) && holds_all(*slot, descs)) holders.push_back(slot);
+    if (descs.rows() && (holders.empty() || (!backends.empty() && holders.size() < candidates.size())))
+      return fail(Code::kNotFound, "not every descriptor of the list (%zu, first %s) is registered as given; nothing was deregistered",
+                  descs.rows(), describe(descs, 0).c_str());
+    for (Slot* slot : holders)
+      for (std::size_t row = 0; row < descs.rows(); ++row) {
+        deregister_one(*slot, region_at(descs, row));
+        if (slot->companion) deregister_one(*slot->companion, region_at(descs, row));
+      }
+  }
+  if (telemetry_) {
+    std::uint64_t bytes = 0;
+    for (std::size_t row = 0; row < descs.rows(); ++row) bytes += descs.len[row];
+    telemetry_->memory(Metric::kMemoryDeregistered, bytes);
+  }
+  memory_changed();
+  return {};
+}
+
+Result<std::vector<std::optional<Params>>> Agent::query_memory(const Descs& descs, std::uint32_t backend) {
+  NIXL_TRY(usable());
+  Slot* const asked = slot(backend);
+  if (!asked) return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", backend, name().c_str());
+  MemoryQuery* query = asked->backend->memory_query();
+  if (!query) return fail(Code::kUnsupported, "backend %s answers no queries about memory", asked->name().c_str());
+  std::vector<Region> regions;
+  for (std::size_t row = 0; row < descs.rows(); ++row) regions.push_back(region_at(descs, row));
+  return query->query(regions);
+}
+
+// ---- lists and requests
+
+Result<std::uint64_t> Agent::prepare_list(const std::string& agent, Descs descs, BackendIds backends) {
+  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+  if (agent.empty()) {
+    NIXL_ASSIGN(PreparedList list, prepare_local(std::move(descs), allowed));
+    return lists_.add(std::make_shared<PreparedList>(std::move(list)));
+  }
+  NIXL_ASSIGN(auto other, peer(agent));
+  NIXL_ASSIGN(PreparedList list, prepare_remote(std::move(descs), std::move(other), allowed));
+  return lists_.add(std::make_shared<PreparedList>(std::move(list)));
+}
+
+Result<void> Agent::release_list(std::uint64_t list) {
+  lists_.take(list);
+  return {};
+}
+
+Result<std::uint64_t> Agent::add_request(Op op, const PreparedList& local, const PreparedList& remote, const Route& route,
+                                         BuiltPlan built, std::optional<std::string> message) {
+  Request::Parts parts;
+  parts.runtime = runtime_.get();
+  parts.peer = remote.peer;
+  parts.link = route.remote->link;
+  parts.asked = route.asked;
+  parts.slot = route.slot();
+  parts.op = op;
+  parts.message = std::move(message);
+  if (!parts.slot->notifier && !remote.peer->is_self)
+    parts.send_message = [this](Peer& to, std::string_view text) { return send_to(to, text, slots()); };
+  (void)local;
+  NIXL_ASSIGN(auto made, Request::make(std::move(parts), std::move(built)));
+  return requests_.add(std::move(made));
+}
+
+Result<std::uint64_t> Agent::make_request(Op op, std::uint64_t local, std::span<const std::int64_t> local_index,
+                                          std::uint64_t remote, std::span<const std::int64_t> remote_index,
+                                          std::optional<std::string> message, BackendIds backends, bool merge) {
+  NIXL_TRY(usable());
+  const auto mine = lists_.get(local), other = lists_.get(remote);
+  if (!mine || !other)
+    return fail(Code::kInvalidArgument, "%s handle 0x%llx is not a prepared list of agent '%s'", mine ? "remote" : "local",
+                static_cast<unsigned long long>(mine ? remote : local), name().c_str());
+  if (!mine->local) return fail(Code::kInvalidArgument, "the local side was prepared for agent '%s'", mine->peer->name.c_str());
+  if (other->local) return fail(Code::kInvalidArgument, "the remote side was prepared as a local list");
+  runtime_->handle_lost();
+  if (other->peer->state != Peer::State::kAlive)
+    return fail(Code::kNotFound, "agent '%s' was removed or lost since its list was prepared", other->peer->name.c_str());
+  Result<Route> route = fail(Code::kInternal, "no route");
+  if (backends.empty()) {
+    route = choose_route(*mine, *other);
+  } else {
+    NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+    PreparedList limited_mine = *mine, limited_other = *other;
+    const auto not_allowed = [&](const auto& side) {
+      return std::find(allowed.begin(), allowed.end(), side.slot) == allowed.end();
+    };
+    std::erase_if(limited_mine.ours, not_allowed);
+    std::erase_if(limited_other.theirs, not_allowed);
+    route = choose_route(limited_mine, limited_other);
+    if (route) {  // point into the lists that stay
+      for (const auto& side : mine->ours)
+        if (side.slot == route->slot()) route->local = &side;
+      for (const auto& side : other->theirs)
+        if (side.slot == route->slot()) route->remote = &side;
+    }
+  }
+  if (!route) return fail(Code::kInvalidArgument, "%s", route.error().reason.c_str());
+  NIXL_ASSIGN(BuiltPlan built, build_plan(*mine, local_index, *other, remote_index, *route, merge));
+  return add_request(op, *mine, *other, *route, std::move(built), std::move(message));
+}
+
+Result<std::uint64_t> Agent::make_request(Op op, Descs local, Descs remote, const std::string& agent,
+                                          std::optional<std::string> message, BackendIds backends) {
+  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+  NIXL_ASSIGN(auto other, peer(agent));
+  NIXL_ASSIGN(const PreparedList mine, prepare_local(std::move(local), allowed));
+  NIXL_ASSIGN(const PreparedList theirs, prepare_remote(std::move(remote), std::move(other), allowed));
+  NIXL_ASSIGN(const Route route, choose_route(mine, theirs));
+  NIXL_ASSIGN(BuiltPlan built, build_plan(mine, theirs, route));
+  return add_request(op, mine, theirs, route, std::move(built), std::move(message));
+}
+
+Result<std::shared_ptr<Request>> Agent::request(std::uint64_t handle) const {
+  NIXL_TRY(usable());
+  auto found = requests_.get(handle);
+  if (!found)
+    return fail(Code::kInvalidArgument, "0x%llx is not a transfer handle of agent '%s'", static_cast<unsigned long long>(handle),
+                name().c_str());
+  return found;
+}
+
+Result<void> Agent::release_request(std::uint64_t handle) {
+  if (!usable()) return {};
+  const auto found = requests_.get(handle);
+  if (!found) return {};
+  NIXL_TRY(found->release());
+  requests_.take(handle);
+  return {};
+}
+
+Result<TransferTimes> Agent::times(std::uint64_t handle) const {
+  NIXL_ASSIGN(const auto found, request(handle));
+  return found->times();
+}
+
+// ---- notifications
+
+Result<void> Agent::send_to(Peer& to, std::string_view message, const std::vector<Slot*>& allowed) {
+  bool any_notifier = false;
+  for (Slot* candidate : allowed) {
+    if (candidate->is_companion) continue;
+    for (Slot* by : {candidate->companion, candidate}) {
+      if (!by || !by->notifier) continue;
+      any_notifier = true;
+      PeerLink* link = to.link(*by);
+      if (!link || !link->connection || !link->usage.acquire()) continue;
+      auto sent = by->notifier->send(*link->connection, message);
+      link->release();
+      if (!sent && sent.error().code == Code::kPeerLost) runtime_->peer_lost({to.name, to.incarnation}, sent.error());
+      return sent;
+    }
+  }
+  if (!any_notifier) return fail(Code::kIo, "no backend of agent '%s' carries notifications", name().c_str());
+  return fail(Code::kNotFound, "agent '%s' shares no notification backend with agent '%s'", to.name.c_str(), name().c_str());
+}
+
+Result<void> Agent::send_notification(const std::string& agent, std::string_view message, BackendIds backends) {
+  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, false));
+  runtime_->help();
+  if (agent == name()) {
+    runtime_->deliver_to_self(std::string(message));
+    return {};
+  }
+  NIXL_ASSIGN(const auto to, peer(agent));
+  return send_to(*to, message, allowed);
+}
+
+Result<std::vector<Notification>> Agent::drain_notifications(BackendIds backends) {
+  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+  std::vector<Notification> out;
+  runtime_->drain(backends.empty() ? nullptr : &allowed, out);
+  runtime_->handle_lost();
+  return out;
+}
+
+}  // namespace nixl::core

@@ -1,0 +1,380 @@
+// The part of Agent that deals with other agents: metadata out and in, connections, loss.
+#include <algorithm>
+#include <set>
+
+#include "agent/agent.h"
+#include "agent/exchange.h"
+#include "agent/telemetry.h"
+#include "base/log.h"
+
+namespace nixl::core {
+namespace {
+
+struct Census {
+  std::mutex mutex;
+  std::set<std::uint64_t> alive;
+};
+Census& census() {
+  static Census* const all = new Census;  // agents may be destroyed at exit
+  return *all;
+}
+
+bool gone(const Peer& peer) {
+  if (surely_dead(peer.home)) return true;
+  const Home here = home_of_this_process();
+  if (peer.home.host != here.host || peer.home.process != here.process) return false;
+  Census& all = census();
+  const std::lock_guard lock(all.mutex);
+  return !all.alive.count(peer.incarnation);
+}
+
+}  // namespace
+
+void enter_census(std::uint64_t incarnation) {
+  Census& all = census();
+  const std::lock_guard lock(all.mutex);
+  all.alive.insert(incarnation);
+}
+void leave_census(std::uint64_t incarnation) {
+  Census& all = census();
+  const std::lock_guard lock(all.mutex);
+  all.alive.erase(incarnation);
+}
+
+// ---- out
+
+Metadata Agent::envelope() const {
+  static const Home kHome = home_of_this_process();
+  Metadata data;
+  data.agent = name();
+  data.incarnation = incarnation_;
+  data.home = kHome;
+  return data;
+}
+
+BackendInfo Agent::info_of(Slot& slot, bool connection) const {
+  BackendInfo info;
+  info.name = slot.name();
+  info.has_connection = connection;
+  if (connection) info.connection = slot.connection;
+  return info;
+}
+
+Result<std::string> Agent::metadata() const {
+  NIXL_TRY(usable());
+  Metadata data = envelope();
+  for (Slot* slot : slots()) {
+    if (!slot->abilities().remote) continue;
+    BackendInfo info = info_of(*slot, true);
+    for (const auto& entry : slot->regions.all())
+      if (slot->abilities().remote_kinds.has(entry->region.kind)) info.regions.push_back({entry->region, entry->key});
+    data.backends.push_back(std::move(info));
+  }
+  return encode(data);
+}
+
+Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections, BackendIds backends) const {
+  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+  Metadata data = envelope();
+  const bool with_connection = connections || descs.rows() == 0;
+  bool any_usable = false, any_holds = false;
+  for (Slot* slot : allowed) {
+    if (!slot->abilities().remote) continue;
+    if (descs.rows() && !slot->abilities().remote_kinds.has(kind_of(descs))) continue;
+    any_usable |= !slot->is_companion;
+    BackendInfo info = info_of(*slot, with_connection);
+    bool holds = true;
+    for (std::size_t row = 0; row < descs.rows() && holds; ++row) {
+      const auto entry = slot->regions.exact({kind_of(descs), descs.addr[row], descs.len[row], descs.dev[row], {}});
+      holds = entry != nullptr;
+      if (entry) info.regions.push_back({entry->region, entry->key});
+    }
+    if (!holds) continue;
+    any_holds = true;
+    data.backends.push_back(std::move(info));
+  }
+  if (!any_usable) return fail(Code::kIo, "no backend of agent '%s' reaches other agents with these descriptors", name().c_str());
+  if (!any_holds) return fail(Code::kNotFound, "a descriptor of the list is not registered exactly as given");
+  return encode(data);
+}
+
+// ---- in
+
+std::shared_ptr<Peer> Agent::known_peer(const std::string& agent) const {
+  const std::shared_lock lock(mutex_);
+  const auto found = peers_.find(agent);
+  return found == peers_.end() ? nullptr : found->second;
+}
+
+Result<std::shared_ptr<Peer>> Agent::peer(const std::string& agent) {
+  NIXL_TRY(usable());
+  runtime_->handle_lost();
+  if (agent == name()) return self_;
+  auto found = known_peer(agent);
+  if (!found && exchange_->discovers()) {
+    NIXL_TRY(exchange_->fetch_now(agent));
+    found = known_peer(agent);
+  }
+  if (!found)
+    return fail(Code::kNotFound, "agent '%s' is unknown to agent '%s': load its metadata first", agent.c_str(), name().c_str());
+  return found;
+}
+
+namespace {
+
+struct Staged {
+  Slot* slot = nullptr;
+  PeerLink* link = nullptr;           // existing, or fresh.get()
+  std::unique_ptr<PeerLink> fresh;
+  std::vector<std::shared_ptr<RemoteEntry>> entries;
+};
+
+Result<void> stage_connection(Staged& staged, const BackendInfo& info, const Metadata& data, bool optional) {
+  if (!info.has_connection || staged.link) {
+    if (info.has_connection && staged.link->bytes != info.connection)
+      return fail(Code::kNotAllowed, "agent '%s' is known with another %s connection; remove it first", data.agent.c_str(),
+                  info.name.c_str());
+    return {};
+  }
+  staged.fresh = std::make_unique<PeerLink>();
+  staged.link = staged.fresh.get();
+  staged.link->slot = staged.slot;
+  staged.link->bytes = info.connection;
+  const auto lock = staged.slot->setup();
+  auto connection = staged.slot->backend->connect({data.agent, data.incarnation}, info.connection);
+  if (connection) {
+    staged.link->connection = std::move(*connection);
+  } else if (optional || connection.error().code == Code::kUnsupported) {
+    staged.link->unreachable = connection.error().reason;
+  } else {
+    return fail(Code::kIo, "agent '%s' by %s: %s", data.agent.c_str(), info.name.c_str(), connection.error().reason.c_str());
+  }
+  return {};
+}
+
+Result<void> stage_regions(Staged& staged, const BackendInfo& info, const Metadata& data, bool optional) {
+  if (info.regions.empty()) return {};
+  if (!staged.link) {
+    if (optional) return {};
+    return fail(Code::kNotFound, "regions of agent '%s' for %s came before its connection: load that first", data.agent.c_str(),
+                info.name.c_str());
+  }
+  if (!staged.link->connection) return {};
+  const auto lock = staged.slot->setup();
+  for (const RegionInfo& item : info.regions) {
+    if (const auto held = staged.link->regions.exact(item.region); held && held->key == item.key) continue;
+    auto object = staged.slot->backend->import_region(*staged.link->connection, item.region, item.key);
+    if (!object && optional) continue;
+    if (!object)
+      return fail(Code::kIo, "region 0x%llx of agent '%s' by %s: %s", static_cast<unsigned long long>(item.region.address),
+                  data.agent.c_str(), info.name.c_str(), object.error().reason.c_str());
+    auto entry = std::make_shared<RemoteEntry>();
+    entry->region = item.region;
+    entry->key = item.key;
+    entry->object = std::move(*object);
+    staged.entries.push_back(std::move(entry));
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
+  if (data.agent == name()) return fail(Code::kInvalidArgument, "this is the metadata of agent '%s' itself", name().c_str());
+  runtime_->handle_lost();
+  auto known = known_peer(data.agent);
+  if (known && known->incarnation != data.incarnation && gone(*known)) {
+    forget(known, Peer::State::kLost, "its process is gone");
+    known.reset();
+  }
+  if (known && known->incarnation != data.incarnation)
+    return fail(Code::kNotAllowed, "agent '%s' is known as another incarnation that may still live; remove it first",
+                data.agent.c_str());
+  std::shared_ptr<Peer> peer = known;
+  if (!peer) {
+    peer = std::make_shared<Peer>();
+    peer->name = data.agent;
+    peer->incarnation = data.incarnation;
+    peer->home = data.home;
+  }
+  std::vector<Staged> staged;
+  const auto unstage = [&] {
+    for (Staged& one : staged) {
+      for (const auto& entry : one.entries) one.slot->retire(*entry);
+      if (one.fresh) one.fresh->retire();
+    }
+  };
+  bool common = false;
+  std::string why;
+  for (const BackendInfo& info : data.backends) {
+    Slot* const slot = this->slot(info.name);
+    if (!slot || !slot->abilities().remote) continue;
+    Staged& one = staged.emplace_back();
+    one.slot = slot;
+    one.link = peer->link(*slot);
+    const bool optional = slot->is_companion;
+    auto done = stage_connection(one, info, data, optional);
+    if (done) done = stage_regions(one, info, data, optional);
+    if (!done) {
+      unstage();
+      return fail(done.error());
+    }
+    if (one.link && one.link->connection) common |= !optional;
+    if (one.link && !one.link->unreachable.empty()) why += "; " + slot->name() + ": " + one.link->unreachable;
+  }
+  if (!common) {
+    unstage();
+    return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", data.agent.c_str(), name().c_str(), why.c_str());
+  }
+  for (Staged& one : staged) {
+    if (one.fresh) peer->adopt(std::move(one.fresh));
+    for (auto& entry : one.entries)
+      if (const auto old = one.link->regions.put(entry)) one.slot->retire(*old);
+  }
+  if (!known) {
+    const std::unique_lock lock(mutex_);
+    peers_[peer->name] = peer;
+  }
+  return peer;
+}
+
+Result<std::string> Agent::load(std::string_view bytes) {
+  NIXL_TRY(usable());
+  NIXL_ASSIGN(const Metadata data, decode(bytes));
+  const std::lock_guard lock(load_mutex_);
+  NIXL_ASSIGN(const auto peer, admit(data));
+  return peer->name;
+}
+
+void Agent::forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& why) {
+  {
+    const std::unique_lock lock(mutex_);
+    const auto found = peers_.find(peer->name);
+    if (found == peers_.end() || found->second != peer) return;
+    peers_.erase(found);
+    peer->why = why;
+    peer->state.store(state, std::memory_order_release);
+  }
+  const Error error = state == Peer::State::kLost
+                          ? Error{Code::kPeerLost, "agent '" + peer->name + "' is lost: " + why}
+                          : Error{Code::kNotFound, "agent '" + peer->name + "' was removed"};
+  for (const auto& request : runtime_->under_way())
+    if (request->peer() == peer.get()) request->stop(error);
+  peer->retire();
+}
+
+Result<void> Agent::remove(const std::string& agent) {
+  NIXL_TRY(usable());
+  if (const auto peer = known_peer(agent)) forget(peer, Peer::State::kRemoved, "");
+  return {};
+}
+
+void Agent::on_lost(const PeerId& id, const Error& why) {
+  const auto peer = known_peer(id.name);
+  if (!peer || peer->incarnation != id.incarnation) return;
+  NIXL_WARN("agent %s: %s", name().c_str(), why.reason.c_str());
+  forget(peer, Peer::State::kLost, why.reason);
+}
+
+Result<void> Agent::check_peer(const std::string& agent, const Descs* descs) {
+  NIXL_TRY(usable());
+  runtime_->help();
+  runtime_->handle_lost();
+  const auto found = agent == name() ? self_ : known_peer(agent);
+  if (!found) {
+    if (exchange_->discovers()) exchange_->fetch_stored(agent, "");
+    return fail(Code::kNotFound, "agent '%s' is unknown", agent.c_str());
+  }
+  if (!descs || descs->rows() == 0) return {};
+  const auto list = prepare_remote(*descs, found, slots());
+  return list ? Result<void>() : Result<void>(fail(list.error()));
+}
+
+Result<void> Agent::connect(const std::string& agent, BackendIds backends, Nanoseconds timeout_ns) {
+  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+  NIXL_ASSIGN(const auto to, peer(agent));
+  const Deadline deadline = Deadline::after(timeout_ns);
+  bool any = false;
+  std::string why;
+  for (Slot* slot : allowed) {
+    PeerLink* link = to->link(*slot);
+    if (!link) continue;
+    if (!link->connection) {
+      why += "; " + slot->name() + ": " + link->unreachable;
+      continue;
+    }
+    if (!link->usage.acquire()) return fail(Code::kNotFound, "agent '%s' was removed meanwhile", agent.c_str());
+    auto ready = link->connection->wait_ready(deadline);
+    link->release();
+    if (!ready && ready.error().code == Code::kPeerLost) runtime_->peer_lost({to->name, to->incarnation}, ready.error());
+    if (!ready && !slot->is_companion) return fail(Code::kIo, "%s: %s", slot->name().c_str(), ready.error().reason.c_str());
+    any = true;
+  }
+  if (!any) return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", agent.c_str(), name().c_str(), why.c_str());
+  return {};
+}
+
+// ---- exchange
+
+void Agent::memory_changed() {
+  if (!exchange_ || !exchange_->discovers()) return;
+  if (auto bytes = metadata()) exchange_->publish("metadata", std::move(*bytes));
+}
+
+namespace {
+Result<void> need_store(const Exchange& exchange) {
+  if (exchange.has_store()) return {};
+  return fail(Code::kInvalidArgument, "no ip address was given and no store is configured: set NIXL_ETCD_ENDPOINTS or "
+                                      "NIXL_TCPSTORE_ENDPOINT, or pass an address");
+}
+}  // namespace
+
+Result<void> Agent::send_metadata(const std::string& ip, std::uint16_t port) {
+  NIXL_ASSIGN(std::string bytes, metadata());
+  if (!ip.empty()) {
+    exchange_->send(ip, port, std::move(bytes));
+    return {};
+  }
+  NIXL_TRY(need_store(*exchange_));
+  exchange_->publish("metadata", std::move(bytes));
+  return {};
+}
+
+Result<void> Agent::send_partial(const Descs& descs, bool connections, BackendIds backends, const std::string& ip,
+                                 std::uint16_t port, const std::string& label) {
+  NIXL_ASSIGN(std::string bytes, partial_metadata(descs, connections, backends));
+  if (!ip.empty()) {
+    exchange_->send(ip, port, std::move(bytes));
+    return {};
+  }
+  NIXL_TRY(need_store(*exchange_));
+  if (label.empty()) return fail(Code::kInvalidArgument, "partial metadata in a store needs a label");
+  exchange_->publish(label, std::move(bytes));
+  return {};
+}
+
+Result<void> Agent::fetch(const std::string& agent, const std::string& ip, std::uint16_t port, const std::string& label) {
+  NIXL_TRY(usable());
+  if (!ip.empty()) {
+    exchange_->fetch(ip, port, agent);
+    return {};
+  }
+  NIXL_TRY(need_store(*exchange_));
+  exchange_->fetch_stored(agent, label);
+  return {};
+}
+
+Result<void> Agent::invalidate(const std::string& ip, std::uint16_t port) {
+  NIXL_TRY(usable());
+  if (!ip.empty()) {
+    exchange_->invalidate(ip, port);
+    return {};
+  }
+  NIXL_TRY(need_store(*exchange_));
+  exchange_->withdraw();
+  return {};
+}
+
+std::uint16_t Agent::listen_port() const noexcept { return exchange_ ? exchange_->port() : 0; }
+
+}  // namespace nixl::core

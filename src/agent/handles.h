@@ -1,0 +1,66 @@
+// Numbers for objects: what crosses to callers who cannot hold a pointer. A number is never used twice, so a stale one is
+// recognised. All functions may be called from any threads.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <vector>
+
+namespace nixl::core {
+
+template <typename T>
+class Handles {
+ public:
+  std::uint64_t add(std::shared_ptr<T> object) {
+    const std::unique_lock lock(mutex_);
+    std::uint32_t place;
+    if (free_.empty()) {
+      place = static_cast<std::uint32_t>(cells_.size());
+      cells_.emplace_back();
+    } else {
+      place = free_.back();
+      free_.pop_back();
+    }
+    Cell& cell = cells_[place];
+    cell.object = std::move(object);
+    return static_cast<std::uint64_t>(cell.round) << 32 | (place + 1);
+  }
+  std::shared_ptr<T> get(std::uint64_t handle) const {
+    const std::shared_lock lock(mutex_);
+    const Cell* cell = find(handle);
+    return cell ? cell->object : nullptr;
+  }
+  std::shared_ptr<T> take(std::uint64_t handle) {
+    const std::unique_lock lock(mutex_);
+    auto* cell = const_cast<Cell*>(find(handle));
+    if (!cell) return nullptr;
+    cell->round = (cell->round + 1) & 0x7fffffff;
+    free_.push_back(static_cast<std::uint32_t>(handle) - 1);
+    return std::move(cell->object);
+  }
+  std::vector<std::shared_ptr<T>> all() const {
+    const std::shared_lock lock(mutex_);
+    std::vector<std::shared_ptr<T>> list;
+    for (const Cell& cell : cells_)
+      if (cell.object) list.push_back(cell.object);
+    return list;
+  }
+
+ private:
+  struct Cell {
+    std::shared_ptr<T> object;
+    std::uint32_t round = 1;
+  };
+  const Cell* find(std::uint64_t handle) const {
+    const std::uint64_t place = handle & 0xffffffff;
+    if (place == 0 || place > cells_.size()) return nullptr;
+    const Cell& cell = cells_[place - 1];
+    return cell.object && cell.round == handle >> 32 ? &cell : nullptr;
+  }
+  mutable std::shared_mutex mutex_;
+  std::vector<Cell> cells_;
+  std::vector<std::uint32_t> free_;
+};
+
+}  // namespace nixl::core

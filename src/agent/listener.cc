@@ -1,0 +1,131 @@
+#include "agent/listener.h"
+
+#include <sys/socket.h>
+
+#include "base/log.h"
+#include "net/local.h"
+#include "net/tcp.h"
+
+namespace nixl::core {
+namespace {
+constexpr std::size_t kMostGuests = 1024;
+constexpr Nanoseconds kBodyTime = 5'000'000'000;
+}  // namespace
+
+Result<std::unique_ptr<Listener>> Listener::open(std::uint16_t port, const Exchange::Hooks& hooks) {
+  auto socket = net::listen_tcp({"", port});
+  if (!socket) return fail(Code::kIo, "agent '%s' cannot listen on port %u: %s", hooks.agent.c_str(), port, socket.error().reason.c_str());
+  NIXL_ASSIGN(const net::Endpoint here, net::local_endpoint(socket->get()));
+  NIXL_ASSIGN(net::Wakeup wakeup, net::Wakeup::open());
+  std::unique_ptr<Listener> listener(new Listener(std::move(*socket), here.port, std::move(wakeup), hooks));
+  listener->thread_ = std::thread([self = listener.get()] { self->loop(); });
+  return listener;
+}
+
+Listener::~Listener() {
+  stopping_ = true;
+  wakeup_.wake();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Listener::loop() {
+  std::vector<pollfd> waits;
+  while (!stopping_) {
+    waits.clear();
+    waits.push_back({wakeup_.fd(), POLLIN, 0});
+    waits.push_back({guests_.size() < kMostGuests ? socket_.get() : -1, POLLIN, 0});
+    Deadline deadline = Deadline::never();
+    for (const auto& guest : guests_) {
+      const short events = guest->written < guest->output.size() ? POLLOUT : POLLIN;
+      waits.push_back({guest->socket.get(), events, 0});
+      deadline = deadline.earlier(guest->patience);
+    }
+    if (const auto ready = net::wait_any(waits, deadline); !ready) {
+      NIXL_ERROR("metadata listener on port %u stops: %s", port_, ready.error().reason.c_str());
+      return;
+    }
+    for (std::size_t i = 2; i < waits.size(); ++i) {
+      Guest& guest = *guests_[i - 2];
+      if (waits[i].revents) waits[i].events == POLLOUT ? write(guest) : read(guest);
+      if (guest.patience.passed()) guest.over = true;
+    }
+    std::erase_if(guests_, [](const auto& guest) { return guest->over; });
+    if (waits[1].revents) accept_all();
+  }
+}
+
+void Listener::accept_all() {
+  while (guests_.size() < kMostGuests) {
+    auto socket = net::accept_connection(socket_.get());
+    if (!socket) return;
+    auto guest = std::make_unique<Guest>();
+    guest->socket = std::move(*socket);
+    guests_.push_back(std::move(guest));
+  }
+}
+
+void Listener::read(Guest& guest) {
+  char buffer[64 << 10];
+  for (;;) {
+    const ssize_t got = recv(guest.socket.get(), buffer, sizeof buffer, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
+    if (got <= 0) {
+      guest.over = true;
+      return;
+    }
+    if (guest.input.empty()) guest.patience = Deadline::after(kBodyTime);
+    guest.input.append(buffer, static_cast<std::size_t>(got));
+    if (static_cast<std::size_t>(got) < sizeof buffer) break;
+  }
+  for (;;) {
+    auto frame = guest.input.next();
+    if (!frame) {
+      NIXL_WARN("agent %s: metadata connection dropped: %s", hooks_.agent.c_str(), frame.error().reason.c_str());
+      guest.over = true;
+      return;
+    }
+    if (!*frame) break;
+    answer(guest, std::move(**frame));
+  }
+  if (guest.input.empty() && guest.output.empty()) guest.patience = Deadline::never();
+}
+
+void Listener::answer(Guest& guest, Frame frame) {
+  switch (frame.verb) {
+    case Verb::kLoad:
+      if (auto name = hooks_.load(frame.body); !name)
+        NIXL_WARN("agent %s: received metadata was not loaded: %s", hooks_.agent.c_str(), name.error().reason.c_str());
+      break;
+    case Verb::kSend:
+      if (auto bytes = hooks_.metadata()) {
+        guest.output += encode_frame(Verb::kLoad, *bytes);
+        guest.patience = Deadline::after(kBodyTime);
+        write(guest);
+      }
+      break;
+    case Verb::kInvalidate:
+      hooks_.remove(frame.body);
+      break;
+  }
+}
+
+void Listener::write(Guest& guest) {
+  while (guest.written < guest.output.size()) {
+    const ssize_t sent = send(guest.socket.get(), guest.output.data() + guest.written, guest.output.size() - guest.written,
+                              MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
+    if (sent <= 0) {
+      guest.over = true;
+      return;
+    }
+    guest.written += static_cast<std::size_t>(sent);
+    guest.patience = Deadline::after(kBodyTime);
+  }
+  guest.output.clear();
+  guest.written = 0;
+  guest.patience = Deadline::never();
+}
+
+}  // namespace nixl::core

@@ -1,0 +1,48 @@
+// The server side of the socket exchange: one thread, any number of connections, none of which can hold up another.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "agent/exchange.h"
+#include "agent/frames.h"
+#include "net/wait.h"
+
+namespace nixl::core {
+
+class Listener {
+ public:
+  // Listens on all interfaces, IPv4 and IPv6. kIo naming the port when it is taken.
+  static Result<std::unique_ptr<Listener>> open(std::uint16_t port, const Exchange::Hooks& hooks);
+  ~Listener();
+  std::uint16_t port() const noexcept { return port_; }
+
+ private:
+  struct Guest {
+    Fd socket;
+    FrameReader input;
+    std::string output;
+    std::size_t written = 0;
+    Deadline patience = Deadline::never();  // for the rest of a begun frame or answer
+    bool over = false;
+  };
+  Listener(Fd socket, std::uint16_t port, net::Wakeup wakeup, const Exchange::Hooks& hooks)
+      : socket_(std::move(socket)), port_(port), wakeup_(std::move(wakeup)), hooks_(hooks) {}
+  void loop();
+  void accept_all();
+  void read(Guest& guest);
+  void write(Guest& guest);
+  void answer(Guest& guest, Frame frame);
+
+  Fd socket_;
+  const std::uint16_t port_;
+  net::Wakeup wakeup_;
+  const Exchange::Hooks& hooks_;
+  std::vector<std::unique_ptr<Guest>> guests_;
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;
+};
+
+}  // namespace nixl::core

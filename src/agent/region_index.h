@@ -1,0 +1,170 @@
+// Registered regions of one backend (ours, or one peer's) and the question "which region holds this descriptor?".
+//
+// Writers (add, remove) and readers may run at the same time: readers work on an immutable snapshot that is rebuilt when it is
+// first needed after a change. Entries live as long as someone holds them; what they hold of the backend dies earlier, by
+// `Usage`: when retired and not used by a running transfer.
+#pragma once
+#include <nixl/descs.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "contract/backend.h"
+
+namespace nixl::core {
+
+// Counts running users of something that may be retired meanwhile.
+class Usage {
+ public:
+  bool acquire() noexcept {  // false: retired
+    std::uint64_t seen = word_.load(std::memory_order_relaxed);
+    do {
+      if (seen & kRetired) return false;
+    } while (!word_.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire, std::memory_order_relaxed));
+    return true;
+  }
+  // Both answer true to exactly one caller: the one who must now destroy.
+  bool release() noexcept { return word_.fetch_sub(1, std::memory_order_acq_rel) == (kRetired | 1); }
+  bool retire() noexcept { return word_.fetch_or(kRetired, std::memory_order_acq_rel) == 0; }
+  bool retired() const noexcept { return word_.load(std::memory_order_acquire) & kRetired; }
+
+ private:
+  static constexpr std::uint64_t kRetired = 1ull << 63;
+  std::atomic<std::uint64_t> word_{0};
+};
+
+struct LocalEntry {
+  Region region;
+  int registrations = 1;  // guarded by the index
+  std::unique_ptr<LocalRegion> object;
+  std::string key;  // public bytes, remote-capable backends
+  Usage usage;
+};
+
+struct RemoteEntry {
+  Region region;
+  std::unique_ptr<RemoteRegion> object;
+  std::string key;
+  std::shared_ptr<LocalEntry> base;  // our own region seen as target; used by this entry until its object is destroyed
+  Usage usage;
+};
+
+inline bool same_place(const Region& a, const Region& b) {
+  return a.kind == b.kind && a.address == b.address && a.length == b.length && a.device == b.device;
+}
+
+// A sorted, immutable view of the entries of one kind.
+template <typename Entry>
+class Snapshot {
+ public:
+  static constexpr std::uint32_t kNone = UINT32_MAX;
+
+  explicit Snapshot(std::vector<std::shared_ptr<Entry>> of_kind) : entries_(std::move(of_kind)) {
+    std::sort(entries_.begin(), entries_.end(), [](const auto& a, const auto& b) {
+      return std::pair(a->region.device, a->region.address) < std::pair(b->region.device, b->region.address);
+    });
+    items_.reserve(entries_.size());
+    for (const auto& entry : entries_) {
+      const Region& region = entry->region;
+      const bool unbounded = region.length == 0 && is_storage(region.kind);
+      const std::uint64_t end = unbounded ? UINT64_MAX : region.address + region.length;
+      const bool follows = !items_.empty() && items_.back().device == region.device;
+      items_.push_back({region.device, region.address, end, follows ? std::max(end, items_.back().reach) : end});
+    }
+  }
+
+  // The slot of an entry that holds [address, address + length) of `device`, trying `hint` first; kNone if there is none.
+  std::uint32_t find(std::uint64_t device, std::uint64_t address, std::uint64_t length, std::uint32_t hint) const noexcept {
+    const std::uint64_t end = address + length;
+    if (end < address) return kNone;
+    if (hint < items_.size() && holds(items_[hint], device, address, end)) return hint;
+    auto after = std::upper_bound(items_.begin(), items_.end(), std::pair(device, address), [](const auto& key, const Item& item) {
+      return key < std::pair(item.device, item.begin);
+    });
+    while (after != items_.begin()) {
+      --after;
+      if (after->device != device || after->reach < end) return kNone;
+      if (after->end >= end) return static_cast<std::uint32_t>(after - items_.begin());
+    }
+    return kNone;
+  }
+  const std::shared_ptr<Entry>& operator[](std::uint32_t slot) const noexcept { return entries_[slot]; }
+  bool empty() const noexcept { return items_.empty(); }
+  std::size_t size() const noexcept { return items_.size(); }
+
+ private:
+  struct Item {
+    std::uint64_t device, begin, end;
+    std::uint64_t reach;  // largest end of this and all earlier items of the device
+  };
+  static bool holds(const Item& item, std::uint64_t device, std::uint64_t begin, std::uint64_t end) noexcept {
+    return item.device == device && item.begin <= begin && end <= item.end;
+  }
+  std::vector<std::shared_ptr<Entry>> entries_;
+  std::vector<Item> items_;
+};
+
+struct PlaceHash {
+  std::size_t operator()(const Region& r) const noexcept {
+    std::uint64_t h = r.address * 0x9E3779B97F4A7C15ull ^ r.length * 0xC2B2AE3D27D4EB4Full ^ r.device;
+    return static_cast<std::size_t>(h ^ h >> 29) + static_cast<std::size_t>(r.kind);
+  }
+};
+struct SamePlace {
+  bool operator()(const Region& a, const Region& b) const noexcept { return same_place(a, b); }
+};
+
+template <typename Entry>
+class RegionIndex {
+ public:
+  using View = std::shared_ptr<const Snapshot<Entry>>;
+
+  // Adds the entry; one of the same place is replaced and returned.
+  std::shared_ptr<Entry> put(std::shared_ptr<Entry> entry) {
+    const std::lock_guard lock(mutex_);
+    views_[static_cast<int>(entry->region.kind)].reset();
+    auto& place = entries_[entry->region];
+    std::swap(place, entry);
+    return entry;
+  }
+  // The entry registered as exactly this place, or null.
+  std::shared_ptr<Entry> exact(const Region& region) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = entries_.find(region);
+    return found == entries_.end() ? nullptr : found->second;
+  }
+  void remove(const Region& region) {
+    const std::lock_guard lock(mutex_);
+    views_[static_cast<int>(region.kind)].reset();
+    entries_.erase(region);
+  }
+  std::vector<std::shared_ptr<Entry>> all() const {
+    const std::lock_guard lock(mutex_);
+    std::vector<std::shared_ptr<Entry>> list;
+    list.reserve(entries_.size());
+    for (const auto& [place, entry] : entries_) list.push_back(entry);
+    return list;
+  }
+  View snapshot(MemKind kind) const {
+    const std::lock_guard lock(mutex_);
+    View& view = views_[static_cast<int>(kind)];
+    if (!view) {
+      std::vector<std::shared_ptr<Entry>> of_kind;
+      for (const auto& [place, entry] : entries_)
+        if (place.kind == kind) of_kind.push_back(entry);
+      view = std::make_shared<Snapshot<Entry>>(std::move(of_kind));
+    }
+    return view;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::unordered_map<Region, std::shared_ptr<Entry>, PlaceHash, SamePlace> entries_;
+  mutable View views_[kNumMemKinds];
+};
+
+}  // namespace nixl::core
