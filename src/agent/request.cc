@@ -80,7 +80,15 @@ void Request::give_back() {
   parts_.link->release();
 }
 
+Result<Runtime*> Request::runtime() {
+  const std::lock_guard lock(mutex_);
+  NIXL_TRY(check_open());
+  return parts_.runtime;
+}
+
 Result<bool> Request::post(std::optional<std::string_view> message) {
+  NIXL_ASSIGN(Runtime* const owner, runtime());
+  owner->handle_lost();
   const std::lock_guard lock(mutex_);
   NIXL_TRY(check_open());
   if (under_way()) poll();
@@ -185,12 +193,7 @@ Result<bool> Request::check() {
 }
 
 Result<bool> Request::wait(Deadline deadline) {
-  Runtime* runtime = nullptr;
-  {
-    const std::lock_guard lock(mutex_);
-    NIXL_TRY(check_open());
-    runtime = parts_.runtime;
-  }
+  NIXL_ASSIGN(Runtime* const runtime, this->runtime());
   const Deadline spin = Deadline::after(kSpinBeforeSleep).earlier(deadline);
   for (;;) {
     NIXL_ASSIGN(const bool done, check());

@@ -65,6 +65,7 @@ class Request : public std::enable_shared_from_this<Request> {
   Request(Parts parts, BuiltPlan& built);
   bool under_way() const noexcept { return state_ == State::kRunning || state_ == State::kQueued; }
   Result<void> check_open() const;
+  Result<Runtime*> runtime();
   Result<void> check_peer() const;
   bool acquire();
   void give_back();
