@@ -14,6 +14,7 @@ void futex_wait(const std::atomic<std::uint32_t>& word, std::uint32_t seen, Dead
 void futex_wake_all(std::atomic<std::uint32_t>& word) noexcept;
 
 // A word that others ring and one thread waits on. Lies in shared memory; all zero is its initial state.
+//   seen = bell.rings_heard(); look at what the ringers change; bell.sleep(seen, deadline); look again
 struct Doorbell {
   std::atomic<std::uint32_t> rings{0};
   std::atomic<std::uint32_t> sleeping{0};
@@ -22,12 +23,11 @@ struct Doorbell {
     rings.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping.load(std::memory_order_seq_cst)) futex_wake_all(rings);
   }
-  // Waits for a ring unless `ready()` holds after the intention to sleep is visible to ringers.
-  template <typename Ready>
-  void sleep_unless(Ready ready, Deadline deadline) noexcept {
+  std::uint32_t rings_heard() const noexcept { return rings.load(std::memory_order_seq_cst); }
+  // Returns at once if it rang since `seen`.
+  void sleep(std::uint32_t seen, Deadline deadline) noexcept {
     sleeping.store(1, std::memory_order_seq_cst);
-    const std::uint32_t seen = rings.load(std::memory_order_seq_cst);
-    if (!ready()) futex_wait(rings, seen, deadline);
+    if (rings_heard() == seen) futex_wait(rings, seen, deadline);
     sleeping.store(0, std::memory_order_relaxed);
   }
 };
