@@ -144,55 +144,37 @@ TEST(a_pair_counts_in_step) {
   pair.connect(kPeer);
   FlagWord slots[2] = {0, 0};
   for (std::uint32_t n = 1; n < 6; ++n) {
-    std::uint32_t count = 0;
-    CHECK(judge(pair, slots[flag_slot(n)], slots[flag_slot(n - 1)], 1, &count) == Verdict::kWait);
+    CHECK(judge(pair, slots[flag_slot(n)]) == Verdict::kWait);
     slots[flag_slot(n)] = word(n);
-    CHECK(judge(pair, slots[flag_slot(n)], slots[flag_slot(n - 1)], 1, &count) == Verdict::kAccept);
-    CHECK_EQ(count, n);
-    accepted(pair, count, 1);
+    CHECK(judge(pair, slots[flag_slot(n)]) == Verdict::kAccept);
+    pair.pass();
   }
-  std::uint32_t count = 0;
-  CHECK(judge(pair, word(8), word(7), 1, &count) == Verdict::kMismatch);              // two ahead
-  CHECK(judge(pair, make_flag(kPeer + 1, 6), word(5), 1, &count) == Verdict::kWait);  // somebody else's word is inert
+  CHECK(judge(pair, word(8)) == Verdict::kMismatch);              // two ahead
+  CHECK(judge(pair, make_flag(kPeer + 1, 6)) == Verdict::kWait);  // somebody else's word is inert
 }
 
 TEST(unmask_takes_the_newest_count) {
   PairState pair;
   pair.connect(kPeer);
   pair.expected = 6;
-  pair.peer_session = 1;
-  std::uint32_t count = 0;
-  pair.unmask(true, word(8), word(7));                                // the peer went on to 8 while it was masked here
-  CHECK(judge(pair, word(7), word(8), 1, &count) == Verdict::kWait);  // sent before its own unmask: stale
-  CHECK(judge(pair, word(9), word(8), 2, &count) == Verdict::kAccept);
-  CHECK_EQ(count, 9u);
-  // The peer was unmasked earlier and has sent 8 already: its session tells.
-  CHECK(judge(pair, word(7), word(8), 2, &count) == Verdict::kAccept);
-  CHECK_EQ(count, 8u);
-  accepted(pair, count, 2);
-  CHECK(judge(pair, word(9), word(8), 2, &count) == Verdict::kAccept);
-  CHECK_EQ(count, 9u);
-}
-
-TEST(unmask_of_a_peer_in_step_changes_nothing) {
-  PairState pair;
-  pair.connect(kPeer);
-  pair.expected = 4;
-  pair.unmask(false, word(4), word(3));  // already there
-  std::uint32_t count = 0;
-  CHECK(judge(pair, word(4), word(3), 5, &count) == Verdict::kAccept);
-  CHECK_EQ(count, 4u);
+  pair.unmask(newest_count(word(8), word(7), kPeer), false);  // the peer went on to 8 while it was masked here
+  CHECK(judge(pair, word(8)) == Verdict::kWait);
+  CHECK(judge(pair, word(9)) == Verdict::kAccept);
+  pair.unmask(newest_count(word(8), word(7), kPeer), true);  // 8 is its part of the operation to come
+  CHECK(judge(pair, word(8)) == Verdict::kAccept);
+  pair.unmask(newest_count(0, make_flag(kPeer + 1, 5), kPeer), false);  // nothing from this incarnation yet
+  CHECK(judge(pair, word(1)) == Verdict::kAccept);
 }
 
 TEST(counts_wrap_around) {
   PairState pair;
   pair.connect(kPeer);
   pair.expected = 0xffffffff;
-  std::uint32_t count = 0;
-  CHECK(judge(pair, word(0xffffffff), word(0xfffffffe), 1, &count) == Verdict::kAccept);
-  accepted(pair, count, 1);
+  CHECK(judge(pair, word(0xffffffff)) == Verdict::kAccept);
+  pair.pass();
   CHECK_EQ(pair.expected, 0u);
-  CHECK(judge(pair, word(0xfffffffe), word(0xffffffff), 1, &count) == Verdict::kWait);
+  CHECK(judge(pair, word(0xfffffffe)) == Verdict::kWait);
+  CHECK(judge(pair, word(0)) == Verdict::kAccept);
   CHECK_EQ(newest_count(word(0xffffffff), word(0), kPeer), 0u);
 }
 

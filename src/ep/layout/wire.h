@@ -6,9 +6,9 @@
 // a peer can be at most one operation ahead: it sends operation n+1 only after it has received n.
 //
 // A word is accepted when it equals what is expected. connect sets both counts to zero. After a mask the two sides of a
-// pair may have counted differently; unmask takes the newest count found in the slots, and the operation after it
-// accepts the next count. The peer may have been unmasked earlier and have sent already: that word is recognised by its
-// session, the sender's number of unmasks of this rank, which travels beside the flag.
+// pair may have counted differently; unmask expects the count after the newest one found in the slots. A peer that was
+// unmasked earlier may have sent already: beside each flag travels the count that its sender awaits in the same
+// operation, so a message that awaits this rank's next count is the operation to come and not a leftover.
 #pragma once
 #include <cstdint>
 
@@ -43,26 +43,23 @@ NIXL_HD constexpr std::uint32_t newest_count(FlagWord slot0, FlagWord slot1, std
   return first ? flag_count(slot0) : second ? flag_count(slot1) : 0;
 }
 
-// What a rank keeps of one peer. `sent` and `session` go out with its own flags, the rest judges the peer's.
+// What a rank keeps of one peer.
 struct PairState {
-  std::uint32_t incarnation = 0;   // the peer's
-  std::uint32_t sent = 0;          // operations sent to it
-  std::uint32_t session = 0;       // times it was unmasked here
-  std::uint32_t expected = 1;      // its count in the next operation
-  std::uint32_t peer_session = 0;  // its session in the last accepted operation
-  bool rejoining = false;          // unmasked, nothing accepted since
+  std::uint32_t incarnation = 0;  // the peer's
+  std::uint32_t sent = 0;         // operations sent to it
+  std::uint32_t expected = 1;     // its count in the next operation; travels beside this rank's own flag
 
   NIXL_HD constexpr void connect(std::uint32_t peer_incarnation) {
     *this = PairState{};
     incarnation = peer_incarnation;
   }
-  // `was_masked`: a peer that was in step stays so.
-  NIXL_HD constexpr void unmask(bool was_masked, FlagWord slot0, FlagWord slot1) {
-    ++session;
-    if (!was_masked) return;
-    expected = newest_count(slot0, slot1, incarnation) + 1;
-    rejoining = true;
+  // For a peer that was masked. `newest` is its newest_count; `awaits_next`: that message was not taken back and awaits
+  // sent + 1.
+  NIXL_HD constexpr void unmask(std::uint32_t newest, bool awaits_next) {
+    expected = awaits_next ? newest : newest + 1;
   }
+  // An operation has passed, with the peer's word or without it: a late word of it is never taken for the next one's.
+  NIXL_HD constexpr void pass() { ++expected; }
 };
 
 enum class Verdict : int {
@@ -71,30 +68,11 @@ enum class Verdict : int {
   kMismatch,  // the peer is past this operation: it and this rank are not in step
 };
 
-// Judges the words of a peer for the operation in which `pair` expects it. On kAccept `count` is the accepted count.
-// `session` is what came beside the flag in the slot of expected - 1; looked at only after an unmask.
-NIXL_HD constexpr Verdict judge(const PairState& pair, FlagWord expected_slot, FlagWord other_slot,
-                                std::uint32_t session, std::uint32_t* count) {
-  *count = pair.expected;
-  if (expected_slot == make_flag(pair.incarnation, pair.expected)) return Verdict::kAccept;
-  if (pair.rejoining && other_slot == make_flag(pair.incarnation, pair.expected - 1) && pair.expected != 1 &&
-      later(session, pair.peer_session)) {
-    *count = pair.expected - 1;
-    return Verdict::kAccept;
-  }
-  const bool same = flag_incarnation(expected_slot) == pair.incarnation;
-  return same && later(flag_count(expected_slot), pair.expected) ? Verdict::kMismatch : Verdict::kWait;
-}
-NIXL_HD constexpr void accepted(PairState& pair, std::uint32_t count, std::uint32_t session) {
-  pair.expected = count + 1;
-  pair.peer_session = session;
-  pair.rejoining = false;
-}
-// An operation that passed without the peer's word (masked, refused): the pair counts on, so that a slow peer's word of
-// this operation is never taken for the next one's.
-NIXL_HD constexpr void missed(PairState& pair) {
-  ++pair.expected;
-  pair.rejoining = false;
+// Judges the word in the slot of `pair.expected`.
+NIXL_HD constexpr Verdict judge(const PairState& pair, FlagWord word) {
+  if (word == make_flag(pair.incarnation, pair.expected)) return Verdict::kAccept;
+  const bool same = flag_incarnation(word) == pair.incarnation;
+  return same && later(flag_count(word), pair.expected) ? Verdict::kMismatch : Verdict::kWait;
 }
 
 }  // namespace nixl::core::ep
