@@ -1,0 +1,309 @@
+#include "ep/cpu/cpu_path.h"
+
+#include <algorithm>
+
+namespace nixl::core::ep {
+
+namespace {
+
+using nixl::ep::Phase;
+
+bool same_call(const Dispatch& a, const Dispatch& b) {
+  return a.num_tokens == b.num_tokens && a.hidden == b.hidden && a.max_tokens == b.max_tokens &&
+         a.num_ranks == b.num_ranks && a.payload == b.payload &&
+         (a.recv_weights == nullptr) == (b.recv_weights == nullptr);
+}
+bool same_call(const CombineArgs& a, const CombineArgs& b) {
+  return a.num_tokens == b.num_tokens && a.hidden == b.hidden && a.max_tokens == b.max_tokens &&
+         a.num_ranks == b.num_ranks && a.sends_only == b.sends_only && a.zero_copy == b.zero_copy &&
+         (a.recv_weights == nullptr) == (b.recv_weights == nullptr);
+}
+
+}  // namespace
+
+// Marks that a phase runs, so that detach waits for it.
+class CpuPath::RunningPhase {
+ public:
+  explicit RunningPhase(PeerTable& peers) : peers_(peers) { peers_.begin_phase(); }
+  ~RunningPhase() { peers_.end_phase(); }
+  RunningPhase(const RunningPhase&) = delete;
+  RunningPhase& operator=(const RunningPhase&) = delete;
+
+ private:
+  PeerTable& peers_;
+};
+
+Result<std::unique_ptr<Path>> CpuPath::open(const PathOptions& options) {
+  if (options.rank < 0 || options.rank >= kMaxRanks)
+    return fail(Code::kInvalidArgument, "rank %d: allowed are 0 to %d", options.rank, kMaxRanks - 1);
+  if (options.timeout_ns < 0)
+    return fail(Code::kInvalidArgument, "timeout of %lld ns: must not be negative",
+                static_cast<long long>(options.timeout_ns));
+  auto path = std::make_unique<CpuPath>(options);
+  NIXL_TRY(path->own_.open(options.rank, options.incarnation));
+  return path;
+}
+
+CpuPath::CpuPath(const PathOptions& options)
+    : options_(options),
+      fault_words_(kMaxRanks, 0),
+      peers_(options.rank, own_),
+      exchange_(options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_, fault_words_.data()),
+      barrier_(options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_, fault_words_.data()),
+      combiner_(options.combine) {}
+
+CpuPath::~CpuPath() {
+  (void)close();
+}
+
+Result<void> CpuPath::reserve(const Capacity& capacity) {
+  std::lock_guard lock(memory_mutex_);
+  const bool first = capacity_.num_ranks == 0;
+  if (capacity.num_ranks <= options_.rank || capacity.num_ranks > kMaxRanks)
+    return fail(Code::kInvalidArgument, "num_ranks %d: this is rank %d, allowed are %d to %d", capacity.num_ranks,
+                options_.rank, options_.rank + 1, kMaxRanks);
+  if (capacity.experts_per_rank <= 0 || capacity.num_bytes < 0)
+    return fail(Code::kInvalidArgument,
+                "experts per rank %d and %lld bytes: the first must be positive, the second not negative",
+                capacity.experts_per_rank, static_cast<long long>(capacity.num_bytes));
+  if (!first && (capacity.experts_per_rank != capacity_.experts_per_rank || capacity.num_ranks < capacity_.num_ranks ||
+                 capacity.num_bytes < capacity_.num_bytes))
+    return fail(
+        Code::kNotAllowed,
+        "memory of %d ranks, %d experts each, %lld bytes cannot become %d, %d, %lld: ranks and bytes may only grow",
+        capacity_.num_ranks, capacity_.experts_per_rank, static_cast<long long>(capacity_.num_bytes),
+        capacity.num_ranks, capacity.experts_per_rank, static_cast<long long>(capacity.num_bytes));
+  if (pending_ != Pending::kNone)
+    return fail(Code::kBusy, "operation %llu is between its phases: finish it first",
+                static_cast<unsigned long long>(operations_));
+  NIXL_TRY(own_.reserve(capacity));
+  capacity_ = capacity;
+  return {};
+}
+
+Result<Export> CpuPath::export_memory() {
+  std::lock_guard lock(memory_mutex_);
+  return own_.export_memory();
+}
+
+Result<void> CpuPath::attach(const PeerIdentity& peer, Export memory) {
+  NIXL_TRY(check_open());
+  return peers_.attach(peer, std::move(memory));
+}
+
+Result<void> CpuPath::detach(int rank) {
+  return peers_.detach(rank);
+}
+
+Result<void> CpuPath::set_mask(std::span<const int> ranks, bool masked, void*) {
+  return peers_.set_mask(ranks, masked);
+}
+
+Result<void> CpuPath::query_masks(std::int32_t* out, void*) const {
+  std::lock_guard lock(memory_mutex_);
+  peers_.query_masks(out, capacity_.num_ranks);
+  return {};
+}
+
+Result<void> CpuPath::check_open() const {
+  if (closed_.load(std::memory_order_acquire)) return fail(Code::kNotAllowed, "the buffer was destroyed");
+  if (capacity_.num_ranks == 0) return fail(Code::kNotAllowed, "no memory yet: update_memory comes first");
+  return {};
+}
+
+Result<void> CpuPath::check_shape(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) const {
+  NIXL_TRY(check_open());
+  if (num_ranks < 1 || num_ranks > capacity_.num_ranks || num_ranks <= options_.rank)
+    return fail(Code::kInvalidArgument, "num_ranks %d: this is rank %d, allowed are %d to %d", num_ranks, options_.rank,
+                options_.rank + 1, capacity_.num_ranks);
+  if (hidden < 8 || hidden > kMaxHidden)
+    return fail(Code::kInvalidArgument, "hidden size %lld: allowed are 8 to %lld", static_cast<long long>(hidden),
+                static_cast<long long>(kMaxHidden));
+  const std::int64_t experts = std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank;
+  if (max_tokens < 1 || max_tokens > kMaxTokens || num_ranks * max_tokens > INT32_MAX)
+    return fail(Code::kInvalidArgument, "max_tokens %lld: allowed are 1 to %lld", static_cast<long long>(max_tokens),
+                static_cast<long long>(std::min<std::int64_t>(kMaxTokens, INT32_MAX / num_ranks)));
+  if (!allows(capacity_.num_bytes, experts, max_tokens, hidden))
+    return fail(
+        Code::kInvalidArgument,
+        "max_tokens %lld at hidden size %lld needs %lld bytes for %lld experts, the buffer has %lld: at most %lld "
+        "tokens fit; give update_memory_buffers more bytes (get_rdma_size_hint tells how many)",
+        static_cast<long long>(max_tokens), static_cast<long long>(hidden),
+        static_cast<long long>(size_hint_bytes(max_tokens, hidden, experts)), static_cast<long long>(experts),
+        static_cast<long long>(capacity_.num_bytes),
+        static_cast<long long>(max_tokens_for(capacity_.num_bytes, experts, hidden)));
+  return {};
+}
+
+Result<void> CpuPath::check_call(std::int64_t num_tokens, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
+                                 int topk, int index_bytes) const {
+  NIXL_TRY(check_shape(max_tokens, hidden, num_ranks));
+  if (num_tokens < 0 || num_tokens > max_tokens)
+    return fail(Code::kInvalidArgument, "%lld tokens: allowed are 0 to %lld", static_cast<long long>(num_tokens),
+                static_cast<long long>(max_tokens));
+  if (topk < 1 || topk > kMaxTopk) return fail(Code::kInvalidArgument, "top-k %d: allowed are 1 to %d", topk, kMaxTopk);
+  if (index_bytes != 4 && index_bytes != 8)
+    return fail(Code::kInvalidArgument, "top-k ids of %d bytes: allowed are 4 and 8", index_bytes);
+  if (const int highest = peers_.highest_active(); highest >= num_ranks)
+    return fail(Code::kInvalidArgument, "num_ranks %d, but rank %d is active: it must be at least %d", num_ranks,
+                highest, highest + 1);
+  return {};
+}
+
+Result<void> CpuPath::check(const Dispatch& args) const {
+  NIXL_TRY(check_call(args.num_tokens, args.max_tokens, args.hidden, args.num_ranks, args.topk, args.index_bytes));
+  return check_dispatch(args);
+}
+
+Result<void> CpuPath::check(const CombineArgs& args) const {
+  NIXL_TRY(check_call(args.num_tokens, args.max_tokens, args.hidden, args.num_ranks, args.topk, args.index_bytes));
+  return check_combine(setting(), args);
+}
+
+Setting CpuPath::setting() const {
+  return Setting{options_.rank, capacity_, &own_, &exchange_, &errors_};
+}
+
+void CpuPath::begin_operation(Phase phase, int num_ranks) {
+  std::fill(fault_words_.begin(), fault_words_.end(), 0);
+  exchange_.begin(++operations_, phase, num_ranks);
+}
+
+// A receive phase that nobody asked for: its peers have sent, so it is waited for and thrown away.
+void CpuPath::finish_pending() {
+  if (pending_ == Pending::kNone) return;
+  exchange_.gather(pending_ == Pending::kDispatch ? WaitSite::kDispatch : WaitSite::kCombineRows, nullptr);
+  pending_ = Pending::kNone;
+}
+
+Result<void> CpuPath::send(const Dispatch& args) {
+  NIXL_TRY(check(args));
+  finish_pending();
+  begin_operation(Phase::kDispatch, args.num_ranks);
+  NIXL_TRY(dispatcher_.send(setting(), args));
+  sent_dispatch_ = args;
+  pending_ = Pending::kDispatch;
+  return {};
+}
+
+Result<void> CpuPath::recv(const Dispatch& args) {
+  if (pending_ != Pending::kDispatch)
+    return fail(Code::kNotAllowed,
+                "no dispatch waits for its receive phase: it ran already, or the next operation began");
+  if (!same_call(args, sent_dispatch_))
+    return fail(Code::kInvalidArgument, "the receive phase of a dispatch has another shape than its send phase");
+  if (!args.recv_x || !args.recv_count || !args.src_info || !args.layout_range ||
+      (args.payload != nixl::ep::Payload::kBf16 && !args.recv_scales))
+    return fail(Code::kInvalidArgument, "an output of dispatch is missing");
+  pending_ = Pending::kNone;
+  return dispatcher_.recv(setting(), args);
+}
+
+Result<void> CpuPath::send(const CombineArgs& args) {
+  NIXL_TRY(check(args));
+  finish_pending();
+  begin_operation(Phase::kCombine, args.num_ranks);
+  NIXL_TRY(combiner_.send(setting(), args));
+  sent_combine_ = args;
+  pending_ = Pending::kCombine;
+  return {};
+}
+
+Result<void> CpuPath::recv(const CombineArgs& args) {
+  if (pending_ != Pending::kCombine)
+    return fail(Code::kNotAllowed,
+                "no combine waits for its receive phase: it ran already, or the next operation began");
+  if (!same_call(args, sent_combine_))
+    return fail(Code::kInvalidArgument, "the receive phase of a combine has another shape than its send phase");
+  NIXL_TRY(check_combine(setting(), args));
+  pending_ = Pending::kNone;
+  return combiner_.recv(setting(), args);
+}
+
+Result<void> CpuPath::dispatch(const Dispatch& args) {
+  RunningPhase phase(peers_);
+  NIXL_TRY(send(args));
+  return recv(args);
+}
+
+Result<void> CpuPath::dispatch_send(const Dispatch& args) {
+  RunningPhase phase(peers_);
+  return send(args);
+}
+
+Result<void> CpuPath::dispatch_recv(const Dispatch& args) {
+  RunningPhase phase(peers_);
+  NIXL_TRY(check_open());
+  return recv(args);
+}
+
+Result<void> CpuPath::combine(const CombineArgs& args) {
+  RunningPhase phase(peers_);
+  NIXL_TRY(send(args));
+  return recv(args);
+}
+
+Result<void> CpuPath::combine_send(const CombineArgs& args) {
+  RunningPhase phase(peers_);
+  return send(args);
+}
+
+Result<void> CpuPath::combine_recv(const CombineArgs& args) {
+  RunningPhase phase(peers_);
+  NIXL_TRY(check_open());
+  return recv(args);
+}
+
+Result<void> CpuPath::barrier(void*) {
+  RunningPhase phase(peers_);
+  NIXL_TRY(check_open());
+  barrier_.barrier(++operations_);
+  return {};
+}
+
+Result<View> CpuPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
+  NIXL_TRY(check_shape(max_tokens, hidden, num_ranks));
+  const std::int64_t stride = zero_copy_row_stride(hidden);
+  const std::int64_t rows = num_ranks * max_tokens;
+  View view;
+  view.data = own_.slot(exchange_.next_slot());
+  view.shape[0] = capacity_.experts_per_rank;
+  view.shape[1] = rows;
+  view.shape[2] = hidden;
+  view.stride[0] = rows * stride;
+  view.stride[1] = stride;
+  view.stride[2] = 1;
+  return view;
+}
+
+View CpuPath::data_memory() const {
+  return own_.exposed();
+}
+
+View CpuPath::fault_view() const {
+  View view;
+  view.data = const_cast<std::int32_t*>(fault_words_.data());
+  view.shape[0] = capacity_.num_ranks;
+  view.stride[0] = 1;
+  return view;
+}
+
+std::vector<Fault> CpuPath::take_faults() {
+  return peers_.take_faults();
+}
+
+std::string CpuPath::take_input_error() {
+  return errors_.take();
+}
+
+Result<void> CpuPath::close() {
+  closed_.store(true, std::memory_order_release);
+  peers_.detach_all();
+  return {};
+}
+
+Result<std::unique_ptr<Path>> open_cpu_path(const PathOptions& options) {
+  return CpuPath::open(options);
+}
+
+}  // namespace nixl::core::ep
