@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstdint>
 
+#include "backends/samehost/vram.h"
+
 namespace nixl::core::samehost {
 namespace {
 
@@ -177,8 +179,18 @@ void SlotTable::give_back(std::uint32_t slot) noexcept {
   free_.push_back(slot);
 }
 
+OwnRegion::OwnRegion(std::shared_ptr<SlotTable> slots, std::uint32_t slot, std::uint64_t generation,
+                     std::unique_ptr<VramExport> vram)
+    : slots_(std::move(slots)), slot_(slot), generation_(generation), vram_(std::move(vram)) {}
+
 OwnRegion::~OwnRegion() {
   slots_->give_back(slot_);
 }
+
+FarRegion::FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation,
+                     std::unique_ptr<VramMapping> vram)
+    : slot_(&peer.process().segment().slot(slot)), generation_(generation), vram_(std::move(vram)) {}
+
+FarRegion::~FarRegion() = default;
 
 }  // namespace nixl::core::samehost

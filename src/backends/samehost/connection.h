@@ -14,6 +14,8 @@
 namespace nixl::core::samehost {
 
 class PeerTable;
+class VramExport;
+class VramMapping;
 
 class PeerConnection final : public Connection {
  public:
@@ -73,9 +75,10 @@ class PeerTable {
 // Ours: holds a slot of the segment; giving it back revokes the region at every peer.
 class OwnRegion final : public LocalRegion {
  public:
-  OwnRegion(std::shared_ptr<class SlotTable> slots, std::uint32_t slot, std::uint64_t generation)
-      : slots_(std::move(slots)), slot_(slot), generation_(generation) {}
+  OwnRegion(std::shared_ptr<class SlotTable> slots, std::uint32_t slot, std::uint64_t generation,
+            std::unique_ptr<VramExport> vram);
   ~OwnRegion() override;
+  const VramExport* vram() const noexcept { return vram_.get(); }  // null: DRAM
   std::uint32_t slot() const noexcept { return slot_; }
   std::uint64_t generation() const noexcept { return generation_; }
 
@@ -83,6 +86,7 @@ class OwnRegion final : public LocalRegion {
   std::shared_ptr<SlotTable> slots_;
   std::uint32_t slot_;
   std::uint64_t generation_;
+  std::unique_ptr<VramExport> vram_;
 };
 
 class SlotTable {
@@ -101,14 +105,16 @@ class SlotTable {
 
 class FarRegion final : public RemoteRegion {
  public:
-  FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation)
-      : slot_(&peer.process().segment().slot(slot)), generation_(generation) {}
+  FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation, std::unique_ptr<VramMapping> vram);
+  ~FarRegion() override;
+  const VramMapping* vram() const noexcept { return vram_.get(); }  // null: DRAM
   // false once the owner has deregistered it.
   bool registered() const noexcept { return slot_->load(std::memory_order_acquire) == generation_; }
 
  private:
   std::atomic<std::uint64_t>* slot_;
   std::uint64_t generation_;
+  std::unique_ptr<VramMapping> vram_;
 };
 
 }  // namespace nixl::core::samehost

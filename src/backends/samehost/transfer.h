@@ -11,42 +11,77 @@
 
 namespace nixl::core::samehost {
 
-class CopyJob final : public Job {
+// What follows the last byte of a submission: the regions are checked once more, then the message leaves.
+class Ending {
  public:
-  CopyJob(Plan plan, std::vector<Position> starts, std::shared_ptr<Mailbox> mailbox);
-  PeerConnection& peer() const noexcept { return static_cast<PeerConnection&>(*plan_.peer); }
-  const Plan& plan() const noexcept { return plan_; }
+  explicit Ending(const Plan& plan) : peer_(static_cast<PeerConnection*>(plan.peer)), regions_(plan.remote_regions) {}
+  PeerConnection& peer() const noexcept { return *peer_; }
   void set_message(std::optional<std::string_view> message);
-
- protected:
-  Result<void> copy_chunk(std::uint32_t index) override;
-  Result<void> complete() override;
-  void announce() noexcept override { mailbox_->ring_own(); }
+  Result<void> check_registered(std::uint32_t region) const;
+  Result<void> check_all_registered() const;
+  Result<void> finish();
 
  private:
-  Result<void> check_registered(std::uint32_t region) const;
-
-  const Plan plan_;
-  const std::vector<Position> starts_;
-  const std::shared_ptr<Mailbox> mailbox_;
+  PeerConnection* peer_;
+  std::vector<RemoteRegion*> regions_;
   std::string message_;
   bool has_message_ = false;
 };
 
-class CopyTransfer final : public Transfer {
+// A job that moves one plan; announces its end to our own sleeping progress.
+class TransferJob : public Job {
  public:
-  CopyTransfer(Plan plan, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads>& threads);
+  TransferJob(std::uint32_t num_chunks, const Plan& plan, std::shared_ptr<Mailbox> mailbox)
+      : Job(num_chunks), ending(plan), mailbox_(std::move(mailbox)) {}
+  Ending ending;
+
+ protected:
+  Result<void> complete() override { return ending.finish(); }
+  void announce() noexcept override { mailbox_->ring_own(); }
+
+ private:
+  const std::shared_ptr<Mailbox> mailbox_;
+};
+
+// DRAM to DRAM.
+class CopyJob final : public TransferJob {
+ public:
+  CopyJob(Plan plan, std::vector<Position> starts, std::shared_ptr<Mailbox> mailbox);
+  const Plan& plan() const noexcept { return plan_; }
+
+ private:
+  Result<void> copy_chunk(std::uint32_t index) override;
+
+  const Plan plan_;
+  const std::vector<Position> starts_;
+};
+
+// Every transfer of this backend; its cost is estimated from its size.
+class SizedTransfer : public Transfer {
+ public:
+  explicit SizedTransfer(const Plan& plan) : num_blocks(plan.num_blocks), total_bytes(plan.total_bytes) {}
+  const std::uint64_t num_blocks, total_bytes;
+};
+
+// Runs a TransferJob: where it is submitted when it has one chunk, else on the copy threads and in poll().
+class JobTransfer final : public SizedTransfer {
+ public:
+  JobTransfer(const Plan& plan, std::shared_ptr<TransferJob> job, std::shared_ptr<CopyThreads> threads,
+              std::string path);
   Result<TransferState> submit(std::optional<std::string_view> message) override;
   Result<TransferState> poll() override;
   bool cancel() noexcept override;
-  std::string path() const override { return "cma"; }
-  const Plan& plan() const noexcept { return job_->plan(); }
+  std::string path() const override { return path_; }
 
  private:
   Result<TransferState> outcome() const;
 
-  std::shared_ptr<CopyJob> job_;
-  std::shared_ptr<CopyThreads> threads_;  // null: small enough to be copied where it is submitted
+  std::shared_ptr<TransferJob> job_;
+  std::shared_ptr<CopyThreads> threads_;  // null: one chunk at most
+  std::string path_;
 };
+
+// DRAM to DRAM. `threads` is started when it is first needed.
+std::unique_ptr<Transfer> make_copy(Plan plan, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads>& threads);
 
 }  // namespace nixl::core::samehost

@@ -1,0 +1,230 @@
+#include "backends/samehost/cuda/transfers.h"
+
+#include <algorithm>
+
+namespace nixl::core::samehost {
+namespace {
+
+constexpr std::uint64_t kMinItem = 4096;
+constexpr std::uint64_t kMaxItem = 1 << 30;
+constexpr std::uint64_t kItemsPerWarp = 8;       // enough for even shares
+constexpr std::uint64_t kEngineBytes = 8 << 20;  // from this average size on, the copy engine is as fast
+constexpr std::uint64_t kEnginePieces = 64;
+constexpr Nanoseconds kAskStreamEvery = 1'000'000;
+constexpr std::size_t kHeaderBytes = 64;  // of a pinned list: the done word, alone in its cache line
+
+std::uint64_t blocks_of(const Plan& plan, std::size_t row) {
+  return plan.has_runs() ? plan.count[row] : 1;
+}
+
+std::uint64_t num_items(const Plan& plan, std::uint64_t item) {
+  std::uint64_t count = 0;
+  for (std::size_t row = 0; row < plan.num_rows(); ++row)
+    count += (plan.length[row] + item - 1) / item * blocks_of(plan, row);
+  return count;
+}
+
+const VramMapping& mapping(const Plan& plan, std::uint32_t region) {
+  return *static_cast<const FarRegion*>(plan.remote_regions[region])->vram();
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Device>> Devices::at(int ordinal) {
+  std::lock_guard lock(mutex_);
+  auto& device = open_[ordinal];
+  if (!device) {
+    NIXL_ASSIGN(device, Device::open(ordinal));
+  }
+  return device;
+}
+
+Result<Sides> resolve(const Plan& plan, int home_device) {
+  Sides sides;
+  if (plan.local_kind == MemKind::kVram)
+    for (const LocalRegion* region : plan.local_regions)
+      sides.device.push_back(static_cast<const OwnRegion*>(region)->vram()->device());
+  else
+    sides.device.assign(plan.local_regions.size(), home_device);
+  if (plan.remote_kind != MemKind::kVram) return sides;
+  for (std::uint32_t region = 0; region < plan.remote_regions.size(); ++region) {
+    const auto& mapped = static_cast<const CudaMapping&>(mapping(plan, region));
+    for (const int device : sides.device) NIXL_TRY(mapped.span().grant(device));
+    sides.remote_delta.push_back(mapped.translate(0));
+  }
+  return sides;
+}
+
+Result<PinnedList> PinnedList::create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items) {
+  PinnedList list;
+  const DeviceScope scope(device->ordinal());
+  NIXL_ASSIGN(list.memory_, devices.pinned->take(kHeaderBytes + max_items * 20));
+  NIXL_ASSIGN(list.copy_.blocks_done, device->take_counter());
+  list.device_ = std::move(device);
+  char* at = list.memory_.data();
+  list.copy_.done = reinterpret_cast<std::uint32_t*>(at);
+  *list.copy_.done = 0;
+  list.source_ = reinterpret_cast<std::uint64_t*>(at + kHeaderBytes);
+  list.destination_ = list.source_ + max_items;
+  list.length_ = reinterpret_cast<std::uint32_t*>(list.destination_ + max_items);
+  list.copy_.source = list.source_;
+  list.copy_.destination = list.destination_;
+  list.copy_.length = list.length_;
+  list.max_blocks_ = devices.max_blocks;
+  return list;
+}
+
+PinnedList::PinnedList(PinnedList&& other) noexcept
+    : device_(std::move(other.device_)),
+      memory_(std::move(other.memory_)),
+      source_(other.source_),
+      destination_(other.destination_),
+      length_(other.length_),
+      copy_(other.copy_),
+      max_blocks_(other.max_blocks_) {}
+
+PinnedList::~PinnedList() {
+  if (device_) device_->give_back_counter(copy_.blocks_done);
+}
+
+void PinnedList::add(std::uint64_t destination, std::uint64_t source, std::uint32_t length) noexcept {
+  const std::uint64_t at = copy_.num_items++;
+  destination_[at] = destination;
+  source_[at] = source;
+  length_[at] = length;
+}
+
+Result<void> PinnedList::launch(cudaStream_t stream) {
+  constexpr std::uint64_t kWarps = kThreadsPerBlock / 32;
+  copy_.num_blocks =
+      static_cast<std::uint32_t>(std::clamp<std::uint64_t>((copy_.num_items + kWarps - 1) / kWarps, 1, max_blocks_));
+  ++copy_.epoch;
+  NIXL_CUDA_TRY(launch_list_copy(copy_, stream));
+  return {};
+}
+
+Result<void> PinnedList::signal(cudaStream_t stream) {
+  ++copy_.epoch;
+  NIXL_CUDA_TRY(launch_signal(copy_.done, copy_.epoch, stream));
+  return {};
+}
+
+bool PinnedList::done() const noexcept {
+  return __atomic_load_n(copy_.done, __ATOMIC_ACQUIRE) == copy_.epoch;
+}
+
+Result<std::shared_ptr<DeviceJob>> DeviceJob::create(Devices& devices, const Plan& plan) {
+  std::shared_ptr<DeviceJob> job(new DeviceJob(plan));
+  NIXL_TRY(job->fill(devices, plan));
+  return job;
+}
+
+Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
+  NIXL_ASSIGN(const Sides sides, resolve(plan, 0));
+  std::vector<int> ordinals = sides.device;
+  std::sort(ordinals.begin(), ordinals.end());
+  ordinals.erase(std::unique(ordinals.begin(), ordinals.end()), ordinals.end());
+  const bool engine = plan.num_blocks <= kEnginePieces && plan.total_bytes >= plan.num_blocks * kEngineBytes;
+  const std::uint64_t shares = std::uint64_t{devices.max_blocks} * (kThreadsPerBlock / 32) * kItemsPerWarp;
+  const std::uint64_t item =
+      engine ? ~std::uint64_t{0}
+             : std::clamp((plan.total_bytes / shares + kMinItem - 1) / kMinItem * kMinItem, kMinItem, kMaxItem);
+  const std::uint64_t most = engine ? 0 : num_items(plan, item);
+  path_ = static_cast<const CudaMapping&>(mapping(plan, 0)).span().how;
+  for (const int ordinal : ordinals) {
+    NIXL_ASSIGN(auto device, devices.at(ordinal));
+    const cudaStream_t stream = device->next_stream();
+    NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), most));
+    parts_.push_back(Part{std::move(list), {}, stream});
+    Part& part = parts_.back();
+    for (PlanCursor cursor(plan); !cursor.at_end();) {
+      const Piece piece = cursor.next(item);
+      if (ordinals.size() > 1 && sides.device[piece.local_region] != ordinal) continue;
+      std::uint64_t to = piece.remote + sides.remote_delta[piece.remote_region], from = piece.local;
+      if (plan.op == Op::kRead) std::swap(to, from);
+      if (engine)
+        part.direct.push_back({reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), piece.length});
+      else
+        part.list.add(to, from, static_cast<std::uint32_t>(piece.length));
+    }
+  }
+  return {};
+}
+
+Result<void> DeviceJob::start() {
+  std::lock_guard lock(mutex_);
+  error_.reset();
+  abandoned_.store(false, std::memory_order_relaxed);
+  asked_at_ = now_ns();
+  running_.store(true, std::memory_order_release);
+  Result<void> result;
+  for (Part& part : parts_) {
+    const DeviceScope scope(part.list.device().ordinal());
+    for (const Direct& piece : part.direct)
+      if (const auto code =
+              ::cudaMemcpyAsync(piece.destination, piece.source, piece.bytes, cudaMemcpyDefault, part.stream);
+          code != cudaSuccess && result)
+        result = cuda_error("cudaMemcpyAsync between GPUs", code);
+    if (result) result = part.direct.empty() ? part.list.launch(part.stream) : part.list.signal(part.stream);
+    if (!result) break;
+  }
+  if (!result) {
+    // What was started on other devices is waited for, so that nothing moves after the error was told.
+    for (Part& part : parts_) ::cudaStreamSynchronize(part.stream);
+    running_.store(false, std::memory_order_release);
+  }
+  return result;
+}
+
+bool DeviceJob::look() {
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock) return false;
+  if (!running()) return true;
+  if (std::all_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.list.done(); })) {
+    Result<void> end = ending.peer().check_alive(true);
+    if (abandoned_.load(std::memory_order_acquire)) end = fail(Code::kCancelled, "cancelled by the caller");
+    if (end) end = ending.finish();
+    finish(end ? std::nullopt : std::optional<Error>(std::move(end).error()));
+    return true;
+  }
+  const Nanoseconds now = now_ns();
+  if (now - asked_at_ < kAskStreamEvery) return false;
+  asked_at_ = now;
+  for (Part& part : parts_) {
+    const DeviceScope scope(part.list.device().ordinal());
+    if (const auto code = ::cudaStreamQuery(part.stream); code != cudaSuccess && code != cudaErrorNotReady) {
+      finish(cuda_error("the copy between GPUs", code).value());
+      return true;
+    }
+  }
+  return false;
+}
+
+void DeviceJob::finish(std::optional<Error> error) {
+  error_ = std::move(error);
+  running_.store(false, std::memory_order_release);
+}
+
+Result<TransferState> DeviceTransfer::submit(std::optional<std::string_view> message) {
+  NIXL_TRY(job_->ending.peer().check_alive());
+  NIXL_TRY(job_->ending.check_all_registered());
+  job_->ending.set_message(message);
+  NIXL_TRY(job_->start());
+  entered_(job_);
+  return TransferState::kRunning;
+}
+
+Result<TransferState> DeviceTransfer::poll() {
+  if (job_->running() && !job_->look()) return TransferState::kRunning;
+  if (job_->running()) return TransferState::kRunning;
+  if (job_->error()) return fail(*job_->error());
+  return TransferState::kDone;
+}
+
+bool DeviceTransfer::cancel() noexcept {
+  if (!job_->running()) return true;
+  job_->abandon();
+  return job_->look() && !job_->running();
+}
+
+}  // namespace nixl::core::samehost

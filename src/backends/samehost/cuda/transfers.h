@@ -1,0 +1,123 @@
+// Transfers with GPU memory on one side or on both.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "backends/samehost/cuda/device.h"
+#include "backends/samehost/cuda/memory.h"
+#include "backends/samehost/transfer.h"
+#include "contract/plan_cursor.h"
+
+namespace nixl::core::samehost {
+
+// What transfers share: devices by ordinal (opened when first used) and pinned memory.
+class Devices {
+ public:
+  Devices(std::uint32_t max_blocks) : pinned(std::make_shared<PinnedPool>()), max_blocks(max_blocks) {}
+  Result<std::shared_ptr<Device>> at(int ordinal);
+  const std::shared_ptr<PinnedPool> pinned;
+  const std::uint32_t max_blocks;  // a list copy's share of the device's multiprocessors
+
+ private:
+  std::mutex mutex_;
+  std::map<int, std::shared_ptr<Device>> open_;
+};
+
+// A list in pinned memory, ready to be launched.
+class PinnedList {
+ public:
+  static Result<PinnedList> create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items);
+  PinnedList(PinnedList&& other) noexcept;
+  ~PinnedList();
+
+  void clear() noexcept { copy_.num_items = 0; }
+  void add(std::uint64_t destination, std::uint64_t source, std::uint32_t length) noexcept;
+  std::uint64_t size() const noexcept { return copy_.num_items; }
+  // Starts the copy on a stream of its device. One at a time.
+  Result<void> launch(cudaStream_t stream);
+  // The word alone, behind what is on the stream.
+  Result<void> signal(cudaStream_t stream);
+  bool done() const noexcept;
+  Device& device() const noexcept { return *device_; }
+
+ private:
+  PinnedList() = default;
+  std::shared_ptr<Device> device_;
+  PinnedPool::Piece memory_;
+  std::uint64_t *source_ = nullptr, *destination_ = nullptr;
+  std::uint32_t* length_ = nullptr;
+  ListCopy copy_;
+  std::uint32_t max_blocks_ = 1;
+};
+
+// VRAM to VRAM: one kernel for the list, or the copy engine for a few large pieces. On several devices if the local
+// side is.
+class DeviceJob {
+ public:
+  static Result<std::shared_ptr<DeviceJob>> create(Devices& devices, const Plan& plan);
+  Ending ending;
+
+  Result<void> start();
+  // Looks whether the device is through; true when the submission has ended. Any thread.
+  bool look();
+  bool running() const noexcept { return running_.load(std::memory_order_acquire); }
+  void abandon() noexcept { abandoned_.store(true, std::memory_order_release); }
+  const std::optional<Error>& error() const noexcept { return error_; }  // when not running
+  const char* path() const noexcept { return path_; }
+
+ private:
+  struct Direct {
+    void* destination;
+    const void* source;
+    std::size_t bytes;
+  };
+  struct Part {  // what one device does
+    PinnedList list;
+    std::vector<Direct> direct;
+    cudaStream_t stream = nullptr;
+  };
+  explicit DeviceJob(const Plan& plan) : ending(plan) {}
+  Result<void> fill(Devices& devices, const Plan& plan);
+  void finish(std::optional<Error> error);
+
+  std::vector<Part> parts_;
+  std::mutex mutex_;
+  std::atomic<bool> running_{false}, abandoned_{false};
+  Nanoseconds asked_at_ = 0;
+  std::optional<Error> error_;
+  const char* path_ = "";
+};
+
+class DeviceTransfer final : public SizedTransfer {
+ public:
+  // `entered` is told of every job that was started, so that progress() looks after it.
+  DeviceTransfer(const Plan& plan, std::shared_ptr<DeviceJob> job,
+                 std::function<void(std::shared_ptr<DeviceJob>)> entered)
+      : SizedTransfer(plan), job_(std::move(job)), entered_(std::move(entered)) {}
+  Result<TransferState> submit(std::optional<std::string_view> message) override;
+  Result<TransferState> poll() override;
+  bool cancel() noexcept override;
+  std::string path() const override { return job_->path(); }
+
+ private:
+  std::shared_ptr<DeviceJob> job_;
+  std::function<void(std::shared_ptr<DeviceJob>)> entered_;
+};
+
+// One side VRAM, the other DRAM: through pinned memory, chunk by chunk, several chunks at once.
+Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, Plan plan,
+                                              std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
+                                              int home_device);
+
+// The local addresses of both sides of a plan and the device that copies; fails when that device cannot reach the
+// mapping.
+struct Sides {
+  std::vector<std::uint64_t> remote_delta;  // by remote region: added to an address of the plan
+  std::vector<int> device;                  // by local region if that is VRAM; else the one that copies
+};
+Result<Sides> resolve(const Plan& plan, int home_device);
+
+}  // namespace nixl::core::samehost

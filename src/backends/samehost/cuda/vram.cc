@@ -1,0 +1,108 @@
+#include "backends/samehost/vram.h"
+
+#include <dirent.h>
+
+#include <algorithm>
+
+#include "backends/samehost/cuda/transfers.h"
+#include "base/env.h"
+
+namespace nixl::core::samehost {
+namespace {
+
+// Half of a large GPU: fills the link and leaves room for the model's kernels.
+constexpr std::int64_t kDefaultBlocks = 64;
+
+Result<std::uint32_t> blocks_from_environment() {
+  NIXL_ASSIGN(const auto asked, env_int("NIXL_SAME_HOST_GPU_BLOCKS"));
+  const std::int64_t blocks = asked.value_or(kDefaultBlocks);
+  if (blocks < 1 || blocks > 1024)
+    return fail(Code::kInvalidArgument, "NIXL_SAME_HOST_GPU_BLOCKS=%lld; allowed: 1 to 1024",
+                static_cast<long long>(blocks));
+  return static_cast<std::uint32_t>(blocks);
+}
+
+class CudaVram final : public Vram {
+ public:
+  CudaVram(const Driver& driver, std::uint32_t blocks, std::shared_ptr<Mailbox> mailbox)
+      : exchange_(driver), devices_(std::make_shared<Devices>(blocks)), mailbox_(std::move(mailbox)) {}
+
+  Result<std::unique_ptr<VramExport>> export_region(const Region& region) override {
+    NIXL_ASSIGN(auto exported, exchange_.export_region(region));
+    home_ = exported->device();
+    return exported;
+  }
+  Result<std::unique_ptr<VramMapping>> map_region(PeerProcess& peer, const Region&, std::string_view key) override {
+    if (home_ < 0 && ::cudaGetDevice(&home_) != cudaSuccess) home_ = 0;
+    return exchange_.map_region(peer, key, home_);
+  }
+  Result<std::unique_ptr<Transfer>> prepare(Plan plan, std::shared_ptr<CopyThreads> threads) override;
+  bool progress() noexcept override;
+  bool busy() const noexcept override { return num_running_.load(std::memory_order_acquire) > 0; }
+
+ private:
+  void enter(std::shared_ptr<DeviceJob> job);
+
+  MemoryExchange exchange_;
+  const std::shared_ptr<Devices> devices_;
+  const std::shared_ptr<Mailbox> mailbox_;
+  int home_ = -1;  // the device of the last region of ours: copies of plans without local VRAM run there
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<DeviceJob>> running_;
+  std::atomic<std::size_t> num_running_{0};
+};
+
+Result<std::unique_ptr<Transfer>> CudaVram::prepare(Plan plan, std::shared_ptr<CopyThreads> threads) {
+  if (plan.local_kind != plan.remote_kind)
+    return make_staged(devices_, std::move(plan), mailbox_, std::move(threads), std::max(home_, 0));
+  NIXL_ASSIGN(auto job, DeviceJob::create(*devices_, plan));
+  return std::make_unique<DeviceTransfer>(plan, std::move(job),
+                                          [this](std::shared_ptr<DeviceJob> started) { enter(std::move(started)); });
+}
+
+void CudaVram::enter(std::shared_ptr<DeviceJob> job) {
+  {
+    std::lock_guard lock(mutex_);
+    if (std::find(running_.begin(), running_.end(), job) == running_.end()) running_.push_back(std::move(job));
+    num_running_.store(running_.size(), std::memory_order_release);
+  }
+  mailbox_->ring_own();  // sleeping progress looks after it from now on
+}
+
+bool CudaVram::progress() noexcept {
+  if (!busy()) return false;
+  std::vector<std::shared_ptr<DeviceJob>> jobs;
+  {
+    std::lock_guard lock(mutex_);
+    jobs = running_;
+  }
+  bool ended = false;
+  for (const auto& job : jobs) ended |= job->look();
+  std::lock_guard lock(mutex_);
+  // A job that was started again meanwhile is running, and stays.
+  std::erase_if(running_, [](const auto& job) { return !job->running(); });
+  num_running_.store(running_.size(), std::memory_order_release);
+  return ended;
+}
+
+}  // namespace
+
+Result<void> Vram::probe() {
+  DIR* const folder = ::opendir("/proc/driver/nvidia/gpus");
+  if (!folder) return fail(Code::kUnsupported, "no NVIDIA driver is loaded (/proc/driver/nvidia/gpus is missing)");
+  int entries = 0;
+  while (::readdir(folder)) ++entries;
+  ::closedir(folder);
+  if (entries <= 2)
+    return fail(Code::kUnsupported, "the NVIDIA driver shows no GPU (/proc/driver/nvidia/gpus is empty)");
+  return {};
+}
+
+Result<std::unique_ptr<Vram>> Vram::open(std::shared_ptr<Mailbox> mailbox) {
+  NIXL_TRY(probe());
+  NIXL_ASSIGN(const Driver* const driver, Driver::get());
+  NIXL_ASSIGN(const std::uint32_t blocks, blocks_from_environment());
+  return std::make_unique<CudaVram>(*driver, blocks, std::move(mailbox));
+}
+
+}  // namespace nixl::core::samehost
