@@ -428,7 +428,8 @@ struct TwoHosts {
            run_command(enter + "ip addr add " + subnet + "2/24 dev " + name + "b") &&
            run_command(enter + "ip link set " + name + "b up") && run_command(enter + "ip link set lo up");
     const Deadline deadline = Deadline::after(kPatience);
-    while (made && !run_command("grep -q up /sys/class/net/" + name + "a/operstate") && !deadline.passed()) usleep(10'000);
+    while (made && !run_command(enter + "ip -o link show " + name + "b | grep -q 'state UP'") && !deadline.passed())
+      usleep(10'000);
   }
   ~TwoHosts() {
     kill(holder, SIGKILL);

@@ -1,0 +1,169 @@
+// Parameters, precedence of UCX's configuration, message layout and the order of notifications; no second process
+// needed.
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "backends/ucx/entry.h"
+#include "backends/ucx/inbox.h"
+#include "backends/ucx/messages.h"
+#include "backends/ucx/options.h"
+#include "check.h"
+
+using namespace nixl::core;
+using namespace nixl::core::ucx;
+
+namespace {
+
+// The value that UCX itself shows for a key of the configuration made from `params`.
+std::string value_in_ucx(const Params& params, const std::string& key) {
+  const Api& api = **CHECK_OK(open_api());
+  ucp_config_t* const config = *CHECK_OK(make_config(api, *CHECK_OK(parse_options(params))));
+  void* const library = dlopen(api.path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  const auto print = reinterpret_cast<decltype(&ucp_config_print)>(dlsym(library, "ucp_config_print"));
+  char* text = nullptr;
+  std::size_t size = 0;
+  FILE* const file = open_memstream(&text, &size);
+  print(config, file, nullptr, UCS_CONFIG_PRINT_CONFIG);
+  std::fclose(file);
+  api.config_release(config);
+  const std::string shown(text, size);
+  std::free(text);
+  const std::string start = "UCX_" + key + "=";
+  const std::size_t at = shown.find(start);
+  CHECK(at != std::string::npos);
+  return shown.substr(at + start.size(), shown.find('\n', at) - at - start.size());
+}
+
+TEST(device_names_get_ports) {
+  CHECK_EQ(device_names("mlx5_0"), "mlx5_0:1");
+  CHECK_EQ(device_names("mlx5_0, mlx5_1:2  mlx5_2"), "mlx5_0:1,mlx5_1:2,mlx5_2:1");
+  CHECK_EQ(device_names("lo"), "lo");
+  CHECK_EQ(device_names("all"), "all");
+  CHECK_EQ(device_names(""), "");
+}
+
+TEST(parameters_become_options) {
+  const Options options = *CHECK_OK(parse_options({{"num_workers", "3"},
+                                                   {"num_threads", "2"},
+                                                   {"ucx_error_handling_mode", "none"},
+                                                   {"engine_config", "TLS=tcp,self, UCX_MAX_RMA_RAILS=1"},
+                                                   {"UCX_BCOPY_THRESH", "1k"},
+                                                   {"device_list", ""}}));
+  CHECK_EQ(options.num_workers, 3);
+  CHECK_EQ(options.num_threads, 2);
+  CHECK(!options.peer_errors);
+  CHECK_EQ(options.entries.size(), 3u);
+  CHECK_EQ(options.entries[0].first + "=" + options.entries[0].second, "TLS=tcp,self");
+  CHECK_EQ(options.entries[1].first + "=" + options.entries[1].second, "MAX_RMA_RAILS=1");
+  CHECK_EQ(options.entries[2].first, "BCOPY_THRESH");
+  const auto defaults = parse_options(default_params(true));  // an unedited dict may be passed back
+  CHECK(defaults && defaults->num_workers == 1);
+  for (const auto& [key, value] :
+       Params{{"num_workers", "0"}, {"num_threads", "many"}, {"engine_config", "nonsense"}}) {
+    const auto refused = parse_options({{key, value}});
+    CHECK(!refused && refused.error().code == Code::kInvalidArgument);
+    CHECK(refused.error().reason.find(key) != std::string::npos &&
+          refused.error().reason.find(value) != std::string::npos);
+  }
+}
+
+TEST(environment_beats_parameters_beats_our_defaults) {
+  unsetenv("UCX_MAX_RMA_RAILS");
+  CHECK_EQ(value_in_ucx({}, "MAX_RMA_RAILS"), "2");
+  CHECK_EQ(value_in_ucx({{"UCX_MAX_RMA_RAILS", "3"}}, "MAX_RMA_RAILS"), "3");
+  setenv("UCX_MAX_RMA_RAILS", "1", 1);
+  CHECK_EQ(value_in_ucx({}, "MAX_RMA_RAILS"), "1");
+  CHECK_EQ(value_in_ucx({{"engine_config", "MAX_RMA_RAILS=3"}}, "MAX_RMA_RAILS"), "1");
+  CHECK_EQ(std::string(std::getenv("UCX_MAX_RMA_RAILS")), "1");
+  unsetenv("UCX_MAX_RMA_RAILS");
+}
+
+TEST(devices_of_the_caller_beat_the_environment) {
+  setenv("UCX_NET_DEVICES", "eth0", 1);
+  CHECK_EQ(value_in_ucx({}, "NET_DEVICES"), "eth0");
+  CHECK_EQ(value_in_ucx({{"UCX_NET_DEVICES", "lo"}}, "NET_DEVICES"), "lo");
+  CHECK_EQ(value_in_ucx({{"device_list", "mlx5_3"}}, "NET_DEVICES"), "mlx5_3:1");
+  unsetenv("UCX_NET_DEVICES");
+}
+
+TEST(transports_that_do_not_exist_leave_an_agent_alone_but_alive) {
+  BackendConfig config;
+  config.self = {"lonely", 1};
+  config.params = backends_of_ucx()[0].params;
+  config.params["UCX_TLS"] = "rc,gdr_copy";
+  auto backend = CHECK_OK(backends_of_ucx()[0].open(std::move(config)));
+  BackendConfig reachable;
+  reachable.self = {"other", 2};
+  reachable.params = backends_of_ucx()[0].params;
+  reachable.params["UCX_TLS"] = "tcp";
+  auto other = CHECK_OK(backends_of_ucx()[0].open(std::move(reachable)));
+  const auto line = (*backend)->connect({"other", 2}, *CHECK_OK((*other)->export_connection()));
+  CHECK(!line && line.error().code == Code::kIo);
+  CHECK(line.error().reason.find("UCX_TLS=rc,gdr_copy") != std::string::npos);
+  CHECK(line.error().reason.find("'other'") != std::string::npos);
+}
+
+TEST(messages_survive_and_truncation_is_refused) {
+  Hello hello{1, 2, 3, "name", std::string("address\0x", 9)};
+  Hello hello_back;
+  CHECK_OK(decode(encode(hello), hello_back));
+  CHECK(hello_back.name == hello.name && hello_back.address == hello.address && hello_back.link == 3);
+
+  ReadRequest request{7, 8, 9, {"key one", "key two"}, {{1, 2, 3, 4, 1}, {5, 6, 7, 8, 0}}};
+  const std::string bytes = encode(request);
+  ReadRequest request_back;
+  CHECK_OK(decode(bytes, request_back));
+  CHECK(request_back.keys[1] == "key two" && request_back.pieces[1].length == 8 && request_back.pieces[0].key == 1);
+  for (std::size_t size = 0; size < bytes.size(); ++size) {
+    ReadRequest cut;
+    CHECK(!decode(bytes.substr(0, size), cut));
+  }
+  request.pieces[0].key = 2;
+  CHECK(!decode(encode(request), request_back));
+}
+
+TEST(random_bytes_never_decode_wildly) {
+  std::mt19937 random(1);
+  for (int round = 0; round < 20'000; ++round) {
+    std::string bytes(random() % 200, '\0');
+    for (char& byte : bytes) byte = static_cast<char>(random() % 4 ? random() % 3 : random());
+    Hello hello;
+    HelloAck ack;
+    Notify notify;
+    ReadRequest request;
+    ReadDone done;
+    Revoke revoke;
+    (void)decode(bytes, hello), (void)decode(bytes, ack), (void)decode(bytes, notify);
+    (void)decode(bytes, request), (void)decode(bytes, done), (void)decode(bytes, revoke);
+    (void)unsealed(bytes);
+  }
+  CHECK_EQ(std::string(*CHECK_OK(unsealed(sealed("content")))), "content");
+}
+
+TEST(notifications_keep_the_order_of_their_stream) {
+  Inbox inbox;
+  std::vector<Notification> seen;
+  inbox.add(1, 1, 1, {"a", "second"});
+  inbox.add(1, 1, 2, {"a", "third"});
+  inbox.add(2, 1, 0, {"b", "other stream"});
+  inbox.drain(seen);
+  CHECK_EQ(seen.size(), 1u);
+  inbox.add(1, 1, 0, {"a", "first"});
+  inbox.add(1, 1, 0, {"a", "first again"});
+  inbox.drain(seen);
+  CHECK_EQ(seen.size(), 4u);
+  CHECK_EQ(seen[1].message + seen[2].message + seen[3].message, "firstsecondthird");
+  CHECK_EQ(inbox.next_sequence(1, 1), 3u);
+  CHECK_EQ(inbox.next_sequence(9, 9), 0u);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Probe probe = backends_of_ucx()[0].probe();
+  if (!probe.viable) SKIP(probe.reason.c_str());
+  return check::run_tests(argc, argv);
+}
