@@ -2,6 +2,7 @@
 // that the network path of the agent is compared with.
 //   raw_ucx target IP PORT          serves one initiator, then exits; prints "ready PORT" (PORT 0: any)
 //   raw_ucx initiator IP PORT       runs the cases and prints one JSON object: seconds, best of the repetitions
+//   raw_ucx open                    prints the seconds that opening the library, a context and a worker take
 // UCX is configured by its environment variables; the library is chosen as the UCX backend chooses it.
 #include <arpa/inet.h>
 #include <sys/mman.h>
@@ -204,11 +205,26 @@ int initiate(const char* ip, const char* port) {
   std::_Exit(0);
 }
 
+int open_only() {
+  const Nanoseconds start = now_ns();
+  auto context = ucx::Context::open({});
+  if (!context) die(context.error().reason);
+  ucp_worker_params_t params{};
+  params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+  params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
+  ucp_worker_h worker = nullptr;
+  if ((*context)->api().worker_create((*context)->handle(), &params, &worker) != UCS_OK) die("worker");
+  std::printf("{\"open_s\": %.6f}\n", static_cast<double>(now_ns() - start) * 1e-9);
+  std::fflush(stdout);
+  std::_Exit(0);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "open") return open_only();
   if (argc == 4 && std::string(argv[1]) == "target") return serve(argv[2], argv[3]);
   if (argc == 4 && std::string(argv[1]) == "initiator") return initiate(argv[2], argv[3]);
-  std::fprintf(stderr, "usage: raw_ucx target|initiator IP PORT\n");
+  std::fprintf(stderr, "usage: raw_ucx target|initiator IP PORT, or raw_ucx open\n");
   return 2;
 }
