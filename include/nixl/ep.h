@@ -155,8 +155,9 @@ class NIXL_EXPORT Buffer {
   // The store for coming connects; null: none. Keys are written under "NIXL_EP/".
   void set_store(std::shared_ptr<Store> store);
   // Symmetric: returns when every listed rank has named this one too. All or nothing: on failure or timeout the error
-  // names the missing ranks and nothing of the new ranks is left. activate: unmask them at once.
-  void connect(const std::vector<int>& ranks, bool activate);
+  // names the missing ranks and nothing of the new ranks is left. activate: unmask them at once. Own rank and ranks that
+  // are connected already are passed over; returns those that this call connected.
+  std::vector<int> connect(const std::vector<int>& ranks, bool activate);
   // Local; also for dead peers. Returns when running operations have passed the peers and their memory is released.
   void disconnect(const std::vector<int>& ranks);
   void destroy();

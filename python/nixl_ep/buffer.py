@@ -129,7 +129,8 @@ class Buffer:
         self._device_id = 0
         self._comm_stream: Optional[Any] = None
         self._pending: Optional[EventHandle] = None
-        self._agreements = 0
+        self._agreements = 0  # since ranks were last connected
+        self._agreed: List[Tuple[int, StoreOfTorch]] = []  # those whose keys are still in a store
         self._allocator = Allocator(self._device)
         self.runtime = _Runtime(self._open(arguments), self)
         if arguments.tcp_store_group is not None:
@@ -212,7 +213,11 @@ class Buffer:
         native = self._ready()
         if not self.low_latency_mode and not activate:
             raise ValueError("connect_ranks(activate=False) needs low_latency_mode=True")
-        _native_call(native.connect, [int(rank) for rank in remote_ranks], bool(activate))
+        if _native_call(native.connect, [int(rank) for rank in remote_ranks], bool(activate)):
+            # Who joined cannot know how often the others have agreed: all count anew.
+            self._agreements, agreed, self._agreed = 0, self._agreed, []
+            for turn, channel in agreed:
+                self._forget_agreement(turn, channel)
 
     def disconnect_ranks(self, remote_ranks: Sequence[int]) -> None:
         """Drops connected ranks, dead ones included: masks them, waits for running operations, releases their memory."""
@@ -331,28 +336,34 @@ class Buffer:
     def agree_mask(self, store: Any) -> List[int]:
         """All callers mask the union of what each of them has masked; returns it, sorted.
 
-        Every rank that is not masked calls it the same number of times. Ranks that do not answer within timeout_ms are
-        masked too. store: a c10d store; keys live under "NIXL_EP/agree/".
+        Every rank that is not masked calls it the same number of times since ranks were last connected. Ranks that do not
+        answer within timeout_ms are masked too. store: a c10d store; keys live under "NIXL_EP/agree/" and are deleted two
+        calls later, when nobody can need them any more, or at the next connect.
         """
         channel = StoreOfTorch(store)
-        turn, self._agreements = self._agreements, self._agreements + 1
-        active_by_api, active = self.active_ranks()
+        _, active = self.active_ranks()
         mine = set(self._native().connected_ranks()) - set(active)
-        channel.set(f"NIXL_EP/agree/{turn}/{self.rank}", ",".join(map(str, sorted(mine))).encode() or b"-")
+        turn, self._agreements = self._agreements, self._agreements + 1
+        self._agreed.append((turn, channel))
+        channel.set(f"NIXL_EP/agree/{turn}/{self.rank}", " ".join(map(str, sorted(mine))).encode() or b"-")
+        if len(self._agreed) > 2:
+            self._forget_agreement(*self._agreed.pop(0))
         union = set(mine)
         for rank in active:
+            key = f"NIXL_EP/agree/{turn}/{rank}"
             if rank == self.rank:
                 continue
-            key = f"NIXL_EP/agree/{turn}/{rank}"
-            if not channel.wait(key, max(self.timeout_ms, 1)):
+            if channel.wait(key, self.timeout_ms):
+                union |= {int(number) for number in channel.get(key).decode().split() if number != "-"}
+            else:
                 union.add(rank)
-                continue
-            text = channel.get(key).decode()
-            union |= set() if text == "-" else {int(number) for number in text.split(",")}
-        newly = sorted(union - mine - {self.rank} & set(active))
+        newly = sorted((union - mine) & set(active) - {self.rank})
         if newly:
             self.update_mask_buffer(newly, True)
         return sorted(union)
+
+    def _forget_agreement(self, turn: int, channel: StoreOfTorch) -> None:
+        channel.remove(f"NIXL_EP/agree/{turn}/{self.rank}")
 
     def barrier(self) -> None:
         """Meets every unmasked peer on the current stream; one that does not come within timeout_ms is masked."""

@@ -33,10 +33,12 @@ class Config:
         self.num_max_nvl_chunked_send_tokens = nvl_send
         self.num_max_nvl_chunked_recv_tokens = nvl_recv
         self.num_max_rdma_chunked_send_tokens = rdma_send
-        self.num_max_rdma_chunked_recv_tokens = rounded
+        self.num_max_rdma_chunked_recv_tokens = rdma_recv
+        self._rdma_recv_rounded = rounded
 
     def __repr__(self) -> str:
-        return "Config(" + ", ".join(f"{name}={value}" for name, value in vars(self).items()) + ")"
+        return "Config(" + ", ".join(f"{name}={value}" for name, value in vars(self).items()
+                                    if not name.startswith("_")) + ")"
 
     @staticmethod
     def _token_bytes(hidden_bytes: int) -> int:
@@ -56,7 +58,7 @@ class Config:
             return 0
         channels, nodes = self.num_sms // 2, num_ranks // _PEERS_PER_NODE
         size = channels * nodes * 18 * 2 * 4
-        size += channels * nodes * self.num_max_rdma_chunked_recv_tokens * 2 * (self._token_bytes(hidden_bytes) + 16)
+        size += channels * nodes * self._rdma_recv_rounded * 2 * (self._token_bytes(hidden_bytes) + 16)
         return _round_up(size, _ALIGN)
 
 

@@ -103,7 +103,7 @@ struct Buffer::Impl {
   int bound_locked() const { return std::max(options.rank, active.empty() ? 0 : *active.rbegin()) + 1; }
 
   Result<void> update_memory(const inner::Capacity& wanted);
-  Result<void> connect(const std::vector<int>& ranks, bool activate);
+  Result<std::vector<int>> connect(const std::vector<int>& ranks, bool activate);
   Result<void> disconnect(const std::vector<int>& ranks);
   Result<void> destroy();
   Result<void> mask(const std::vector<int>& ranks, bool masked, void* stream);
@@ -163,7 +163,7 @@ Result<void> Buffer::Impl::update_memory(const inner::Capacity& wanted) {
   return {};
 }
 
-Result<void> Buffer::Impl::connect(const std::vector<int>& ranks, bool activate) {
+Result<std::vector<int>> Buffer::Impl::connect(const std::vector<int>& ranks, bool activate) {
   NIXL_ASSIGN(const Parts now, ready());
   if (ranks.empty()) return fail(Code::kInvalidArgument, "connect: the list of ranks is empty; name at least one");
   for (int rank : ranks)
@@ -174,13 +174,13 @@ Result<void> Buffer::Impl::connect(const std::vector<int>& ranks, bool activate)
   forget_departed(*now.group);
   if (!connected)
     return fail(within("connect_ranks of rank " + std::to_string(options.rank), std::move(connected).error()));
-  if (!activate) return {};
+  if (!activate) return connected;
   if (auto unmasked = set_masks(now, ranks, false, nullptr); !unmasked) {
     if (!connected->empty()) (void)now.group->disconnect(*connected);
     forget_departed(*now.group);
     return fail(std::move(unmasked).error());
   }
-  return {};
+  return connected;
 }
 
 // Ranks that are no members any more are not active either.
@@ -273,8 +273,8 @@ void Buffer::set_store(std::shared_ptr<Store> store) {
   if (impl_->parts.group) impl_->parts.group->set_store(std::move(inside));
 }
 
-void Buffer::connect(const std::vector<int>& ranks, bool activate) {
-  check(impl_->connect(ranks, activate));
+std::vector<int> Buffer::connect(const std::vector<int>& ranks, bool activate) {
+  return value_of(impl_->connect(ranks, activate));
 }
 void Buffer::disconnect(const std::vector<int>& ranks) {
   check(impl_->disconnect(ranks));
