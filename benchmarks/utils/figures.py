@@ -55,7 +55,7 @@ def _number(value):
 
 
 def report(title, figures, method, arguments):
-    """Prints the table and `N of M musts met`, writes what was asked for. Returns the exit code 0."""
+    """Prints the table and `N of M musts met`, writes what was asked for. Returns the exit code: 0 if all are met."""
     rows = [("figure", "ours", "must", "goal", "unit", "", "beside")]
     for figure in figures:
         verdict = {None: "", True: "met", False: "MISSED"}[figure.met]
@@ -74,7 +74,7 @@ def report(title, figures, method, arguments):
             json.dump(_document(title, figures, method), file, indent=1)
     if arguments.plot:
         _plot(title, figures, arguments.plot)
-    return 0
+    return 0 if all(judged) else 1
 
 
 def _document(title, figures, method):
