@@ -165,7 +165,8 @@ class NIXL_EXPORT Agent {
   Notifs getNewNotifs();
   std::vector<std::string> pluginList() const;
   void createBackend(const std::string& backend, const Params& params = {});
-  // Polls readable after a transfer ended or a message arrived; read it to clear. Needs the progress thread.
+  // A new descriptor, closed with the agent, that polls readable after a transfer ended or a message arrived; read it to clear.
+  // Needs the progress thread.
   int eventFd();
   std::uint16_t listenPort() const noexcept;  // 0: not listening
 

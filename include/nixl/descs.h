@@ -2,6 +2,8 @@
 // one device cost eight bytes each; rows may be runs of blocks at a fixed distance.
 // Plain values: no thread may write one while another uses it.
 #pragma once
+#include <nixl/export.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -146,5 +148,10 @@ struct Descs {
     return true;
   }
 };
+
+// Lists as bytes (docs/wire.md). `list_class` is the caller's: 0 transfer, 1 registration, 2 remote. unpackDescs throws nixl::Error
+// MISMATCH for anything that is not whole.
+NIXL_EXPORT std::string packDescs(const Descs& descs, std::uint8_t list_class);
+NIXL_EXPORT Descs unpackDescs(const char* bytes, std::size_t size, std::uint8_t& list_class);
 
 }  // namespace nixl

@@ -106,7 +106,7 @@ void Runtime::sleep(int timeout_ms) {
 void Runtime::enter(std::shared_ptr<Request> request, bool watched) {
   {
     const std::lock_guard lock(requests_mutex_);
-    if (watched) {
+    if (watched || event_fd_used_) {
       watched_.push_back(request);
       num_watched_ = watched_.size();
     }
@@ -209,22 +209,25 @@ void Runtime::terminal() noexcept {
 }
 
 void Runtime::signal_event() noexcept {
-  if (event_fd_used_) eventfd_write(event_fd_.get(), 1);
+  if (!event_fd_used_) return;
+  const std::lock_guard lock(event_mutex_);
+  for (const Fd& fd : event_fds_) eventfd_write(fd.get(), 1);
 }
 
 Result<int> Runtime::event_fd() {
   if (!has_thread())
     return fail(Code::kNotAllowed, "event_fd needs the progress thread: build the agent with enable_prog_thread=True");
-  const std::lock_guard lock(event_mutex_);
-  if (!event_fd_) {
-    event_fd_.reset(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-    if (!event_fd_) return fail(errno_error("eventfd", errno));
+  Fd fresh(eventfd(1, EFD_NONBLOCK | EFD_CLOEXEC));  // readable: what happened before is to be looked at
+  if (!fresh) return fail(errno_error("eventfd", errno));
+  const int number = fresh.get();
+  {
+    const std::lock_guard lock(event_mutex_);
+    event_fds_.push_back(std::move(fresh));
     event_fd_used_ = true;
-    for (const auto& request : under_way()) watch(request);
-    eventfd_write(event_fd_.get(), 1);  // what happened before is to be looked at
-    nudge();
   }
-  return event_fd_.get();
+  for (const auto& request : under_way()) watch(request);
+  nudge();
+  return number;
 }
 
 void Runtime::wait_event(std::uint64_t seen, Deadline deadline) {

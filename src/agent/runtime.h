@@ -71,7 +71,8 @@ class Runtime final : public Events {
     ~Waiter() { --runtime.num_waiters_; }
     Runtime& runtime;
   };
-  // Polls readable after a request became terminal or a message arrived; the reader empties it. Needs the progress thread.
+  // A new descriptor that polls readable after a request became terminal or a message arrived; its reader empties it. It is
+  // closed with the runtime. Needs the progress thread.
   Result<int> event_fd();
 
  private:
@@ -104,7 +105,7 @@ class Runtime final : public Events {
   std::condition_variable event_cv_;
   std::atomic<std::uint64_t> num_terminal_{0};
   std::atomic<int> num_waiters_{0};
-  Fd event_fd_;
+  std::vector<Fd> event_fds_;  // under event_mutex_
   std::atomic<bool> event_fd_used_{false};
 
   Fd wake_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "agent/agent.h"
+#include "agent/desc_codec.h"
 #include "agent/telemetry.h"
 #include "base/log.h"
 #include "tables.h"
@@ -46,6 +47,11 @@ Error::Error(int code, const std::string& reason)
 const char* Error::nameOf(int code) noexcept { return code <= -1 && code >= -12 ? kStatusNames[-code - 1] : "BAD_STATUS"; }
 
 void throwInvalid(const std::string& reason) { throw Error(-2, reason); }
+
+std::string packDescs(const Descs& descs, std::uint8_t list_class) { return core::encode_descs(descs, list_class); }
+Descs unpackDescs(const char* bytes, std::size_t size, std::uint8_t& list_class) {
+  return unwrap(core::decode_descs({bytes, size}, list_class));
+}
 
 class AgentImpl {
  public:

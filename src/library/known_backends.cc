@@ -23,10 +23,9 @@ std::span<const KnownBackend> known_backends() {
       {"HF3FS", {kDram, kVram, kFile}, false, true, false,
        "not in this build; it needs libhf3fs_api_shared.so and a mounted 3FS"},
       {"OBJ", {kDram, kObject}, false, true, false,
-       "not in this build: libcurl's headers were not found; apt-get install libcurl4-openssl-dev and build again"},
+       "not in this build; it needs libcurl (libcurl4-openssl-dev to build)"},
       {"GUSLI", {kVram, kDram, kBlock}, false, true, false, "not in this build; it needs libgusli_clnt.so for network devices"},
-      {"AZURE_BLOB", {kDram, kObject}, false, true, false,
-       "not in this build: libcurl's headers were not found; apt-get install libcurl4-openssl-dev and build again"},
+      {"AZURE_BLOB", {kDram, kObject}, false, true, false, "not in this build; it needs libcurl (libcurl4-openssl-dev to build)"},
       {"UCCL", {kDram, kVram}, true, true, true, "not in this build; it needs the UCCL P2P engine library (pip install uccl)"},
       {"INFINIA", {kDram, kVram, kObject}, false, true, false, "not in this build; it needs the DDN Infinia client library"},
   };

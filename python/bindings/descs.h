@@ -1,0 +1,29 @@
+// Descriptor lists as Python sees them: three classes over nixl::Descs, and the readers of what callers pass in.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nixl/agent.h>
+
+#include <string>
+
+namespace nixl::python {
+
+namespace nb = nanobind;
+
+struct XferList {
+  Descs descs;
+};
+struct RegList {
+  Descs descs;
+};
+struct RemoteList {
+  Descs descs;  // meta holds the agent's name
+};
+
+// str (as UTF-8) or bytes; TypeError for anything else.
+std::string text_of(nb::handle value, const char* what);
+nb::bytes bytes_of(const std::string& text);
+
+void bind_descs(nb::module_& module);
+void bind_agent(nb::module_& module);
+
+}  // namespace nixl::python

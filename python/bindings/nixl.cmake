@@ -1,0 +1,1 @@
+nixl_module(nixl bindings/agent.cc bindings/descs.cc)

@@ -1,0 +1,409 @@
+"""The agent as programs use it: names and strings instead of numbers, tensors and arrays instead of addresses."""
+import io
+import pickle
+
+from . import _bindings as nixlBind
+from . import _descs, _native
+from ._bindings import DEFAULT_COMM_PORT
+from ._config import nixl_agent_config, nixl_thread_sync_t, text_of as _text_of
+from ._handles import nixl_prepped_dlist_handle, nixl_xfer_handle
+from .logging import get_logger
+
+logger = get_logger(__name__)
+nixl_backend_handle = int
+
+
+
+def __getattr__(name):
+    if name == "np":  # imported when it is first asked for: it takes longer than all of nixl
+        import numpy
+
+        return numpy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["DEFAULT_COMM_PORT", "logger", "nixlBind", "nixl_agent", "nixl_agent_config", "nixl_backend_handle",
+           "nixl_prepped_dlist_handle", "nixl_thread_sync_t", "nixl_xfer_handle", "pickle", "plugin_report"]
+
+
+def plugin_report():
+    """{backend: {"available", "reason", "mem_types", "remote", "local", "notif", "params"}} for every known backend."""
+    return _native.plugin_report()
+
+
+def _name(agent):
+    return agent.decode() if isinstance(agent, bytes) else agent
+
+
+def _bytes(message):
+    return message.encode() if isinstance(message, str) else bytes(message)
+
+
+class _Backends(dict):
+    """{name: number}, answering to every accepted spelling of a name."""
+
+    def __missing__(self, name):
+        canonical = _native.canonical_backend(name) if isinstance(name, str) else name
+        if canonical != name and dict.__contains__(self, canonical):
+            return self[canonical]
+        raise KeyError(name)
+
+    def __contains__(self, name):
+        return dict.__contains__(self, name) or (isinstance(name, str) and dict.__contains__(self, _native.canonical_backend(name)))
+
+    def get(self, name, default=None):
+        return self[name] if name in self else default
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain builtins and our list classes, nothing else: the bytes come from a peer."""
+
+    _allowed = {("nixl._native", "nixlXferDList"), ("nixl._native", "nixlRegDList"), ("nixl._native", "nixlRemoteDList"),
+                ("copyreg", "__newobj__")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self._allowed:
+            raise pickle.UnpicklingError(f"serialized descriptors may not hold {module}.{name}")
+        return super().find_class(module, name)
+
+
+class nixl_agent:
+    """One agent: registers memory, exchanges metadata and moves data.
+
+    Every method may be called from any thread. Agent names may be str or bytes. Native failures raise the nixl*Error classes; an
+    unknown operation or memory type, or a backend that was not created, raises KeyError.
+    """
+
+    def __init__(self, agent_name, nixl_conf=None, instantiate_all=False):
+        agent_name = _name(agent_name)
+        if not agent_name:
+            raise ValueError("the agent's name is empty")
+        if nixl_conf is not None and instantiate_all:
+            instantiate_all = False
+            logger.warning("instantiate_all is ignored, because nixl_conf is given")
+        conf = nixl_agent_config() if nixl_conf is None else nixl_conf
+        self.name = agent_name
+        self.notifs = {}
+        self.backends = _Backends()
+        self.backend_mems, self.backend_options = {}, {}
+        self.nixl_mems = dict(_descs.MEMS)
+        self.nixl_ops = {"WRITE": nixlBind.NIXL_WRITE, "READ": nixlBind.NIXL_READ}
+        self._leaked_xfer_handles = []
+        self._event_fd = None
+        self._num_threads = getattr(conf, "num_threads", 0)
+        self._backend_params = {_native.canonical_backend(name): params
+                                for name, params in (getattr(conf, "backend_params", None) or {}).items()}
+        self.agent = nixlBind.nixlAgent(agent_name, self._native_config(conf))
+        self.plugin_list = self.agent.getAvailPlugins()
+        if not self.plugin_list:
+            raise RuntimeError("No plugins available for NIXL, cannot start transfers!")
+        self.plugin_b_options, self.plugin_mem_types = {}, {}
+        for plugin in self.plugin_list:
+            self.plugin_b_options[plugin], self.plugin_mem_types[plugin] = self.agent.getPluginParams(plugin)
+        if instantiate_all:
+            self._create_all()
+        else:
+            self._create_listed(conf.backends)
+        logger.info("Initialized NIXL agent: %s", agent_name)
+
+    @staticmethod
+    def _native_config(conf):
+        sync = conf.sync_mode
+        if sync is not None:
+            mode = sync.value
+        else:
+            mode = nixlBind.NIXL_THREAD_SYNC_STRICT if conf.enable_listen else nixlBind.NIXL_THREAD_SYNC_NONE
+        native = nixlBind.nixlAgentConfig()
+        native.useProgThread = bool(conf.enable_pthread)
+        native.useListenThread = bool(conf.enable_listen)
+        native.listenPort = conf.port
+        native.syncMode = mode
+        native.captureTelemetry = bool(conf.capture_telemetry)
+        native.pthrDelay = 0
+        native.lthrDelay = 100000
+        native.useEtcd = getattr(conf, "use_etcd", None)
+        return native
+
+    def _create_listed(self, names):
+        listed = set(self.plugin_list)
+        for name in names:
+            if _native.canonical_backend(name) in listed:
+                self.create_backend(name)
+            else:
+                logger.warning("backend %s is skipped: %s", name, _why_missing(name))
+
+    def _create_all(self):
+        for name in self.plugin_list:
+            if name == "GDS_MT" and "GDS" in self.backends:
+                continue
+            try:
+                self.create_backend(name)
+            except nixlBind.nixlError as error:
+                logger.warning("backend %s is skipped: %s", name, error)
+
+    # ---- backends
+
+    def get_plugin_list(self):
+        """Names of the backends that can be created on this machine now."""
+        return self.agent.getAvailPlugins()
+
+    def _about_plugin(self, backend, part, empty):
+        try:
+            return self.agent.getPluginParams(backend)[part]
+        except nixlBind.nixlNotFoundError:
+            logger.warning("plugin %s is not available: %s", backend, _why_missing(backend))
+            return empty
+
+    def get_plugin_mem_types(self, backend):
+        return self._about_plugin(backend, 1, [])
+
+    def get_plugin_params(self, backend):
+        return self._about_plugin(backend, 0, {})
+
+    def _about_backend(self, backend, part, empty):
+        if backend in self.backends:
+            return self.agent.getBackendParams(self.backends[backend])[part]
+        logger.warning("backend %s was not created by agent %s", backend, self.name)
+        return empty
+
+    def get_backend_mem_types(self, backend):
+        return self._about_backend(backend, 1, [])
+
+    def get_backend_params(self, backend):
+        return self._about_backend(backend, 0, {})
+
+    def get_plugin_report(self):
+        return plugin_report()
+
+    def create_backend(self, backend, initParams={}):
+        """Creates a backend. `initParams` win over the configuration's backend_params, and these over num_threads."""
+        canonical = _native.canonical_backend(backend)
+        params = {}
+        if self._num_threads:
+            setting = _native.plugin_details().get(canonical, ("", ""))[1]
+            if setting:
+                params[setting] = str(self._num_threads)
+        params.update(self._backend_params.get(canonical, {}))
+        params.update({str(key): _text_of(value) for key, value in initParams.items()})
+        number = self.agent.createBackend(canonical, params)
+        self.backends[canonical] = number
+        self.backend_options[canonical], self.backend_mems[canonical] = self.agent.getBackendParams(number)
+        logger.info("Backend %s was instantiated", canonical)
+
+    def _numbers(self, backends):
+        return [self.backends[name] for name in backends]
+
+    # ---- descriptors
+
+    def get_xfer_descs(self, descs, mem_type=None, is_sorted=False):
+        """nixlXferDList, or None with an error line. See the table of accepted forms in nixl._descs."""
+        return _descs.convert(_descs.XFER, descs, mem_type)
+
+    def get_reg_descs(self, descs, mem_type=None, is_sorted=False):
+        """nixlRegDList, or None with an error line; tuples may carry a fourth entry, text or bytes."""
+        return _descs.convert(_descs.REG, descs, mem_type)
+
+    def get_remote_descs(self, descs, mem_type=None):
+        return _descs.convert_remote(descs, mem_type)
+
+    def get_serialized_descs(self, descs):
+        """Bytes of a descriptor list, or of None or plain builtins."""
+        return descs.pack() if hasattr(descs, "pack") else pickle.dumps(descs)
+
+    def deserialize_descs(self, serialized_descs):
+        if serialized_descs[:8] == b"NIXLDESC":
+            return _native.unpack_descs(serialized_descs)
+        return _Unpickler(io.BytesIO(serialized_descs)).load()
+
+    # ---- memory
+
+    def _reg_list(self, descs, mem_type):
+        regs = _descs.convert(_descs.REG, descs, mem_type)
+        if regs is None:
+            raise TypeError(f"no registration list can be made from {type(descs).__name__} with mem_type={mem_type!r}")
+        return regs
+
+    def register_memory(self, reg_list, mem_type=None, backends=[], is_sorted=False):
+        """Registers with `backends`, or with every created backend that supports the kind. Returns the nixlRegDList."""
+        numbers = self._numbers(backends)
+        regs = self._reg_list(reg_list, mem_type)
+        self.agent.registerMem(regs, numbers)
+        return regs
+
+    def deregister_memory(self, dereg_list, backends=[]):
+        numbers = self._numbers(backends)
+        self.agent.deregisterMem(self._reg_list(dereg_list, None), numbers)
+
+    def query_memory(self, reg_list, backend, mem_type=None):
+        """[dict or None] for each descriptor: what the backend knows of the file or object, None when it is absent."""
+        if backend not in self.backends:
+            raise ValueError(f"backend {backend} was not created by agent {self.name}")
+        if isinstance(reg_list, (list, tuple)) and not reg_list:
+            return []
+        return self.agent.queryMem(self._reg_list(reg_list, mem_type), self.backends[backend])
+
+    # ---- transfers
+
+    def make_connection(self, remote_agent, backends=[]):
+        """Wires up, so that the first transfer pays nothing for it. Waits at most ten seconds."""
+        self.agent.makeConnection(remote_agent, self._numbers(backends))
+
+    def prep_xfer_dlist(self, agent_name, xfer_list, mem_type=None, backends=[], is_sorted=False):
+        """Prepares one side. "NIXL_INIT_AGENT" or "": local; the own name: loopback target; else a peer's memory."""
+        if _descs._is_array(xfer_list) and xfer_list.ndim == 2 and xfer_list.shape[1] == 5 and mem_type is None:
+            raise ValueError("a table of strided runs needs mem_type")
+        numbers = self._numbers(backends)
+        descs = self._xfer_list(xfer_list, mem_type)
+        agent_name = _name(agent_name)
+        if agent_name in ("NIXL_INIT_AGENT", nixlBind.NIXL_INIT_AGENT):
+            number = self.agent.prepXferDlist(descs, numbers)
+        else:
+            number = self.agent.prepXferDlist(agent_name, descs, numbers)
+        return nixl_prepped_dlist_handle(self.agent, number)
+
+    def _xfer_list(self, descs, mem_type=None):
+        if isinstance(descs, nixlBind.nixlRegDList):
+            return descs.trim()
+        listed = _descs.convert(_descs.XFER, descs, mem_type)
+        if listed is None:
+            raise TypeError(f"no transfer list can be made from {type(descs).__name__} with mem_type={mem_type!r}")
+        return listed
+
+    def make_prepped_xfer(self, operation, local_xfer_side, local_indices, remote_xfer_side, remote_indices, notif_msg=b"",
+                          backends=[], skip_desc_merge=False):
+        """A transfer over chosen blocks of two prepared sides; indices are lists of int or one-dimensional integer arrays."""
+        op = self.nixl_ops[operation]
+        numbers = self._numbers(backends)
+        number = self.agent.makeXferReq(op, local_xfer_side._handle, local_indices, remote_xfer_side._handle, remote_indices,
+                                        notif_msg, numbers, skip_desc_merge)
+        return nixl_xfer_handle(self.agent, number)
+
+    def initialize_xfer(self, operation, local_descs, remote_descs, remote_agent, notif_msg=b"", backends=[]):
+        """A transfer of row k with row k. Registration lists and tensors are accepted too."""
+        op = self.nixl_ops[operation]
+        numbers = self._numbers(backends)
+        if local_descs is None or remote_descs is None:
+            raise TypeError("descriptor lists are needed, not None")
+        number = self.agent.createXferReq(op, self._xfer_list(local_descs), self._xfer_list(remote_descs), remote_agent, notif_msg,
+                                          numbers)
+        return nixl_xfer_handle(self.agent, number)
+
+    def transfer(self, handle, notif_msg=b""):
+        """Starts or restarts: "DONE" or "PROC". An empty notification keeps the one given before."""
+        return _state(self.agent.postXferReq(handle._handle, notif_msg))
+
+    def check_xfer_state(self, handle):
+        return _state(self.agent.getXferStatus(handle._handle))
+
+    def cancel_xfer(self, handle):
+        """Ends a running transfer; check_xfer_state raises nixlCancelledError afterwards."""
+        self.agent.cancelXferReq(handle._handle)
+
+    def estimate_xfer_cost(self, req_handle):
+        """(duration in us, error margin in us, method)."""
+        duration, margin, method = self.agent.estimateXferCost(req_handle._handle)
+        return duration, margin, "ANALYTICAL_BACKEND" if method == nixlBind.NIXL_COST_ANALYTICAL_BACKEND else "UNKNOWN"
+
+    def get_xfer_telemetry(self, handle):
+        return self.agent.getXferTelemetry(handle._handle)
+
+    def query_xfer_backend(self, handle):
+        number = self.agent.queryXferBackend(handle._handle)
+        return next(name for name, held in self.backends.items() if held == number)
+
+    def query_xfer_path(self, handle):
+        """Text naming the transport used, e.g. "shm", "tcp", "cuda_ipc"."""
+        return self.agent.queryXferPath(handle._handle)
+
+    def release_xfer_handle(self, handle):
+        handle.release()
+
+    def release_dlist_handle(self, handle):
+        handle.release()
+
+    def prep_mem_view(self, dlist, *, backends=None):
+        return self.agent.prepMemView(dlist, self._numbers(backends or []))
+
+    def release_mem_view(self, mvh):
+        self.agent.releaseMemView(mvh)
+
+    def event_fd(self):
+        """A descriptor that polls readable when a transfer ended or a notification arrived; read 8 bytes to clear it."""
+        if self._event_fd is None:
+            self._event_fd = self.agent.eventFd()
+        return self._event_fd
+
+    # ---- notifications
+
+    def get_new_notifs(self, backends=[]):
+        """{sender: [bytes]} of what arrived since the last call."""
+        return self.agent.getNotifs({}, self._numbers(backends))
+
+    def update_notifs(self, backends=[]):
+        self.notifs = self.agent.getNotifs(self.notifs, self._numbers(backends))
+        return self.notifs
+
+    def check_remote_xfer_done(self, remote_agent_name, lookup_tag, backends=[], tag_is_prefix=True):
+        """True, once for each, when a message of that sender starts with (or contains) the tag."""
+        messages = self.update_notifs(backends).get(_name(remote_agent_name), [])
+        tag = _bytes(lookup_tag)
+        for place, message in enumerate(messages):
+            if message.startswith(tag) if tag_is_prefix else tag in message:
+                del messages[place]
+                return True
+        return False
+
+    def send_notif(self, remote_agent_name, notif_msg, backend=None):
+        self.agent.genNotif(remote_agent_name, notif_msg, [] if backend is None else self._numbers([backend]))
+
+    # ---- metadata
+
+    def get_agent_metadata(self):
+        return self.agent.getLocalMD()
+
+    def get_partial_agent_metadata(self, descs, inc_conn_info=False, backends=[]):
+        return self.agent.getLocalPartialMD(self._partial_list(descs), inc_conn_info, self._numbers(backends))
+
+    def _partial_list(self, descs):
+        if descs is None or (isinstance(descs, (list, tuple)) and not descs):
+            return nixlBind.nixlRegDList(nixlBind.DRAM_SEG)
+        return self._reg_list(descs, None)
+
+    def add_remote_agent(self, metadata):
+        """Makes a peer known from its metadata; its name as bytes."""
+        return self.agent.loadRemoteMD(metadata)
+
+    def remove_remote_agent(self, agent):
+        self.agent.invalidateRemoteMD(agent)
+
+    def check_remote_metadata(self, agent, descs=None):
+        """Is the agent known and, with `descs`, is all of that memory of it known?"""
+        wanted = nixlBind.nixlXferDList(nixlBind.DRAM_SEG) if descs is None else self._xfer_list(descs)
+        return self.agent.checkRemoteMD(agent, wanted) == nixlBind.NIXL_SUCCESS
+
+    def send_local_metadata(self, ip_addr="", port=DEFAULT_COMM_PORT):
+        """Sends our metadata to a listener, or to the store when no address is given. Returns at once."""
+        self.agent.sendLocalMD(ip_addr, port)
+
+    def send_partial_agent_metadata(self, descs, inc_conn_info=False, backends=[], ip_addr="", port=DEFAULT_COMM_PORT, label=""):
+        self.agent.sendLocalPartialMD(self._partial_list(descs), inc_conn_info, self._numbers(backends), ip_addr, port, label)
+
+    def fetch_remote_metadata(self, remote_agent, ip_addr="", port=DEFAULT_COMM_PORT, label=""):
+        """Asks a listener or the store for a peer's metadata. Returns at once; check_remote_metadata tells when it is there."""
+        self.agent.fetchRemoteMD(remote_agent, ip_addr, port, label)
+
+    def invalidate_local_metadata(self, ip_addr="", port=DEFAULT_COMM_PORT):
+        self.agent.invalidateLocalMD(ip_addr, port)
+
+    def get_listen_port(self):
+        """The port listened on, 0 when there is no listener."""
+        return self.agent.getListenPort()
+
+
+def _why_missing(name):
+    about = plugin_report().get(_native.canonical_backend(name))
+    return about["reason"] if about else "there is no backend of this name"
+
+
+def _state(status):
+    return "DONE" if status == nixlBind.NIXL_SUCCESS else "PROC"

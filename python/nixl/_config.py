@@ -1,0 +1,55 @@
+"""Configuration of an agent."""
+from enum import Enum
+
+from . import _bindings as nixlBind
+
+
+class nixl_thread_sync_t(Enum):
+    """Thread modes; every mode is safe from any thread, they may differ in speed."""
+
+    NIXL_THREAD_SYNC_NONE = nixlBind.NIXL_THREAD_SYNC_NONE
+    NIXL_THREAD_SYNC_STRICT = nixlBind.NIXL_THREAD_SYNC_STRICT
+    NIXL_THREAD_SYNC_RW = nixlBind.NIXL_THREAD_SYNC_RW
+    NIXL_THREAD_SYNC_DEFAULT = nixlBind.NIXL_THREAD_SYNC_DEFAULT
+
+
+def text_of(value):
+    """A parameter's value as text: True is "true"."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _checked_params(params):
+    if not isinstance(params, dict) or not all(isinstance(given, dict) for given in params.values()):
+        raise TypeError("backend_params must be a dict of dicts: {backend: {parameter: value}}")
+    return {name: {str(key): text_of(value) for key, value in given.items()} for name, given in params.items()}
+
+
+class nixl_agent_config:
+    """What an agent is made with; every attribute may be changed until the agent is made.
+
+    backends: names to create at once, ["UCX"] by default. num_threads: worker threads, 0 for the backend's default.
+    backend_params: {backend: {parameter: value}}. use_etcd: True publishes and discovers by itself, False ignores etcd, None uses it
+    for explicit calls when NIXL_ETCD_ENDPOINTS is set. Raises ValueError for contradicting spellings, TypeError for a sync_mode that
+    is no nixl_thread_sync_t.
+    """
+
+    def __init__(self, enable_prog_thread=True, enable_listen_thread=False, listen_port=nixlBind.DEFAULT_COMM_PORT,
+                 capture_telemetry=False, num_threads=0, backends=None, sync_mode=None, *, backend_params=None,
+                 use_etcd=None, enable_listen=None):
+        if enable_listen_thread and enable_listen is not None and not enable_listen:
+            raise ValueError("enable_listen_thread=True and enable_listen=False contradict each other")
+        if sync_mode is not None and not isinstance(sync_mode, nixl_thread_sync_t):
+            raise TypeError(f"sync_mode must be a nixl_thread_sync_t (got '{type(sync_mode).__name__}')")
+        self.backends = ["UCX"] if backends is None else list(backends)
+        self.enable_pthread = enable_prog_thread
+        self.enable_listen = bool(enable_listen or enable_listen_thread)
+        self.port = listen_port
+        self.capture_telemetry = capture_telemetry
+        self.num_threads = num_threads
+        self.sync_mode = sync_mode
+        self.backend_params = _checked_params({} if backend_params is None else backend_params)
+        self.use_etcd = use_etcd
+
+    enable_prog_thread = property(lambda self: self.enable_pthread, lambda self, value: setattr(self, "enable_pthread", value))
+    enable_listen_thread = property(lambda self: self.enable_listen, lambda self, value: setattr(self, "enable_listen", value))
+    listen_port = property(lambda self: self.port, lambda self, value: setattr(self, "port", value))
