@@ -1,10 +1,13 @@
 // Parameters, precedence of UCX's configuration, message layout and the order of notifications; no second process
 // needed.
 #include <dlfcn.h>
+#include <poll.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <thread>
 
 #include "backends/ucx/entry.h"
 #include "backends/ucx/inbox.h"
@@ -158,6 +161,88 @@ TEST(notifications_keep_the_order_of_their_stream) {
   CHECK_EQ(seen[1].message + seen[2].message + seen[3].message, "firstsecondthird");
   CHECK_EQ(inbox.next_sequence(1, 1), 3u);
   CHECK_EQ(inbox.next_sequence(9, 9), 0u);
+}
+
+// A backend with a thread that drives it.
+struct Driven {
+  explicit Driven(PeerId who) {
+    BackendConfig config;
+    config.self = std::move(who);
+    config.params = backends_of_ucx()[0].params;
+    config.params["UCX_TLS"] = "tcp";
+    backend = std::move(*CHECK_OK(backends_of_ucx()[0].open(std::move(config))));
+    thread = std::thread([this] {
+      while (!stop) {
+        if (backend->progress() || !backend->arm()) continue;
+        pollfd wait{backend->event_fd(), POLLIN, 0};
+        poll(&wait, 1, 5);
+      }
+    });
+  }
+  ~Driven() {
+    stop = true;
+    thread.join();
+  }
+  std::unique_ptr<Backend> backend;
+  std::atomic<bool> stop{false};
+  std::thread thread;
+};
+
+TEST(many_threads_share_one_backend) {
+  constexpr int kThreads = 4, kRounds = 60;
+  constexpr std::size_t kShare = 64 << 10;
+  Driven here({"here", 1}), there({"there", 2});
+  std::vector<char> local(kThreads * kShare, 'l'), remote(kThreads * kShare, 'r');
+  const auto region = [](std::vector<char>& bytes) {
+    return Region{MemKind::kDram, reinterpret_cast<std::uint64_t>(bytes.data()), bytes.size(), 0, ""};
+  };
+  auto ours = std::move(*CHECK_OK(here.backend->add_region(region(local))));
+  auto theirs = std::move(*CHECK_OK(there.backend->add_region(region(remote))));
+  auto line = std::move(*CHECK_OK(here.backend->connect({"there", 2}, *CHECK_OK(there.backend->export_connection()))));
+  auto imported = std::move(
+      *CHECK_OK(here.backend->import_region(*line, region(remote), *CHECK_OK(there.backend->export_region(*theirs)))));
+  std::vector<std::unique_ptr<Transfer>> transfers;
+  for (int i = 0; i < kThreads; ++i) {
+    Plan plan;
+    plan.op = Op::kRead;
+    plan.peer = line.get();
+    plan.local_address = {reinterpret_cast<std::uint64_t>(local.data()) + i * kShare};
+    plan.remote_address = {reinterpret_cast<std::uint64_t>(remote.data()) + i * kShare};
+    plan.length = {kShare};
+    plan.local_region = plan.remote_region = {0};
+    plan.local_regions = {ours.get()};
+    plan.remote_regions = {imported.get()};
+    plan.num_blocks = 1;
+    plan.total_bytes = kShare;
+    transfers.push_back(std::move(*CHECK_OK(here.backend->prepare(std::move(plan)))));
+  }
+  const Deadline deadline = Deadline::after(60'000'000'000);
+  std::vector<std::thread> users;
+  for (int i = 0; i < kThreads; ++i)
+    users.emplace_back([&, i] {
+      for (int round = 0; round < kRounds; ++round) {
+        auto state = transfers[i]->submit("done");
+        while (state && *state == TransferState::kRunning) {
+          CHECK(!deadline.passed());
+          state = transfers[i]->poll();
+        }
+        CHECK(state);
+        CHECK(local[i * kShare] == 'r' && local[(i + 1) * kShare - 1] == 'r');
+        local[i * kShare] = 'l';
+        CHECK_OK(here.backend->notifier()->send(*line, "alone"));
+        if (round % 8 == 0) CHECK_OK(here.backend->add_region(region(local)));
+      }
+    });
+  std::vector<Notification> seen;
+  while (seen.size() < 2u * kThreads * kRounds) {
+    CHECK(!deadline.passed());
+    there.backend->notifier()->drain(seen);
+  }
+  for (std::thread& user : users) user.join();
+  CHECK_EQ(seen.size(), 2u * kThreads * kRounds);
+  transfers.clear();
+  imported.reset();
+  line.reset();
 }
 
 }  // namespace
