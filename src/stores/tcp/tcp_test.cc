@@ -1,0 +1,111 @@
+#include "stores/tcp/tcp.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <thread>
+
+#include "check.h"
+
+using namespace nixl::core;
+
+namespace {
+
+constexpr Nanoseconds kMs = 1'000'000;
+
+std::unique_ptr<Store> client_of(std::uint16_t port) {
+  return std::move(*CHECK_OK(store_tcp().open({"127.0.0.1:" + std::to_string(port)})));
+}
+
+}  // namespace
+
+TEST(keys_come_and_go) {
+  auto server = std::move(*CHECK_OK(TcpStoreServer::open({"127.0.0.1", 0})));
+  auto a = client_of(server->port()), b = client_of(server->port());
+  const std::string odd("k\0\xff", 3), large(5 << 20, 'v');
+  CHECK_OK(a->publish(odd, large));
+  CHECK(*CHECK_OK(b->fetch(odd, Deadline::passed_already())) == large);
+  CHECK_OK(b->publish(odd, ""));
+  CHECK_EQ(*CHECK_OK(a->fetch(odd, Deadline::passed_already())), "");
+  CHECK_OK(a->withdraw(odd));
+  CHECK_OK(a->withdraw(odd));
+  auto absent = b->fetch(odd, Deadline::passed_already());
+  CHECK(!absent && absent.error().code == Code::kTimeout);
+  auto long_key = a->publish(std::string(5000, 'k'), "");
+  CHECK(!long_key && long_key.error().code == Code::kInvalidArgument);
+}
+
+TEST(fetch_waits_until_published_or_the_deadline) {
+  auto server = std::move(*CHECK_OK(TcpStoreServer::open({"127.0.0.1", 0})));
+  auto store = client_of(server->port());
+  const Nanoseconds start = now_ns();
+  auto absent = store->fetch("k", Deadline::after(50 * kMs));
+  CHECK(!absent && absent.error().code == Code::kTimeout);
+  CHECK(now_ns() - start >= 50 * kMs);
+  std::vector<std::thread> waiting;  // several threads on one client
+  for (int i = 0; i < 8; ++i)
+    waiting.emplace_back([&] { CHECK_EQ(*CHECK_OK(store->fetch("k", Deadline::after(20'000 * kMs))), "v"); });
+  CHECK_OK(store->publish("other", ""));
+  CHECK_OK(store->publish("k", "v"));
+  for (auto& thread : waiting) thread.join();
+}
+
+TEST(a_killed_client_disturbs_nobody_and_comes_back) {
+  auto server = std::move(*CHECK_OK(TcpStoreServer::open({"127.0.0.1", 0})));
+  auto store = client_of(server->port());
+  for (int round = 0; round < 3; ++round) {
+    int ready[2];
+    CHECK_EQ(::pipe(ready), 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+      auto mine = store_tcp().open({"127.0.0.1:" + std::to_string(server->port())});
+      const bool good = mine && (*mine)->publish("child", std::to_string(round));
+      (void)!::write(ready[1], good ? "y" : "n", 1);
+      (void)(*mine)->fetch("never", Deadline::after(60'000 * kMs));
+      ::_exit(0);
+    }
+    char answer = 0;
+    CHECK_EQ(::read(ready[0], &answer, 1), 1);
+    CHECK_EQ(answer, 'y');
+    ::kill(child, SIGKILL);
+    ::waitpid(child, nullptr, 0);
+    CHECK_EQ(*CHECK_OK(store->fetch("child", Deadline::after(10'000 * kMs))), std::to_string(round));
+    ::close(ready[0]);
+    ::close(ready[1]);
+  }
+}
+
+TEST(a_new_server_is_found_and_an_absent_one_is_named) {
+  auto server = std::move(*CHECK_OK(TcpStoreServer::open({"127.0.0.1", 0})));
+  const std::uint16_t port = server->port();
+  auto store = client_of(port);
+  CHECK_OK(store->publish("k", "old"));
+  server.reset();
+  auto lost = store->publish("k", "v");
+  CHECK(!lost && lost.error().code == Code::kIo);
+  CHECK(lost.error().reason.find("127.0.0.1:" + std::to_string(port)) != std::string::npos);
+  CHECK(!store->fetch("k", Deadline::after(100 * kMs)));
+  server = std::move(*CHECK_OK(TcpStoreServer::open({"127.0.0.1", port})));
+  CHECK_OK(store->publish("k", "new"));
+  CHECK_EQ(*CHECK_OK(store->fetch("k", Deadline::passed_already())), "new");
+  CHECK(!store_tcp().open({"nonsense"}));
+}
+
+TEST(garbage_ends_one_connection_only) {
+  auto server = std::move(*CHECK_OK(TcpStoreServer::open({"127.0.0.1", 0})));
+  auto store = client_of(server->port());
+  const Deadline deadline = Deadline::after(10'000 * kMs);
+  for (const std::string& text : {std::string("GET / HTTP/1.1\r\n\r\n"), std::string(8, '\xff')}) {
+    Fd raw = std::move(*CHECK_OK(net::connect_tcp({"127.0.0.1", server->port()}, deadline)));
+    CHECK_EQ(::write(raw.get(), text.data(), text.size()), ssize_t(text.size()));
+    CHECK_OK(net::wait_for(raw.get(), POLLIN, deadline, "the end of the connection"));
+  }
+  net::Channel framed(std::move(*CHECK_OK(net::connect_tcp({"127.0.0.1", server->port()}, deadline))), 1024);
+  CHECK_OK(framed.send("\x01", deadline));
+  CHECK(!framed.receive(deadline));
+  CHECK_OK(store->publish("k", "v"));
+}
+
+int main(int argc, char** argv) {
+  return check::run_tests(argc, argv);
+}
