@@ -25,6 +25,7 @@ namespace {
 constexpr std::size_t kBatchBytes = 512 << 10;  // taken from the queue at once
 constexpr std::size_t kBatchIos = 64;
 constexpr std::size_t kHelpIos = 8;
+constexpr std::size_t kLookAhead = 128;  // places searched for something that may start
 // A helper whose write took this long hit the kernel's throttling of dirty pages; helpers then leave writes to the
 // workers.
 constexpr Nanoseconds kSlowHelp = 2'000'000;
@@ -105,55 +106,59 @@ class ThreadQueue final : public Queue {
       if (threads_.empty()) return fail(errno_error("start an I/O thread", error));
     }
     std::lock_guard lock(state_->mutex);
-    for (const Io& io : batch) state_->waiting.push_back(io);
+    for (const Io& io : batch) state_->waiting.push_back({io, false});
+    num_waiting_ = state_->waiting.size();
     for (std::size_t n = std::min<std::size_t>(state_->idle, batch.size()); n-- > 0;) state_->wake.notify_one();
     return batch.size();
   }
 
   std::size_t reap(std::span<Done> out) override {
+    if (!has_done_.load(std::memory_order_acquire)) return 0;  // a poller in a loop must not hold up the workers
     std::lock_guard lock(state_->mutex);
     auto& done = state_->done;
     const std::size_t count = std::min(out.size(), done.size());
     std::copy_n(done.end() - static_cast<std::ptrdiff_t>(count), count, out.begin());
     done.resize(done.size() - count);
+    has_done_ = !done.empty();
     return count;
   }
 
   void cancel(std::uint32_t slot) noexcept override {
     std::lock_guard lock(state_->mutex);
     auto& waiting = state_->waiting;
-    const auto at = std::find_if(waiting.begin(), waiting.end(), [&](const Io& io) { return io.slot == slot; });
+    const auto at =
+        std::find_if(waiting.begin(), waiting.end(), [&](const Waiting& one) { return one.io.slot == slot; });
     if (at == waiting.end()) return;
     waiting.erase(at);
-    finish_locked({{slot, -ECANCELED}});
+    const Done cancelled = {slot, -ECANCELED};
+    finish_locked({&cancelled, 1});
   }
 
   bool help() noexcept override {
-    std::vector<Io> batch;
+    if (num_waiting_.load(std::memory_order_relaxed) == 0) return false;
+    Batch batch;
     {
       std::lock_guard lock(state_->mutex);
       take_locked(batch, /*helping=*/true);
     }
-    if (batch.empty()) return false;
-    std::vector<Done> done;
-    std::vector<Io> cold;
+    if (batch.count == 0) return false;
+    Io cold[kHelpIos];
+    std::size_t num_cold = 0;
     const Nanoseconds begin = now_ns();
-    for (const Io& io : batch) {
+    for (std::size_t i = 0; i < batch.count; ++i) {
+      const Io& io = batch.ios[i];
       const std::int64_t got = plain_call(io, io.write ? 0 : RWF_NOWAIT);
       if (got == -EOPNOTSUPP && !io.write) blocking_fd_ = io.fd;
       if (!io.write && (got == -EAGAIN || got == -EOPNOTSUPP))
-        cold.push_back(io);
+        cold[num_cold++] = io;
       else
-        done.push_back({io.slot, got});
+        batch.done[batch.num_done++] = {io.slot, got};
     }
     if (now_ns() - begin > kSlowHelp) no_writes_until_ = now_ns() + kHelpPause;
     std::lock_guard lock(state_->mutex);
-    for (const Io& io : cold) state_->waiting.push_front(io);
-    if (!cold.empty()) {
-      state_->cold = cold.size();
-      state_->wake.notify_one();
-    }
-    finish_locked(done);
+    while (num_cold > 0) state_->waiting.push_front({cold[--num_cold], true});
+    give_back_locked(batch);
+    if (state_->idle > 0 && first_eligible_locked(false) != state_->waiting.end()) state_->wake.notify_one();
     return true;
   }
 
@@ -167,38 +172,75 @@ class ThreadQueue final : public Queue {
   }
 
  private:
+  struct Waiting {
+    Io io;
+    bool cold = false;  // not in the page cache: not for helpers
+  };
   struct State {
     std::mutex mutex;
     std::condition_variable wake;
-    std::deque<Io> waiting;
+    std::deque<Waiting> waiting;
     std::vector<Done> done;
+    std::vector<int> written;  // descriptors that somebody is writing to
     Fd event;
     std::size_t idle = 0;
-    std::size_t cold = 0;  // so many at the front are not in the page cache: not for helpers
     bool armed = false, stop = false;
   };
+  struct Batch {
+    Io ios[kBatchIos];
+    Done done[kBatchIos];
+    std::size_t count = 0, num_done = 0;
+    int written = -1;
+  };
 
-  void take_locked(std::vector<Io>& batch, bool helping) {
+  // The kernel lets one write at a time into a file; a second thread would only wait for it, at the price of two
+  // switches a call. So a file being written is left to the one who writes it.
+  bool eligible(const Waiting& one, bool helping) const {
+    const Io& io = one.io;
+    if (helping && (one.cold || io.copier)) return false;
+    if (helping && (io.write ? now_ns() < no_writes_until_ : io.fd == blocking_fd_)) return false;
+    const auto& written = state_->written;
+    return !io.write || std::find(written.begin(), written.end(), io.fd) == written.end();
+  }
+  std::deque<Waiting>::iterator first_eligible_locked(bool helping) {
     auto& waiting = state_->waiting;
-    const std::size_t most = helping ? kHelpIos : kBatchIos;
-    const std::size_t share = waiting.size() / (num_running_ + 1) + 1;  // leave some for the others
+    const auto limit = waiting.begin() + static_cast<std::ptrdiff_t>(std::min(waiting.size(), kLookAhead));
+    const auto at = std::find_if(waiting.begin(), limit, [&](const Waiting& one) { return eligible(one, helping); });
+    return at == limit ? waiting.end() : at;
+  }
+  void take_locked(Batch& batch, bool helping) {
+    batch.count = batch.num_done = 0;
+    batch.written = -1;
+    auto& waiting = state_->waiting;
+    const auto first = first_eligible_locked(helping);
+    if (first == waiting.end()) return;
+    const Io like = first->io;
+    const std::size_t share = waiting.size() / (num_running_ + 1) + 1;  // of reads, some are left for the others
+    const std::size_t most = helping ? kHelpIos : like.write ? kBatchIos : std::min(kBatchIos, share);
     std::size_t bytes = 0;
-    while (!waiting.empty() && batch.size() < std::min(most, share) && bytes < kBatchBytes) {
-      const Io& io = waiting.front();
-      if (helping && (state_->cold > 0 || !helper_may_run(io))) return;
-      if (state_->cold > 0) --state_->cold;
-      bytes += bytes_of(io);
-      batch.push_back(io);
-      waiting.pop_front();
+    auto at = first;
+    for (; at != waiting.end() && batch.count < most && bytes < kBatchBytes; ++at) {
+      if (at->io.write != like.write || (like.write && at->io.fd != like.fd) || !eligible(*at, helping)) break;
+      bytes += bytes_of(at->io);
+      batch.ios[batch.count++] = at->io;
     }
+    waiting.erase(first, at);
+    num_waiting_ = waiting.size();
+    if (like.write) state_->written.push_back(batch.written = like.fd);
   }
-  bool helper_may_run(const Io& io) const {
-    if (io.copier) return false;
-    return io.write ? now_ns() >= no_writes_until_ : io.fd != blocking_fd_;
+  void give_back_locked(const Batch& batch) {
+    if (batch.written >= 0) {
+      auto& written = state_->written;
+      written.erase(std::find(written.begin(), written.end(), batch.written));
+    }
+    finish_locked({batch.done, batch.num_done});
   }
-  void finish_locked(const std::vector<Done>& done) {
+  void finish_locked(std::span<const Done> done) {
+    num_waiting_ = state_->waiting.size();
+    if (done.empty()) return;
     state_->done.insert(state_->done.end(), done.begin(), done.end());
-    if (state_->armed && !done.empty()) {
+    has_done_.store(true, std::memory_order_release);
+    if (state_->armed) {
       state_->armed = false;
       const std::uint64_t one = 1;
       (void)!::write(state_->event.get(), &one, sizeof one);
@@ -207,21 +249,24 @@ class ThreadQueue final : public Queue {
 
   void work() {
     Bounce bounce;
-    std::vector<Io> batch;
-    std::vector<Done> done;
+    Batch batch;
     std::unique_lock lock(state_->mutex);
     for (;;) {
       ++state_->idle;
-      state_->wake.wait(lock, [&] { return state_->stop || !state_->waiting.empty(); });
+      state_->wake.wait(lock, [&] {
+        return first_eligible_locked(false) != state_->waiting.end() || (state_->stop && state_->waiting.empty());
+      });
       --state_->idle;
       if (state_->waiting.empty()) return;  // stop, and nothing left to do
-      batch.clear();
       take_locked(batch, /*helping=*/false);
       lock.unlock();
-      done.clear();
-      for (const Io& io : batch) done.push_back({io.slot, io.copier ? bounce.run(io) : plain_call(io, 0)});
+      for (std::size_t i = 0; i < batch.count; ++i) {
+        const Io& io = batch.ios[i];
+        batch.done[batch.num_done++] = {io.slot, io.copier ? bounce.run(io) : plain_call(io, 0)};
+      }
       lock.lock();
-      finish_locked(done);
+      give_back_locked(batch);
+      if (state_->stop) state_->wake.notify_all();
       const bool drained = state_->waiting.empty() && !state_->stop;
       if (drained && drained_) {
         lock.unlock();
@@ -238,7 +283,8 @@ class ThreadQueue final : public Queue {
   std::function<void()> drained_;
   std::atomic<Nanoseconds> no_writes_until_{0};
   std::atomic<int> blocking_fd_{-1};  // the last file seen that cannot tell whether a read would block: not for helpers
-  std::atomic<std::size_t> num_running_{0};
+  std::atomic<std::size_t> num_running_{0}, num_waiting_{0};
+  std::atomic<bool> has_done_{false};
   std::vector<std::thread> threads_;
 };
 
