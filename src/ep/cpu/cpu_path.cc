@@ -48,8 +48,10 @@ CpuPath::CpuPath(const PathOptions& options)
     : options_(options),
       fault_words_(kMaxRanks, 0),
       peers_(options.rank, own_),
-      exchange_(options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_, fault_words_.data()),
-      barrier_(options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_, fault_words_.data()),
+      exchange_(Channel::kOperations, options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_,
+                fault_words_.data()),
+      barrier_(Channel::kBarriers, options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_,
+               fault_words_.data()),
       combiner_(options.combine) {}
 
 CpuPath::~CpuPath() {

@@ -28,9 +28,10 @@ const char* name(WaitSite site) noexcept {
   return "?";
 }
 
-Exchange::Exchange(int rank, std::uint32_t incarnation, Timing timing, OwnMemory& own, PeerTable& peers,
-                   std::int32_t* fault_words)
-    : rank_(rank),
+Exchange::Exchange(Channel channel, int rank, std::uint32_t incarnation, Timing timing, OwnMemory& own,
+                   PeerTable& peers, std::int32_t* fault_words)
+    : channel_(channel),
+      rank_(rank),
       incarnation_(incarnation),
       timing_(timing),
       own_(own),
@@ -42,7 +43,7 @@ Exchange::Exchange(int rank, std::uint32_t incarnation, Timing timing, OwnMemory
 void Exchange::begin(std::uint64_t operation, nixl::ep::Phase phase, int num_ranks) {
   operation_ = operation;
   phase_ = phase;
-  peers_.begin_operation(num_ranks, participants_);
+  peers_.begin_operation(channel_, num_ranks, participants_);
   take_slot();
 }
 
@@ -51,7 +52,7 @@ void Exchange::begin_again() {
   for (std::size_t i = 0; i < participants_.size(); ++i)
     if (waiting_[i].stand == Stand::kArrived) std::swap(participants_[kept++], participants_[i]);
   participants_.resize(kept);
-  peers_.continue_operation(participants_);
+  peers_.continue_operation(channel_, participants_);
   take_slot();
 }
 
@@ -76,19 +77,23 @@ void Exchange::publish(Message message) {
   message.stage_offset = own_.slot_offset(slot()) + stage_at_;
   message.generation = own_.end_stage(slot());
   own_message_ = message;
-  peers_.announce(participants_, message);
+  announce(message);
+}
+
+void Exchange::announce(const Message& message) {
+  peers_.announce(channel_, participants_, message);
   for (const Participant& participant : participants_) {
     if (participant.dropped()) continue;
     const Control& control = participant.peer->memory.control();
     const std::uint32_t count = participant.pair.sent;
-    control.inbox(rank_).flags[flag_slot(count)].store(make_flag(incarnation_, count), std::memory_order_release);
+    control.inbox(rank_).flag(channel_, count).store(make_flag(incarnation_, count), std::memory_order_release);
     control.hello().doorbell.ring();
   }
 }
 
 bool Exchange::read_header(const Participant& participant, Waiting& waiting) const {
   const std::uint32_t count = participant.pair.expected;
-  const Header& header = participant.peer->memory.control().header(rank_, flag_slot(count));
+  const Header& header = participant.peer->memory.control().header(rank_, channel_, count);
   if (header.count.load(std::memory_order_acquire) != count ||
       header.awaits.load(std::memory_order_relaxed) != participant.pair.sent)
     return false;
@@ -100,18 +105,20 @@ bool Exchange::still_holds(const Participant& participant, const Waiting& waitin
   reads_done();
   const Control& control = participant.peer->memory.control();
   const std::uint32_t count = participant.pair.expected;
-  const Header& header = control.header(rank_, flag_slot(count));
-  return header.count.load(std::memory_order_acquire) == count && header.revoked.load(std::memory_order_acquire) == 0 &&
-         waiting.message.slot < 2 &&
-         control.hello().generation[waiting.message.slot].load(std::memory_order_acquire) == waiting.message.generation;
+  const Header& header = control.header(rank_, channel_, count);
+  if (header.count.load(std::memory_order_acquire) != count || header.revoked.load(std::memory_order_acquire) != 0)
+    return false;
+  return channel_ == Channel::kBarriers ||
+         (waiting.message.slot < 2 && control.hello().generation[waiting.message.slot].load(
+                                          std::memory_order_acquire) == waiting.message.generation);
 }
 
 void Exchange::look_for_message(std::size_t i) {
   const Participant& participant = participants_[i];
   Waiting& waiting = waiting_[i];
   const PairState& pair = participant.pair;
-  const Inbox& inbox = own_.control().inbox(participant.peer->rank);
-  waiting.seen = inbox.flags[flag_slot(pair.expected)].load(std::memory_order_acquire);
+  Inbox& inbox = own_.control().inbox(participant.peer->rank);
+  waiting.seen = inbox.flag(channel_, pair.expected).load(std::memory_order_acquire);
   waiting.expected = make_flag(pair.incarnation, pair.expected);
   switch (judge(pair, waiting.seen)) {
     case Verdict::kWait:
@@ -123,28 +130,17 @@ void Exchange::look_for_message(std::size_t i) {
   }
   if (!read_header(participant, waiting)) return fail(i, "has taken its message back: it masked this rank");
   waiting.stand = Stand::kArrived;
-  peers_.accept(participant);
+  peers_.accept(channel_, participant);
 }
 
-void Exchange::look_for_barrier(std::size_t i) {
-  const Participant& participant = participants_[i];
-  Waiting& waiting = waiting_[i];
-  waiting.seen = own_.control().inbox(participant.peer->rank).barrier.load(std::memory_order_acquire);
-  waiting.expected = make_flag(participant.pair.incarnation, participant.barriers);
-  const bool same = flag_incarnation(waiting.seen) == participant.pair.incarnation;
-  if (!same || later(participant.barriers, flag_count(waiting.seen))) return;
-  waiting.stand = Stand::kArrived;
-  peers_.accept_barrier(participant, flag_count(waiting.seen));
-}
-
-bool Exchange::look_at_pending(Look look, std::int64_t* wait_cost, Nanoseconds start) {
+bool Exchange::look_at_pending(std::int64_t* wait_cost, Nanoseconds start) {
   bool pending = false;
   for (std::size_t i = 0; i < waiting_.size(); ++i) {
     if (waiting_[i].stand != Stand::kPending) continue;
     if (participants_[i].dropped())
       waiting_[i].stand = Stand::kOut;
     else
-      (this->*look)(i);
+      look_for_message(i);
     if (waiting_[i].stand == Stand::kPending)
       pending = true;
     else if (wait_cost)
@@ -189,7 +185,7 @@ Nanoseconds Exchange::next_deadline(std::int64_t* wait_cost, Nanoseconds start, 
   return failed ? 0 : first;
 }
 
-void Exchange::wait_all(WaitSite site, std::int64_t* wait_cost, Look look) {
+void Exchange::wait_all(WaitSite site, std::int64_t* wait_cost) {
   site_ = site;
   Hello& hello = own_.control().hello();
   const Nanoseconds start = now_ns();
@@ -199,7 +195,7 @@ void Exchange::wait_all(WaitSite site, std::int64_t* wait_cost, Look look) {
   for (Waiting& waiting : waiting_) waiting.deadline = deadline;
   while (true) {
     const std::uint32_t rings = hello.doorbell.rings_heard();
-    if (!look_at_pending(look, wait_cost, start)) break;
+    if (!look_at_pending(wait_cost, start)) break;
     const Nanoseconds now = now_ns();
     if (now < spin_until) continue;
     const Nanoseconds next = next_deadline(wait_cost, start, now);
@@ -226,7 +222,7 @@ void Exchange::fail(std::size_t i, const char* why) {
 }
 
 void Exchange::gather(WaitSite site, std::int64_t* wait_cost) {
-  wait_all(site, wait_cost, &Exchange::look_for_message);
+  wait_all(site, wait_cost);
   list_sources();
 }
 
@@ -274,17 +270,9 @@ bool Exchange::verify() {
 }
 
 void Exchange::barrier(std::uint64_t operation) {
-  operation_ = operation;
-  phase_ = nixl::ep::Phase::kBarrier;
-  peers_.begin_barrier(participants_);
-  waiting_.assign(participants_.size(), Waiting{});
-  for (const Participant& participant : participants_) {
-    if (participant.dropped()) continue;
-    const Control& control = participant.peer->memory.control();
-    control.inbox(rank_).barrier.store(make_flag(incarnation_, participant.barriers), std::memory_order_release);
-    control.hello().doorbell.ring();
-  }
-  wait_all(WaitSite::kBarrier, nullptr, &Exchange::look_for_barrier);
+  begin(operation, nixl::ep::Phase::kBarrier, kMaxRanks);
+  announce(Message{});
+  wait_all(WaitSite::kBarrier, nullptr);
 }
 
 }  // namespace nixl::core::ep

@@ -36,7 +36,7 @@ struct Source {
 class Exchange {
  public:
   // fault_words: int32 [kMaxRanks], set to nonzero for a peer that fails.
-  Exchange(int rank, std::uint32_t incarnation, Timing timing, OwnMemory& own, PeerTable& peers,
+  Exchange(Channel channel, int rank, std::uint32_t incarnation, Timing timing, OwnMemory& own, PeerTable& peers,
            std::int32_t* fault_words);
 
   // Takes the unmasked peers below `num_ranks` and a slot to stage in. `operation` names faults.
@@ -70,7 +70,7 @@ class Exchange {
   // of sources(), and everything has to be read again.
   bool verify();
 
-  // A barrier with every unmasked peer: both phases at once. Not between the phases of an exchange of the same object.
+  // On the channel of barriers: returns when every unmasked peer has come here too, or was masked.
   void barrier(std::uint64_t operation);
 
  private:
@@ -83,21 +83,21 @@ class Exchange {
     Message message;
   };
 
-  using Look = void (Exchange::*)(std::size_t);
-  // Waits until `look(i)` has settled every participant, or its deadline passes; then `fail(i)`.
-  void wait_all(WaitSite site, std::int64_t* wait_cost, Look look);
-  bool look_at_pending(Look look, std::int64_t* wait_cost, Nanoseconds start);
+  // Waits until every participant's message has arrived, or its deadline has passed and it is masked.
+  void wait_all(WaitSite site, std::int64_t* wait_cost);
+  bool look_at_pending(std::int64_t* wait_cost, Nanoseconds start);
   // Fails those whose time is up. Gives the first deadline of the others, 0 if any failed; publishes the last one.
   Nanoseconds next_deadline(std::int64_t* wait_cost, Nanoseconds start, Nanoseconds now);
   void look_for_message(std::size_t i);
-  void look_for_barrier(std::size_t i);
   bool read_header(const Participant& participant, Waiting& waiting) const;
   bool still_holds(const Participant& participant, const Waiting& waiting) const;
   bool keeps_waiting(std::size_t i, Nanoseconds start, Nanoseconds now);
   void fail(std::size_t i, const char* why);
+  void announce(const Message& message);
   void list_sources();
   void take_slot();
 
+  const Channel channel_;
   const int rank_;
   const std::uint32_t incarnation_;
   const Timing timing_;

@@ -18,9 +18,13 @@ namespace nixl::core::ep {
 
 inline constexpr std::uint64_t kControlMagic = 0x314c5254434c584eULL;  // "NXLCTRL1"
 
+// Operations and barriers of a pair are counted apart: a barrier may come between the phases of an operation.
+enum class Channel : int { kOperations = 0, kBarriers = 1 };
+inline constexpr int kChannels = 2;
+
 // What is staged in a slot.
 enum class Staged : std::uint32_t {
-  kNothing = 0,
+  kNothing = 0,   // a barrier
   kTokens = 1,    // dispatch: rows and where they go
   kRows = 2,      // exact combine: a block of rows for each (owner, local expert)
   kWeights = 3,   // reduced combine, first half: weights of the owner's tokens
@@ -44,8 +48,10 @@ static_assert(sizeof(Hello) <= ControlLayout::kHelloBytes);
 
 // Words of one source in the receiver's control memory, written by that source.
 struct Inbox {
-  std::atomic<FlagWord> flags[2]{};
-  std::atomic<FlagWord> barrier{0};
+  std::atomic<FlagWord> flags[kChannels][2]{};
+  std::atomic<FlagWord>& flag(Channel channel, std::uint32_t count) {
+    return flags[static_cast<int>(channel)][flag_slot(count)];
+  }
 };
 static_assert(sizeof(Inbox) <= ControlLayout::kInboxBytes);
 
@@ -94,8 +100,9 @@ class Control {
   explicit Control(std::byte* base) : base_(base) {}
   Hello& hello() const { return *reinterpret_cast<Hello*>(base_); }
   Inbox& inbox(int source) const { return *reinterpret_cast<Inbox*>(base_ + kLayout.inbox_of(source)); }
-  Header& header(int destination, int slot) const {
-    return *reinterpret_cast<Header*>(base_ + kLayout.header_of(destination, slot));
+  Header& header(int destination, Channel channel, std::uint32_t count) const {
+    return *reinterpret_cast<Header*>(base_ +
+                                      kLayout.header_of(destination, static_cast<int>(channel), flag_slot(count)));
   }
 
  private:

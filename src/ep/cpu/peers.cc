@@ -12,13 +12,13 @@ Result<void> PeerTable::attach(const PeerIdentity& peer, Export memory) {
   auto added = std::make_shared<Peer>();
   added->rank = peer.rank;
   added->memory = std::move(imported);
-  added->pair.connect(peer.incarnation);
+  for (PairState& pair : added->pairs) pair.connect(peer.incarnation);
   std::lock_guard lock(mutex_);
   if (peers_[peer.rank]) return fail(Code::kNotAllowed, "rank %d is attached already: detach it first", peer.rank);
   // Words of an earlier connection; the peer writes none before both sides have attached.
   Inbox& inbox = own_.control().inbox(peer.rank);
-  for (auto& flag : inbox.flags) flag.store(0, std::memory_order_relaxed);
-  inbox.barrier.store(0, std::memory_order_relaxed);
+  for (auto& slots : inbox.flags)
+    for (auto& flag : slots) flag.store(0, std::memory_order_relaxed);
   peers_[peer.rank] = std::move(added);
   attached_.insert(std::lower_bound(attached_.begin(), attached_.end(), peer.rank), peer.rank);
   return {};
@@ -56,21 +56,22 @@ void PeerTable::mask_locked(Peer& peer) {
   if (peer.masked.load(std::memory_order_relaxed)) return;
   peer.masked.store(true, std::memory_order_release);
   peer.masks.fetch_add(1, std::memory_order_release);
-  peer.pair.pass();
   // What was announced to it is taken back, so that it cannot pair it with a later operation.
-  for (int slot = 0; slot < 2; ++slot)
-    own_.control().header(peer.rank, slot).revoked.store(1, std::memory_order_release);
+  for (Channel channel : {Channel::kOperations, Channel::kBarriers})
+    for (std::uint32_t slot : {0u, 1u})
+      own_.control().header(peer.rank, channel, slot).revoked.store(1, std::memory_order_release);
 }
 
-void PeerTable::catch_up(Peer& peer) {
-  const Inbox& inbox = own_.control().inbox(peer.rank);
-  const std::uint32_t newest = newest_count(inbox.flags[0].load(std::memory_order_acquire),
-                                            inbox.flags[1].load(std::memory_order_acquire), peer.pair.incarnation);
-  const Header& header = peer.memory.control().header(rank_, flag_slot(newest));
+void PeerTable::catch_up(Peer& peer, Channel channel) {
+  PairState& pair = peer.pairs[static_cast<int>(channel)];
+  Inbox& inbox = own_.control().inbox(peer.rank);
+  const std::uint32_t newest = newest_count(inbox.flag(channel, 0).load(std::memory_order_acquire),
+                                            inbox.flag(channel, 1).load(std::memory_order_acquire), pair.incarnation);
+  const Header& header = peer.memory.control().header(rank_, channel, newest);
   const bool awaits_next = newest != 0 && header.count.load(std::memory_order_acquire) == newest &&
-                           header.awaits.load(std::memory_order_acquire) == peer.pair.sent + 1 &&
+                           header.awaits.load(std::memory_order_acquire) == pair.sent + 1 &&
                            header.revoked.load(std::memory_order_acquire) == 0;
-  peer.pair.unmask(newest, awaits_next);
+  pair.unmask(newest, awaits_next);
 }
 
 Result<void> PeerTable::set_mask(std::span<const int> ranks, bool masked) {
@@ -89,7 +90,9 @@ Result<void> PeerTable::set_mask(std::span<const int> ranks, bool masked) {
       mask_locked(peer);
       continue;
     }
-    if (peer.masked.load(std::memory_order_relaxed)) catch_up(peer);
+    if (!peer.masked.load(std::memory_order_relaxed)) continue;
+    catch_up(peer, Channel::kOperations);
+    catch_up(peer, Channel::kBarriers);
     peer.masked.store(false, std::memory_order_release);
   }
   own_.control().hello().doorbell.ring();
@@ -126,32 +129,34 @@ int PeerTable::highest_active() const {
   return highest;
 }
 
-void PeerTable::begin_operation(int num_ranks, std::vector<Participant>& out) {
+void PeerTable::begin_operation(Channel channel, int num_ranks, std::vector<Participant>& out) {
   out.clear();
   std::lock_guard lock(mutex_);
   for (int rank : attached_) {
     Peer& peer = *peers_[rank];
     if (rank >= num_ranks || peer.masked.load(std::memory_order_relaxed)) continue;
-    ++peer.pair.sent;
-    out.push_back({peers_[rank], peer.pair, peer.masks.load(std::memory_order_relaxed), peer.barriers});
+    PairState& pair = peer.pairs[static_cast<int>(channel)];
+    ++pair.sent;
+    out.push_back({peers_[rank], pair, peer.masks.load(std::memory_order_relaxed)});
   }
 }
 
-void PeerTable::continue_operation(std::vector<Participant>& participants) {
+void PeerTable::continue_operation(Channel channel, std::vector<Participant>& participants) {
   std::lock_guard lock(mutex_);
   std::erase_if(participants, [](const Participant& participant) { return participant.dropped(); });
   for (Participant& participant : participants) {
-    ++participant.peer->pair.sent;
-    participant.pair = participant.peer->pair;
+    PairState& pair = participant.peer->pairs[static_cast<int>(channel)];
+    ++pair.sent;
+    participant.pair = pair;
   }
 }
 
-void PeerTable::announce(std::span<const Participant> participants, const Message& message) {
+void PeerTable::announce(Channel channel, std::span<const Participant> participants, const Message& message) {
   std::lock_guard lock(mutex_);  // against a mask that would take back what is not written yet
   for (const Participant& participant : participants) {
     if (participant.dropped()) continue;
     const std::uint32_t count = participant.pair.sent;
-    Header& header = own_.control().header(participant.peer->rank, flag_slot(count));
+    Header& header = own_.control().header(participant.peer->rank, channel, count);
     header.count.exchange(0, std::memory_order_seq_cst);
     header.message = message;
     header.awaits.store(participant.pair.expected, std::memory_order_relaxed);
@@ -160,26 +165,9 @@ void PeerTable::announce(std::span<const Participant> participants, const Messag
   }
 }
 
-void PeerTable::begin_barrier(std::vector<Participant>& out) {
-  out.clear();
+void PeerTable::accept(Channel channel, const Participant& participant) {
   std::lock_guard lock(mutex_);
-  for (int rank : attached_) {
-    Peer& peer = *peers_[rank];
-    if (peer.masked.load(std::memory_order_relaxed)) continue;
-    ++peer.barriers;
-    out.push_back({peers_[rank], peer.pair, peer.masks.load(std::memory_order_relaxed), peer.barriers});
-  }
-}
-
-void PeerTable::accept(const Participant& participant) {
-  std::lock_guard lock(mutex_);
-  if (!participant.dropped()) participant.peer->pair.pass();
-}
-
-void PeerTable::accept_barrier(const Participant& participant, std::uint32_t seen) {
-  std::lock_guard lock(mutex_);
-  Peer& peer = *participant.peer;
-  if (!participant.dropped() && later(seen, peer.barriers)) peer.barriers = seen;  // it lost none, this rank did
+  if (!participant.dropped()) participant.peer->pairs[static_cast<int>(channel)].pass();
 }
 
 bool PeerTable::fail_peer(const Participant& participant, const Fault& fault) {

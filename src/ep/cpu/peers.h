@@ -21,8 +21,7 @@ struct Peer {
   int rank = -1;
   ImportedMemory memory;
   // Guarded by the table's mutex.
-  PairState pair;
-  std::uint32_t barriers = 0;  // reached with this peer
+  PairState pairs[kChannels];
   // Changed under the mutex, read by operations without it.
   std::atomic<bool> masked{true};
   std::atomic<bool> gone{false};
@@ -34,7 +33,6 @@ struct Participant {
   std::shared_ptr<Peer> peer;
   PairState pair;  // as of the operation's begin, `sent` already counted
   std::uint32_t masks = 0;
-  std::uint32_t barriers = 0;
 
   bool dropped() const {
     return peer->gone.load(std::memory_order_acquire) || peer->masks.load(std::memory_order_acquire) != masks;
@@ -62,16 +60,12 @@ class PeerTable {
   int highest_active() const;
   // The unmasked peers below num_ranks by ascending rank, for an exchange that sends to each of them. Counts it as
   // sent.
-  void begin_operation(int num_ranks, std::vector<Participant>& out);
+  void begin_operation(Channel channel, int num_ranks, std::vector<Participant>& out);
   // The same for a further exchange with those of `participants` that are still in.
-  void continue_operation(std::vector<Participant>& participants);
+  void continue_operation(Channel channel, std::vector<Participant>& participants);
   // Writes the headers of `message` for those participants that are still in.
-  void announce(std::span<const Participant> participants, const Message& message);
-  // As begin_operation, for a barrier.
-  void begin_barrier(std::vector<Participant>& out);
-
-  void accept(const Participant& participant);
-  void accept_barrier(const Participant& participant, std::uint32_t seen);
+  void announce(Channel channel, std::span<const Participant> participants, const Message& message);
+  void accept(Channel channel, const Participant& participant);
   // Masks a peer that failed an operation, unless it was masked or detached meanwhile; false then.
   bool fail_peer(const Participant& participant, const Fault& fault);
 
@@ -80,7 +74,7 @@ class PeerTable {
  private:
   std::shared_ptr<Peer> find(int rank) const { return rank >= 0 && rank < kMaxRanks ? peers_[rank] : nullptr; }
   void mask_locked(Peer& peer);
-  void catch_up(Peer& peer);
+  void catch_up(Peer& peer, Channel channel);
 
   const int rank_;
   const OwnMemory& own_;

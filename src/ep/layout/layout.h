@@ -30,17 +30,18 @@ NIXL_HD constexpr std::int64_t hidden_step(int payload) {
 // One rank's control memory, the same size whatever the capacity, so that a group can grow. Pages that nobody touches
 // cost nothing.
 struct ControlLayout {
-  std::int64_t hello = 0;   // who this is; the doorbell others ring; until when this rank may be waiting
-  std::int64_t inbox = 0;   // [kMaxRanks] flag words, written by that source
-  std::int64_t outbox = 0;  // [kMaxRanks][2] message headers, written by this rank, read by that destination
+  std::int64_t hello = 0;  // who this is; the doorbell others ring; until when this rank may be waiting
+  std::int64_t inbox = 0;  // [kMaxRanks] flag words, written by that source
+  std::int64_t outbox =
+      0;  // [kMaxRanks][channel][slot] message headers, written by this rank, read by that destination
   std::int64_t total = 0;
   static constexpr std::int64_t kHelloBytes = 4096;
   static constexpr std::int64_t kInboxBytes = 64;  // a source's own cache line
   static constexpr std::int64_t kHeaderBytes = 128;
 
   NIXL_HD constexpr std::int64_t inbox_of(int source) const { return inbox + source * kInboxBytes; }
-  NIXL_HD constexpr std::int64_t header_of(int destination, int slot) const {
-    return outbox + (std::int64_t{2} * destination + slot) * kHeaderBytes;
+  NIXL_HD constexpr std::int64_t header_of(int destination, int channel, int slot) const {
+    return outbox + (std::int64_t{4} * destination + 2 * channel + slot) * kHeaderBytes;
   }
 };
 NIXL_HD constexpr ControlLayout make_control_layout() {
@@ -48,7 +49,7 @@ NIXL_HD constexpr ControlLayout make_control_layout() {
   Walk walk;
   layout.hello = walk.take(ControlLayout::kHelloBytes, 4096);
   layout.inbox = walk.take(kMaxRanks * ControlLayout::kInboxBytes, 4096);
-  layout.outbox = walk.take(2 * kMaxRanks * ControlLayout::kHeaderBytes, 4096);
+  layout.outbox = walk.take(4 * kMaxRanks * ControlLayout::kHeaderBytes, 4096);
   layout.total = walk.total(4096);
   return layout;
 }

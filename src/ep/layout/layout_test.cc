@@ -23,7 +23,7 @@ static_assert(allows(size_hint_bytes(128, 7168, 256), 256, 128, 7168));
 static_assert(!allows(classic_bytes(128, 7168, 256) - 1, 256, 128, 7168));
 static_assert(max_tokens_for(size_hint_bytes(128, 7168, 256), 256, 7168) == 128);
 static_assert(make_control_layout().total % 4096 == 0);
-static_assert(make_control_layout().header_of(kMaxRanks - 1, 1) + ControlLayout::kHeaderBytes <=
+static_assert(make_control_layout().header_of(kMaxRanks - 1, 1, 1) + ControlLayout::kHeaderBytes <=
               make_control_layout().total);
 static_assert(make_control_layout().inbox_of(kMaxRanks - 1) + ControlLayout::kInboxBytes <=
               make_control_layout().outbox);
