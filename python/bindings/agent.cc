@@ -160,7 +160,12 @@ nb::dict describe(const BackendInfo& info) {
   return line;
 }
 
-nb::object status_of(int value) { return nb::module_::import_("nixl._bindings").attr("nixl_status_t")(value); }
+nb::object status_member(int value) { return nb::module_::import_("nixl._bindings").attr("nixl_status_t")(value); }
+nb::object status_of(int value) {
+  // The two answers of every post and poll are looked up once and kept as long as the process.
+  static const nb::handle kept[2] = {status_member(0).release(), status_member(1).release()};
+  return value == 0 || value == 1 ? nb::borrow(kept[value]) : status_member(value);
+}
 nb::object status_of(XferState state) { return status_of(static_cast<int>(state)); }
 
 void bind_transfers(nb::class_<Agent>& agent) {
