@@ -26,6 +26,7 @@ class Job {
   bool run_one();
   // Ends the submission as soon as the chunks that are being copied now are through.
   void abandon(Error why) noexcept;
+  std::uint32_t num_chunks() const noexcept { return num_chunks_; }
   bool finished() const noexcept { return finished_.load(std::memory_order_acquire); }
   // After finished(): how it went.
   const std::optional<Error>& error() const noexcept { return error_; }

@@ -37,7 +37,10 @@ class TransferJob : public Job {
 
  protected:
   Result<void> complete() override { return ending.finish(); }
-  void announce() noexcept override { mailbox_->ring_own(); }
+  void announce() noexcept override {
+    // A job of one chunk ends where it is submitted: nobody sleeps for it.
+    if (num_chunks() > 1) mailbox_->ring_own();
+  }
 
  private:
   const std::shared_ptr<Mailbox> mailbox_;
