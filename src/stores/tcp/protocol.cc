@@ -4,48 +4,102 @@
 
 namespace nixl::core::tcp_store {
 namespace {
-constexpr std::uint16_t kVersion = 1;
+
+void put_text(ByteWriter& out, std::string_view text) {
+  out.put(static_cast<std::uint64_t>(text.size()));
+  out.put_raw(text);
 }
 
-std::string encode(const Request& request) {
-  ByteWriter out;
-  out.put(kVersion);
-  out.put(static_cast<std::uint8_t>(request.verb));
-  out.put_text(request.key);
-  out.put_text(request.value);
-  out.put(request.wait_ns);
-  return out.take();
-}
+// Reads a request that may not have arrived whole; `incomplete` tells that more bytes are needed.
+class Parser {
+ public:
+  explicit Parser(std::string_view input) : in_(input) {}
 
-Result<Request> parse_request(std::string_view bytes) {
-  ByteReader in(bytes);
-  NIXL_ASSIGN(const auto version, in.get<std::uint16_t>());
-  if (version != kVersion)
-    return fail(Code::kMismatch, "request of version %u, this store speaks %u", version, kVersion);
-  NIXL_ASSIGN(const auto verb, in.get<std::uint8_t>());
-  if (verb < 1 || verb > 3) return fail(Code::kMismatch, "request %u; 1 to 3 are known", verb);
+  template <typename T>
+  Result<T> number() {
+    if (in_.left() < sizeof(T)) return wait<T>();
+    return in_.get<T>();
+  }
+  Result<std::string> text(std::size_t limit) {
+    NIXL_ASSIGN(const auto size, number<std::uint64_t>());
+    if (size > limit)
+      return fail(Code::kMismatch, "a text of %llu bytes; at most %zu are accepted",
+                  static_cast<unsigned long long>(size), limit);
+    if (in_.left() < size) return wait<std::string>();
+    return std::string(*in_.get_raw(size));
+  }
+  bool incomplete() const { return incomplete_; }
+  std::size_t used() const { return in_.offset(); }
+
+ private:
+  template <typename T>
+  Result<T> wait() {
+    incomplete_ = true;
+    return fail(Code::kAgain, "incomplete");
+  }
+  ByteReader in_;
+  bool incomplete_ = false;
+};
+
+Result<Request> parse(Parser& in) {
   Request request;
+  NIXL_ASSIGN(const auto verb, in.number<std::uint8_t>());
   request.verb = static_cast<Verb>(verb);
-  NIXL_ASSIGN(request.key, in.get_text(kMaxKeyBytes));
-  NIXL_ASSIGN(request.value, in.get_text(kMaxValueBytes));
-  NIXL_ASSIGN(request.wait_ns, in.get<Nanoseconds>());
+  std::uint64_t num_keys = 1;
+  switch (request.verb) {
+    case Verb::kValidate:
+    case Verb::kPing: {
+      NIXL_ASSIGN(request.number, in.number<std::uint32_t>());
+      return request;
+    }
+    case Verb::kCheck: {
+      NIXL_ASSIGN(num_keys, in.number<std::uint64_t>());
+      break;
+    }
+    case Verb::kSet:
+    case Verb::kGet:
+    case Verb::kDeleteKey:
+      break;
+    default:
+      return fail(Code::kMismatch, "request %u is not served here", verb);
+  }
+  if (num_keys > kMaxKeys)
+    return fail(Code::kMismatch, "a check of %llu keys; at most %zu are accepted",
+                static_cast<unsigned long long>(num_keys), kMaxKeys);
+  for (std::uint64_t i = 0; i < num_keys; ++i) {
+    NIXL_ASSIGN(std::string key, in.text(kMaxKeyBytes));
+    request.keys.push_back(std::move(key));
+  }
+  if (request.verb == Verb::kSet) {
+    NIXL_ASSIGN(request.value, in.text(kMaxValueBytes));
+  }
   return request;
 }
 
-std::string encode(const Answer& answer) {
+}  // namespace
+
+std::string encode(const Request& request) {
   ByteWriter out;
-  out.put(static_cast<std::uint8_t>(answer.found));
-  out.put_text(answer.value);
+  out.put(static_cast<std::uint8_t>(request.verb));
+  if (request.verb == Verb::kValidate || request.verb == Verb::kPing) out.put(request.number);
+  if (request.verb == Verb::kCheck) out.put(static_cast<std::uint64_t>(request.keys.size()));
+  for (const std::string& key : request.keys) put_text(out, key);
+  if (request.verb == Verb::kSet) put_text(out, request.value);
   return out.take();
 }
 
-Result<Answer> parse_answer(std::string_view bytes) {
-  ByteReader in(bytes);
-  NIXL_ASSIGN(const auto found, in.get<std::uint8_t>());
-  Answer answer;
-  answer.found = found != 0;
-  NIXL_ASSIGN(answer.value, in.get_text(kMaxValueBytes));
-  return answer;
+Result<std::optional<Parsed>> parse_request(std::string_view input) {
+  Parser in(input);
+  auto request = parse(in);
+  if (request) return Parsed{std::move(*request), in.used()};
+  if (in.incomplete()) return std::nullopt;
+  return fail(std::move(request).error());
+}
+
+std::string encode_text(std::string_view text) {
+  ByteWriter out;
+  put_text(out, text);
+  return out.take();
 }
 
 }  // namespace nixl::core::tcp_store

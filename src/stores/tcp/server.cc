@@ -2,14 +2,25 @@
 
 #include <algorithm>
 
+#include "base/bytes.h"
 #include "base/log.h"
 #include "net/local.h"
+#include "net/stream.h"
 #include "stores/tcp/tcp.h"
 
 namespace nixl::core {
 namespace {
+
 constexpr Nanoseconds kAnswerLimit_ns = 1'000'000'000;  // a client that does not read is dropped
+
+template <typename T>
+std::string number_bytes(T value) {
+  ByteWriter out;
+  out.put(value);
+  return out.take();
 }
+
+}  // namespace
 
 Result<std::unique_ptr<TcpStoreServer>> TcpStoreServer::open(const net::Endpoint& endpoint) {
   NIXL_ASSIGN(Fd listener, net::listen_tcp(endpoint));
@@ -36,19 +47,14 @@ TcpStoreServer::~TcpStoreServer() {
 void TcpStoreServer::serve() {
   while (!stopping_) {
     std::vector<pollfd> list{{listener_.get(), POLLIN, 0}, {stop_.fd(), POLLIN, 0}};
-    Deadline until = Deadline::never();
-    for (const auto& client : clients_) {
-      list.push_back({client->channel.fd(), POLLIN, 0});
-      if (!client->awaited.empty()) until = until.earlier(client->until);
-    }
-    if (auto ready = net::wait_any(list, until); !ready) {
+    for (const Client& client : clients_) list.push_back({client.socket.get(), POLLIN, 0});
+    if (auto ready = net::wait_any(list, Deadline::never()); !ready) {
       NIXL_ERROR("TCP store on port %u ends: %s", port_, ready.error().reason.c_str());
       return;
     }
     for (std::size_t i = 0; i < clients_.size(); ++i)
-      if (list[i + 2].revents) hear(*clients_[i]);
-    give_up_waiting();
-    std::erase_if(clients_, [](const auto& client) { return client->gone; });
+      if (list[i + 2].revents && !hear(clients_[i])) clients_[i].socket.reset();
+    std::erase_if(clients_, [](const Client& client) { return !client.socket; });
     accept_all();
   }
 }
@@ -63,58 +69,49 @@ void TcpStoreServer::accept_all() {
       }
       return;
     }
-    clients_.push_back(std::make_unique<Client>(Client{net::Channel(std::move(*socket), tcp_store::kMaxFrameBytes)}));
+    clients_.push_back({std::move(*socket), {}, false});
   }
 }
 
-void TcpStoreServer::hear(Client& client) {
-  while (!client.gone) {
-    auto message = client.channel.try_receive();
-    if (message && !*message) return;
-    auto request = message ? tcp_store::parse_request((*message)->bytes) : fail(std::move(message).error());
-    if (request)
-      obey(client, std::move(*request));
-    else
-      client.gone = true;
+Result<void> TcpStoreServer::hear(Client& client) {
+  NIXL_TRY(net::receive_available(client.socket.get(), client.input));
+  for (;;) {
+    NIXL_ASSIGN(auto parsed, tcp_store::parse_request(client.input));
+    if (!parsed) return {};
+    client.input.erase(0, parsed->used);
+    NIXL_TRY(obey(client, std::move(parsed->request)));
   }
 }
 
-void TcpStoreServer::obey(Client& client, tcp_store::Request request) {
-  if (request.verb == tcp_store::Verb::kPublish) {
-    publish(std::move(request.key), std::move(request.value));
-    answer(client, {true, ""});
-  } else if (request.verb == tcp_store::Verb::kWithdraw) {
-    values_.erase(request.key);
-    answer(client, {true, ""});
-  } else if (const auto found = values_.find(request.key); found != values_.end()) {
-    answer(client, {true, found->second});
-  } else if (request.wait_ns <= 0) {
-    answer(client, {false, ""});
-  } else {
-    client.awaited = std::move(request.key);
-    client.until = Deadline::after(request.wait_ns);
+Result<void> TcpStoreServer::obey(Client& client, tcp_store::Request request) {
+  using tcp_store::Verb;
+  if (request.verb == Verb::kValidate) client.validated = request.number == tcp_store::kMagic;
+  if (!client.validated) return fail(Code::kMismatch, "the connection did not begin with VALIDATE");
+  std::string answer;
+  switch (request.verb) {
+    case Verb::kValidate:
+      return {};
+    case Verb::kSet:
+      values_.insert_or_assign(std::move(request.keys[0]), std::move(request.value));
+      return {};
+    case Verb::kGet: {
+      const auto found = values_.find(request.keys[0]);
+      answer = tcp_store::encode_text(found == values_.end() ? "" : found->second);
+      break;
+    }
+    case Verb::kCheck: {
+      const bool all = std::ranges::all_of(request.keys, [&](const auto& key) { return values_.contains(key); });
+      answer = number_bytes(static_cast<std::uint8_t>(all ? 0 : 1));
+      break;
+    }
+    case Verb::kDeleteKey:
+      answer = number_bytes(static_cast<std::int64_t>(values_.erase(request.keys[0])));
+      break;
+    case Verb::kPing:
+      answer = number_bytes(request.number);
+      break;
   }
-}
-
-void TcpStoreServer::publish(std::string key, std::string value) {
-  const auto entry = values_.insert_or_assign(std::move(key), std::move(value)).first;
-  for (const auto& client : clients_) {
-    if (client->awaited != entry->first || client->gone) continue;
-    client->awaited.clear();
-    answer(*client, {true, entry->second});
-  }
-}
-
-void TcpStoreServer::give_up_waiting() {
-  for (const auto& client : clients_) {
-    if (client->awaited.empty() || client->gone || !client->until.passed()) continue;
-    client->awaited.clear();
-    answer(*client, {false, ""});
-  }
-}
-
-void TcpStoreServer::answer(Client& client, const tcp_store::Answer& answer) {
-  if (!client.channel.send(tcp_store::encode(answer), Deadline::after(kAnswerLimit_ns))) client.gone = true;
+  return net::send_all(client.socket.get(), answer, Deadline::after(kAnswerLimit_ns));
 }
 
 }  // namespace nixl::core

@@ -1,5 +1,5 @@
-// A store over TCP: one small server holds the keys, any number of clients use it. The server knows no identities, so a
-// client that was killed and comes back is served at once.
+// A store over TCP in the wire of torch's TCPStore (protocol.h): our client works with torch's server and with ours.
+// The server knows no identities, so a client that was killed and comes back is served at once.
 #pragma once
 #include <atomic>
 #include <map>
@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "contract/entry.h"
-#include "net/channel.h"
 #include "net/tcp.h"
 #include "net/wait.h"
 #include "stores/tcp/protocol.h"
@@ -27,32 +26,27 @@ class TcpStoreServer {
 
  private:
   struct Client {
-    net::Channel channel;
-    std::string awaited;  // key of a fetch that waits; empty: none
-    Deadline until = Deadline::never();
-    bool gone = false;
+    Fd socket;
+    std::string input;
+    bool validated = false;
   };
 
   TcpStoreServer(Fd listener, net::Wakeup stop, std::uint16_t port);
   void serve();
   void accept_all();
-  void hear(Client& client);
-  void obey(Client& client, tcp_store::Request request);
-  void publish(std::string key, std::string value);
-  void give_up_waiting();
-  void answer(Client& client, const tcp_store::Answer& answer);
+  Result<void> hear(Client& client);
+  Result<void> obey(Client& client, tcp_store::Request request);
 
   Fd listener_;
   net::Wakeup stop_;
   const std::uint16_t port_;
   std::atomic<bool> stopping_{false};
   std::map<std::string, std::string> values_;  // of the thread alone, as is what follows
-  std::vector<std::unique_ptr<Client>> clients_;
+  std::vector<Client> clients_;
   std::thread thread_;
 };
 
-// A client; any threads. A call takes an idle connection or makes one, and one that was lost meanwhile is replaced
-// once.
+// A client; any threads. A call takes an idle connection or makes one, and one that was lost meanwhile is replaced.
 class TcpStore final : public Store {
  public:
   static Result<std::unique_ptr<Store>> open(StoreConfig config);
@@ -61,16 +55,23 @@ class TcpStore final : public Store {
   Result<void> withdraw(std::string_view key) override;
 
  private:
+  struct Connection {
+    Fd socket;
+    std::string input;
+  };
+  // What an answer looks like: a number of bytes, or a text.
+  enum class Form { kNone, kByte, kLong, kText };
+
   TcpStore(StoreConfig config, net::Endpoint endpoint) : config_(std::move(config)), endpoint_(std::move(endpoint)) {}
-  Result<tcp_store::Answer> ask(const tcp_store::Request& request, Deadline deadline);
-  Result<tcp_store::Answer> converse(net::Channel& channel, const std::string& request, Deadline deadline);
-  Result<net::Channel> dial(Deadline deadline);
-  std::unique_ptr<net::Channel> take_idle();
+  Result<std::string> ask(const tcp_store::Request& request, Form form);
+  Result<std::string> converse(Connection& connection, const std::string& bytes, Form form, Deadline deadline);
+  Result<Connection> dial(Deadline deadline);
+  std::unique_ptr<Connection> take_idle();
 
   const StoreConfig config_;
   const net::Endpoint endpoint_;
   std::mutex mutex_;
-  std::vector<std::unique_ptr<net::Channel>> idle_;
+  std::vector<std::unique_ptr<Connection>> idle_;
 };
 
 const StoreEntry& store_tcp();

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "check.h"
+#include "net/stream.h"
 
 using namespace nixl::core;
 
@@ -100,10 +101,26 @@ TEST(garbage_ends_one_connection_only) {
     CHECK_EQ(::write(raw.get(), text.data(), text.size()), ssize_t(text.size()));
     CHECK_OK(net::wait_for(raw.get(), POLLIN, deadline, "the end of the connection"));
   }
-  net::Channel framed(std::move(*CHECK_OK(net::connect_tcp({"127.0.0.1", server->port()}, deadline))), 1024);
-  CHECK_OK(framed.send("\x01", deadline));
-  CHECK(!framed.receive(deadline));
+  Fd unasked = std::move(*CHECK_OK(net::connect_tcp({"127.0.0.1", server->port()}, deadline)));
+  CHECK_OK(net::send_all(unasked.get(), encode(tcp_store::Request{tcp_store::Verb::kGet, {"k"}}), deadline));
+  std::string nothing;
+  auto refused = net::receive_until(unasked.get(), nothing, 1, deadline);  // it did not begin with VALIDATE
+  CHECK(!refused && refused.error().code == Code::kPeerLost);
   CHECK_OK(store->publish("k", "v"));
+}
+
+TEST(requests_arrive_in_any_pieces) {
+  const tcp_store::Request set{tcp_store::Verb::kSet, {"key"}, "value"};
+  const tcp_store::Request check{tcp_store::Verb::kCheck, {"a", "b"}};
+  const std::string bytes = encode(set) + encode(check);
+  for (std::size_t size = 0; size < encode(set).size(); ++size)
+    CHECK(!CHECK_OK(tcp_store::parse_request(bytes.substr(0, size)))->has_value());
+  const auto first = *CHECK_OK(tcp_store::parse_request(bytes));
+  CHECK_EQ(first->request.keys.at(0), "key");
+  CHECK_EQ(first->request.value, "value");
+  const auto second = *CHECK_OK(tcp_store::parse_request(std::string_view(bytes).substr(first->used)));
+  CHECK(second && second->request.keys.size() == 2);
+  CHECK(!tcp_store::parse_request(std::string(1, char(77))));
 }
 
 int main(int argc, char** argv) {
