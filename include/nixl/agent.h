@@ -173,7 +173,7 @@ class NIXL_EXPORT Agent {
   // ---- The batch interface: descriptors in columns, handles and backends as numbers. Same rules, no cost per descriptor
   // beyond its bytes; what the language bindings use. An empty list of backends stands for all of them.
   using Handle = std::uint64_t;  // never used twice by one agent; 0 is none
-  using BackendId = std::uint32_t;
+  using BackendId = std::uint32_t;  // from 1, in creation order
   using BackendIds = std::vector<BackendId>;
 
   BackendId addBackend(const std::string& backend, const Params& params = {});

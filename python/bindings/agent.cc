@@ -222,7 +222,7 @@ void bind_transfers(nb::class_<Agent>& agent) {
            "reqh"_a, "seconds"_a)
       .def("cancelXferReq", [](Agent& self, Handle handle) { free_of_gil([&] { self.cancel(handle); }); }, "reqh"_a)
       .def("getXferTelemetry", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.telemetry(handle); }); }, "reqh"_a)
-      .def("queryXferBackend", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.backendOf(handle); }) + 1; }, "reqh"_a)
+      .def("queryXferBackend", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.backendOf(handle); }); }, "reqh"_a)
       .def("queryXferPath", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.pathOf(handle); }); }, "reqh"_a)
       .def("releaseXferReq",
            [](Agent& self, Handle handle) {
@@ -330,7 +330,6 @@ void bind_exchange(nb::class_<Agent>& agent) {
       .def("getListenPort", [](Agent& self) { return self.listenPort(); });
 }
 
-// Backends cross as their number plus one, so that a handle is never 0.
 void bind_backends(nb::class_<Agent>& agent) {
   agent
       .def("getAvailPlugins", [](Agent& self) { return free_of_gil([&] { return self.pluginList(); }); })
@@ -343,13 +342,13 @@ void bind_backends(nb::class_<Agent>& agent) {
            "type"_a)
       .def("getBackendParams",
            [](Agent& self, Agent::BackendId id) {
-             return nb::make_tuple(dict_of(self.backendParams(id - 1)), kind_names(self.backendMems(id - 1)));
+             return nb::make_tuple(dict_of(self.backendParams(id)), kind_names(self.backendMems(id)));
            },
            "backend"_a)
       .def("createBackend",
            [](Agent& self, const std::string& type, const nb::dict& params) {
              const Params native = params_of(params);
-             return free_of_gil([&] { return self.addBackend(type, native); }) + 1;
+             return free_of_gil([&] { return self.addBackend(type, native); });
            },
            "type"_a, "params"_a)
       .def("registerMem",
@@ -366,7 +365,7 @@ void bind_backends(nb::class_<Agent>& agent) {
            "descs"_a, "backends"_a = Ids{})
       .def("queryMem",
            [](Agent& self, const RegList& list, Agent::BackendId id) {
-             const auto answers = free_of_gil([&] { return self.queryMemory(list.descs, id - 1); });
+             const auto answers = free_of_gil([&] { return self.queryMemory(list.descs, id); });
              nb::list out;
              for (const auto& answer : answers) out.append(answer ? nb::object(dict_of(*answer)) : nb::none());
              return out;

@@ -1,5 +1,5 @@
 """The agent as programs use it: names and strings instead of numbers, tensors and arrays instead of addresses."""
-import io
+import io as _io
 import pickle
 
 from . import _bindings as nixlBind
@@ -9,7 +9,7 @@ from ._config import nixl_agent_config, nixl_thread_sync_t, text_of as _text_of
 from ._handles import nixl_prepped_dlist_handle, nixl_xfer_handle
 from .logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger("_api")
 nixl_backend_handle = int
 
 
@@ -213,7 +213,7 @@ class nixl_agent:
     def deserialize_descs(self, serialized_descs):
         if serialized_descs[:8] == b"NIXLDESC":
             return _native.unpack_descs(serialized_descs)
-        return _Unpickler(io.BytesIO(serialized_descs)).load()
+        return _Unpickler(_io.BytesIO(serialized_descs)).load()
 
     # ---- memory
 

@@ -8,7 +8,7 @@ import sys
 from . import _bindings as nixlBind
 from .logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger("_descs")
 
 MEMS = {
     "DRAM": nixlBind.DRAM_SEG, "VRAM": nixlBind.VRAM_SEG, "FILE": nixlBind.FILE_SEG, "BLOCK": nixlBind.BLK_SEG,

@@ -105,10 +105,11 @@ class Agent {
   void deregister_one(Slot& slot, const Region& region);
   bool holds_all(Slot& slot, const Descs& descs) const;
 
+  std::shared_ptr<Peer> listed_peer(const std::string& agent) const;  // also one that is lost and not yet forgotten
   std::shared_ptr<Peer> known_peer(const std::string& agent) const;
   Result<std::shared_ptr<Peer>> peer(const std::string& agent);  // discovers when that is on
   Result<std::shared_ptr<Peer>> admit(const Metadata& data);
-  void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& why);
+  void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason);
   void on_lost(const PeerId& peer, const Error& why);
   Result<std::uint64_t> add_request(Op op, const PreparedList& local, const PreparedList& remote, const Route& route,
                                     BuiltPlan built, std::optional<std::string> message);

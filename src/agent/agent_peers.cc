@@ -100,10 +100,15 @@ Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections
 
 // ---- in
 
-std::shared_ptr<Peer> Agent::known_peer(const std::string& agent) const {
+std::shared_ptr<Peer> Agent::listed_peer(const std::string& agent) const {
   const std::shared_lock lock(mutex_);
   const auto found = peers_.find(agent);
   return found == peers_.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<Peer> Agent::known_peer(const std::string& agent) const {
+  auto found = listed_peer(agent);
+  return found && found->state.load(std::memory_order_acquire) == Peer::State::kAlive ? found : nullptr;
 }
 
 Result<std::shared_ptr<Peer>> Agent::peer(const std::string& agent) {
@@ -182,7 +187,11 @@ Result<void> stage_regions(Staged& staged, const BackendInfo& info, const Metada
 Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
   if (data.agent == name()) return fail(Code::kInvalidArgument, "this is the metadata of agent '%s' itself", name().c_str());
   runtime_->handle_lost();
-  auto known = known_peer(data.agent);
+  auto known = listed_peer(data.agent);
+  if (known && known->state != Peer::State::kAlive) {
+    forget(known, Peer::State::kLost, "");
+    known.reset();
+  }
   if (known && known->incarnation != data.incarnation && gone(*known)) {
     forget(known, Peer::State::kLost, "its process is gone");
     known.reset();
@@ -246,17 +255,16 @@ Result<std::string> Agent::load(std::string_view bytes) {
   return peer->name;
 }
 
-void Agent::forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& why) {
+void Agent::forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason) {
+  peer->end(state, reason);
+  if (peer->forgotten.exchange(true)) return;
   {
     const std::unique_lock lock(mutex_);
     const auto found = peers_.find(peer->name);
-    if (found == peers_.end() || found->second != peer) return;
-    peers_.erase(found);
-    peer->why = why;
-    peer->state.store(state, std::memory_order_release);
+    if (found != peers_.end() && found->second == peer) peers_.erase(found);
   }
   const Error error = state == Peer::State::kLost
-                          ? Error{Code::kPeerLost, "agent '" + peer->name + "' is lost: " + why}
+                          ? Error{Code::kPeerLost, "agent '" + peer->name + "' is lost: " + peer->why}
                           : Error{Code::kNotFound, "agent '" + peer->name + "' was removed"};
   for (const auto& request : runtime_->under_way())
     if (request->peer() == peer.get()) request->stop(error);
@@ -270,7 +278,7 @@ Result<void> Agent::remove(const std::string& agent) {
 }
 
 void Agent::on_lost(const PeerId& id, const Error& why) {
-  const auto peer = known_peer(id.name);
+  const auto peer = listed_peer(id.name);
   if (!peer || peer->incarnation != id.incarnation) return;
   NIXL_WARN("agent %s: %s", name().c_str(), why.reason.c_str());
   forget(peer, Peer::State::kLost, why.reason);

@@ -50,9 +50,9 @@ Result<StoreChoice> open_store(const Settings& settings, std::optional<bool> use
   const auto etcd = use_etcd.value_or(true) ? settings.text("NIXL_ETCD_ENDPOINTS") : std::nullopt;
   const auto tcp = settings.text("NIXL_TCPSTORE_ENDPOINT");
   if (use_etcd.value_or(false) && !etcd)
-    return fail(Code::kInvalidArgument, "use_etcd=True needs the variable NIXL_ETCD_ENDPOINTS, e.g. http://localhost:2379");
+    return fail(Code::kNotAllowed, "use_etcd=True needs the variable NIXL_ETCD_ENDPOINTS, e.g. http://localhost:2379");
   if (etcd && tcp)
-    return fail(Code::kInvalidArgument, "NIXL_ETCD_ENDPOINTS and NIXL_TCPSTORE_ENDPOINT are both set; one store is possible");
+    return fail(Code::kNotAllowed, "NIXL_ETCD_ENDPOINTS and NIXL_TCPSTORE_ENDPOINT are both set; one store is possible");
   if (!etcd && !tcp) return choice;
   choice.etcd = etcd.has_value();
   choice.endpoint = etcd ? *etcd : *tcp;

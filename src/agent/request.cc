@@ -151,6 +151,7 @@ void Request::finish(std::optional<Error> error) {
   if (error) {
     if (error->code == Code::kPeerLost) {
       parts_.peer->told = true;
+      if (!parts_.peer->is_self) parts_.peer->end(Peer::State::kLost, error->reason);
       parts_.runtime->peer_lost({parts_.peer->name, parts_.peer->incarnation}, *error);
     }
     error_ = std::move(*error);

@@ -90,12 +90,19 @@ struct Peer {
   // By slot id; set once, by the one thread that loads or creates at a time, and kept as long as the peer object.
   std::array<std::atomic<PeerLink*>, kMaxSlots> links{};
   std::atomic<State> state{State::kAlive};
-  std::string why;                  // kLost: written before the state
-  std::atomic<bool> told{false};    // the loss was reported to a caller
+  std::string why;                // kLost: written before the state
+  std::atomic<bool> told{false};  // the loss was reported to a caller
+  std::atomic<bool> forgotten{false};
 
   Peer() = default;
   ~Peer() {
     for (auto& link : links) delete link.load();
+  }
+  // The first end counts: later ones keep its reason.
+  void end(State how, const std::string& reason) {
+    if (ended_.exchange(true)) return;
+    why = reason;
+    state.store(how, std::memory_order_release);
   }
   PeerLink* link(const Slot& slot) const noexcept { return links[slot.id].load(std::memory_order_acquire); }
   void adopt(std::unique_ptr<PeerLink> link) noexcept {
@@ -107,6 +114,9 @@ struct Peer {
     for (auto& link : links)
       if (PeerLink* held = link.load()) held->retire();
   }
+
+ private:
+  std::atomic<bool> ended_{false};
 };
 
 }  // namespace nixl::core

@@ -30,6 +30,13 @@ XferState state_of(core::Result<bool> done) { return unwrap(std::move(done)) ? X
 
 core::Op op_of(OpType op) { return op == OpType::READ ? core::Op::kRead : core::Op::kWrite; }
 
+// The core counts backends from 0.
+std::vector<std::uint32_t> places(const Agent::BackendIds& ids) {
+  std::vector<std::uint32_t> list;
+  for (const Agent::BackendId id : ids) list.push_back(id - 1);
+  return list;
+}
+
 Descs columns(const std::vector<MemDescriptor>& list) {
   Descs descs(list.empty() ? MemType::DRAM : list[0].type);
   for (const MemDescriptor& desc : list) {
@@ -114,7 +121,7 @@ Agent::BackendId Agent::addBackend(const std::string& backend, const Params& par
     if (canonical(name) == canonical(backend))
       for (const auto& [key, value] : given) merged[key] = value;
   for (const auto& [key, value] : params) merged[key] = value;
-  return unwrap(impl_->core->create_backend(backend, merged));
+  return unwrap(impl_->core->create_backend(backend, merged)) + 1;
 }
 
 void Agent::createBackend(const std::string& backend, const Params& params) { addBackend(backend, params); }
@@ -123,15 +130,15 @@ std::vector<std::string> Agent::pluginList() const { return impl_->core->catalog
 
 std::vector<std::pair<std::string, Agent::BackendId>> Agent::backendsHeld() const {
   std::vector<std::pair<std::string, BackendId>> list;
-  for (BackendId id = 0; const core::Slot* slot = impl_->core->slot(id); ++id)
-    if (!slot->is_companion) list.emplace_back(slot->name(), id);
+  for (std::uint32_t id = 0; const core::Slot* slot = impl_->core->slot(id); ++id)
+    if (!slot->is_companion) list.emplace_back(slot->name(), id + 1);
   return list;
 }
 
 namespace {
 core::Slot& slot_of(core::Agent& agent, Agent::BackendId id) {
-  core::Slot* slot = agent.slot(id);
-  if (!slot) throwInvalid("backend number " + std::to_string(id) + " was not created by this agent");
+  core::Slot* slot = agent.slot(id - 1);
+  if (!slot || slot->is_companion) throwInvalid("backend number " + std::to_string(id) + " was not created by this agent");
   return *slot;
 }
 }  // namespace
@@ -154,17 +161,17 @@ Agent::BackendIds ids_of(const core::Agent& agent, const std::string& backend) {
   if (backend.empty()) return {};
   const core::Slot* slot = agent.slot(backend);
   if (!slot) throw Error(-4, "backend '" + backend + "' was not created by agent '" + agent.name() + "'");
-  return {slot->id};
+  return {slot->id + 1};
 }
 }  // namespace
 
 // ---- memory
 
 void Agent::registerDescs(const Descs& descs, const BackendIds& backends) {
-  unwrap(impl_->core->register_memory(descs, backends));
+  unwrap(impl_->core->register_memory(descs, places(backends)));
 }
 void Agent::deregisterDescs(const Descs& descs, const BackendIds& backends) {
-  unwrap(impl_->core->deregister_memory(descs, backends));
+  unwrap(impl_->core->deregister_memory(descs, places(backends)));
 }
 
 RegHandle Agent::registerMemory(const std::vector<MemDescriptor>& descs, const std::string& backend) {
@@ -177,9 +184,9 @@ RegHandle Agent::registerMemory(const std::vector<MemDescriptor>& descs, const s
     place->add(desc.addr, desc.len, desc.dev_id, desc.meta);
   }
   for (std::size_t i = 0; i < record->lists.size(); ++i) {
-    auto added = impl_->core->register_memory(record->lists[i], record->backends);
+    auto added = impl_->core->register_memory(record->lists[i], places(record->backends));
     if (added) continue;
-    while (i) (void)impl_->core->deregister_memory(record->lists[--i], record->backends);
+    while (i) (void)impl_->core->deregister_memory(record->lists[--i], places(record->backends));
     raise(added.error());
   }
   RegHandle handle;
@@ -196,12 +203,12 @@ void Agent::deregisterMemory(const RegHandle& memory) {
     memory.record_->lists = std::move(lists);
     throwInvalid("the memory was registered by agent '" + owner->core->name() + "'");
   }
-  for (const Descs& list : lists) unwrap(impl_->core->deregister_memory(list, memory.record_->backends));
+  for (const Descs& list : lists) unwrap(impl_->core->deregister_memory(list, places(memory.record_->backends)));
 }
 
 std::vector<std::optional<Params>> Agent::queryMemory(const Descs& descs, BackendId backend) {
   std::vector<std::optional<Params>> out;
-  for (auto& answer : unwrap(impl_->core->query_memory(descs, backend)))
+  for (auto& answer : unwrap(impl_->core->query_memory(descs, backend - 1)))
     out.push_back(answer ? std::optional<Params>({answer->begin(), answer->end()}) : std::nullopt);
   return out;
 }
@@ -209,18 +216,18 @@ std::vector<std::optional<Params>> Agent::queryMemory(const Descs& descs, Backen
 // ---- transfers
 
 Agent::Handle Agent::prepareDescs(const std::string& agent, Descs descs, const BackendIds& backends) {
-  return unwrap(impl_->core->prepare_list(agent, std::move(descs), backends));
+  return unwrap(impl_->core->prepare_list(agent, std::move(descs), places(backends)));
 }
 void Agent::releaseDescs(Handle list) { unwrap(impl_->core->release_list(list)); }
 
 Agent::Handle Agent::makeTransfer(OpType op, Handle local, Indices local_index, Handle remote, Indices remote_index,
                                   std::optional<std::string> notif, const BackendIds& backends, bool merge) {
   return unwrap(impl_->core->make_request(op_of(op), local, {local_index.data, local_index.size}, remote,
-                                          {remote_index.data, remote_index.size}, std::move(notif), backends, merge));
+                                          {remote_index.data, remote_index.size}, std::move(notif), places(backends), merge));
 }
 Agent::Handle Agent::makeTransfer(OpType op, Descs local, Descs remote, const std::string& agent,
                                   std::optional<std::string> notif, const BackendIds& backends) {
-  return unwrap(impl_->core->make_request(op_of(op), std::move(local), std::move(remote), agent, std::move(notif), backends));
+  return unwrap(impl_->core->make_request(op_of(op), std::move(local), std::move(remote), agent, std::move(notif), places(backends)));
 }
 XferState Agent::post(Handle transfer, const std::string* notif) {
   return state_of(unwrap(impl_->core->request(transfer))->post(notif ? std::optional<std::string_view>(*notif) : std::nullopt));
@@ -243,7 +250,7 @@ CostEstimate Agent::estimateCost(Handle transfer) {
   const core::CostEstimate cost = unwrap(unwrap(impl_->core->request(transfer))->estimate());
   return {cost.duration_us, cost.error_margin_us};
 }
-Agent::BackendId Agent::backendOf(Handle transfer) { return unwrap(impl_->core->request(transfer))->backend_id(); }
+Agent::BackendId Agent::backendOf(Handle transfer) { return unwrap(impl_->core->request(transfer))->backend_id() + 1; }
 std::string Agent::pathOf(Handle transfer) { return unwrap(unwrap(impl_->core->request(transfer))->path()); }
 
 namespace {
@@ -279,7 +286,7 @@ void Agent::releaseTransfer(const XferHandle& transfer) {
 
 std::string Agent::getMetadata() const { return unwrap(impl_->core->metadata()); }
 std::string Agent::partialMetadata(const Descs& descs, bool connections, const BackendIds& backends) const {
-  return unwrap(impl_->core->partial_metadata(descs, connections, backends));
+  return unwrap(impl_->core->partial_metadata(descs, connections, places(backends)));
 }
 std::string Agent::addRemoteAgent(const std::string& metadata) { return unwrap(impl_->core->load(metadata)); }
 void Agent::removeRemoteAgent(const std::string& agent) { unwrap(impl_->core->remove(agent)); }
@@ -289,7 +296,7 @@ void Agent::requirePeer(const std::string& agent, const Descs* descs) { unwrap(i
 void Agent::sendLocalMetadata(const std::string& ip, std::uint16_t port) { unwrap(impl_->core->send_metadata(ip, port)); }
 void Agent::sendPartialMetadata(const Descs& descs, bool connections, const BackendIds& backends, const std::string& ip,
                                 std::uint16_t port, const std::string& label) {
-  unwrap(impl_->core->send_partial(descs, connections, backends, ip, port, label));
+  unwrap(impl_->core->send_partial(descs, connections, places(backends), ip, port, label));
 }
 void Agent::fetchRemoteMetadata(const std::string& agent, const std::string& ip, std::uint16_t port) {
   fetchLabelled(agent, ip, port, "");
@@ -301,16 +308,16 @@ void Agent::invalidateLocalMetadata(const std::string& ip, std::uint16_t port) {
 
 void Agent::makeConnection(const std::string& remote_agent) { connect(remote_agent, {}, std::chrono::nanoseconds(kConnectTime)); }
 void Agent::connect(const std::string& agent, const BackendIds& backends, std::chrono::nanoseconds timeout) {
-  unwrap(impl_->core->connect(agent, backends, timeout.count()));
+  unwrap(impl_->core->connect(agent, places(backends), timeout.count()));
 }
 
 void Agent::sendNotif(const std::string& remote_agent, const std::string& message) { notify(remote_agent, message, {}); }
 void Agent::notify(const std::string& agent, const std::string& message, const BackendIds& backends) {
-  unwrap(impl_->core->send_notification(agent, message, backends));
+  unwrap(impl_->core->send_notification(agent, message, places(backends)));
 }
 std::vector<std::pair<std::string, std::string>> Agent::drainNotifs(const BackendIds& backends) {
   std::vector<std::pair<std::string, std::string>> out;
-  for (core::Notification& item : unwrap(impl_->core->drain_notifications(backends)))
+  for (core::Notification& item : unwrap(impl_->core->drain_notifications(places(backends))))
     out.emplace_back(std::move(item.sender), std::move(item.message));
   return out;
 }
