@@ -2,16 +2,27 @@
 #include <sys/random.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <mutex>
 #include <set>
 
 #include "contract/store.h"
 #include "ep/arguments.h"
+#include "ep/default_store.h"
 #include "ep/group/group.h"
 #include "ep/layout/shape.h"
 #include "ep/path.h"
 #include "nixl/ep.h"
+
+namespace nixl::core::ep {
+namespace {
+std::atomic<OpenDefaultStore> default_store{nullptr};
+}
+void set_default_store(OpenDefaultStore open) noexcept {
+  default_store = open;
+}
+}  // namespace nixl::core::ep
 
 namespace nixl::ep {
 namespace {
@@ -110,6 +121,7 @@ struct Buffer::Impl {
   Result<void> set_masks(const Parts& now, const std::vector<int>& ranks, bool masked, void* stream);
   Result<void> clean_masks(void* stream);
   void forget_departed(inner::Group& group);
+  Result<void> find_store(inner::Group& group, const std::vector<int>& ranks);
 
   template <typename Args>
   Result<void> operate(Result<void> (inner::Path::*verb)(const Args&), const Args& args) {
@@ -170,6 +182,7 @@ Result<std::vector<int>> Buffer::Impl::connect(const std::vector<int>& ranks, bo
     if (rank < 0 || rank >= now.limits.capacity.num_ranks)
       return fail(Code::kInvalidArgument, "connect: rank %d is outside the capacity; 0 to %d are allowed", rank,
                   now.limits.capacity.num_ranks - 1);
+  NIXL_TRY(find_store(*now.group, ranks));
   auto connected = now.group->connect(ranks);
   forget_departed(*now.group);
   if (!connected)
@@ -181,6 +194,21 @@ Result<std::vector<int>> Buffer::Impl::connect(const std::vector<int>& ranks, bo
     return fail(std::move(unmasked).error());
   }
   return connected;
+}
+
+// Without a store of the caller: the one that is configured, opened when somebody must be met.
+Result<void> Buffer::Impl::find_store(inner::Group& group, const std::vector<int>& ranks) {
+  const inner::OpenDefaultStore open = inner::default_store;
+  const bool nobody_new = std::ranges::all_of(ranks, [&](int rank) { return rank == options.rank || group.has(rank); });
+  {
+    const std::lock_guard lock(mutex);
+    if (store || !open || nobody_new) return {};
+  }
+  NIXL_ASSIGN(std::shared_ptr<core::Store> opened_now, open());
+  const std::lock_guard lock(mutex);
+  if (!store) store = std::move(opened_now);
+  group.set_store(store);
+  return {};
 }
 
 // Ranks that are no members any more are not active either.

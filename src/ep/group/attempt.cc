@@ -57,7 +57,7 @@ Result<std::vector<PeerIdentity>> Attempt::run() {
   if (done) done = negotiate();
   if (!done) undo(done.error());
   // The pairs stand or fall without the store: that it does not answer now changes nothing.
-  if (auto removed = context_.store.withdraw(key); !removed)
+  if (auto removed = context_.store.withdraw(key); !removed && done)
     NIXL_WARN("nixl_ep rank %d: key %s was not removed: %s", card_.rank, key.c_str(), removed.error().reason.c_str());
   if (!done) return fail(std::move(done).error());
   std::vector<PeerIdentity> peers;
