@@ -175,6 +175,7 @@ void CpuPath::begin_operation(Phase phase, int num_ranks) {
 void CpuPath::finish_pending() {
   if (pending_ == Pending::kNone) return;
   exchange_.gather(pending_ == Pending::kDispatch ? WaitSite::kDispatch : WaitSite::kCombineRows, nullptr);
+  (void)exchange_.verify();  // tells the senders that they may go on
   pending_ = Pending::kNone;
 }
 
@@ -267,8 +268,11 @@ Result<View> CpuPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t 
   NIXL_TRY(check_shape(max_tokens, hidden, num_ranks));
   const std::int64_t stride = zero_copy_row_stride(hidden);
   const std::int64_t rows = num_ranks * max_tokens;
+  const int slot = exchange_.next_slot();
+  own_.begin_stage(slot);  // the caller writes when it likes: nobody takes the slot for what it held before
+  (void)own_.end_stage(slot);
   View view;
-  view.data = own_.slot(exchange_.next_slot());
+  view.data = own_.slot(slot);
   view.shape[0] = capacity_.experts_per_rank;
   view.shape[1] = rows;
   view.shape[2] = hidden;

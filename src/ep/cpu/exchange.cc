@@ -12,6 +12,9 @@ namespace {
 constexpr Nanoseconds kSpinAloneNs = 50'000;
 constexpr Nanoseconds kSpinCrowdedNs = 2'000;
 
+// How long a slot is kept for a peer that was masked or detached after the operation, in case it still reads.
+constexpr Nanoseconds kKeptNs = 1'000'000'000;
+
 }  // namespace
 
 const char* name(WaitSite site) noexcept {
@@ -60,7 +63,36 @@ void Exchange::take_slot() {
   std::fill(reached_.begin(), reached_.end(), 0);
   for (const Participant& participant : participants_) reached_[static_cast<std::size_t>(participant.peer->rank)] = 1;
   waiting_.assign(participants_.size(), Waiting{});
-  slot_ = static_cast<std::uint32_t>(exchanges_++ & 1);
+  slot_ = next_slot();
+  next_slot_ = -1;
+}
+
+bool Exchange::still_read(int slot, Nanoseconds now) const {
+  const Staging& staging = stagings_[slot];
+  const bool kept = now - staging.at < kKeptNs;
+  for (const Staging::Reader& reader : staging.readers) {
+    const Peer& peer = *reader.peer;
+    if (peer.failed.load(std::memory_order_acquire)) continue;
+    const bool left = peer.masked.load(std::memory_order_acquire) || peer.gone.load(std::memory_order_acquire);
+    if (left && !kept) continue;
+    const FlagWord taken = own_.control().inbox(peer.rank).taken.load(std::memory_order_acquire);
+    if (flag_incarnation(taken) != flag_incarnation(reader.taken) || later(flag_count(reader.taken), flag_count(taken)))
+      return true;
+  }
+  return false;
+}
+
+// The first slot that nobody reads; a rank in step always finds one of the first two. If none is left, the oldest: who
+// reads it will notice.
+int Exchange::next_slot() {
+  if (next_slot_ >= 0) return next_slot_;
+  const Nanoseconds now = now_ns();
+  next_slot_ = 0;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (!still_read(slot, now)) return next_slot_ = slot;
+    if (stagings_[slot].at < stagings_[next_slot_].at) next_slot_ = slot;
+  }
+  return next_slot_;
 }
 
 Result<std::byte*> Exchange::stage(std::int64_t bytes, std::int64_t at) {
@@ -73,10 +105,15 @@ Result<std::byte*> Exchange::stage(std::int64_t bytes, std::int64_t at) {
 }
 
 void Exchange::publish(Message message) {
-  message.slot = slot_;
+  message.slot = static_cast<std::uint32_t>(slot_);
   message.stage_offset = own_.slot_offset(slot()) + stage_at_;
   message.generation = own_.end_stage(slot());
   own_message_ = message;
+  Staging& staging = stagings_[slot_];
+  staging.at = now_ns();
+  staging.readers.clear();
+  for (const Participant& participant : participants_)
+    staging.readers.push_back({participant.peer, make_flag(participant.pair.incarnation, participant.pair.sent)});
   announce(message);
 }
 
@@ -109,8 +146,8 @@ bool Exchange::still_holds(const Participant& participant, const Waiting& waitin
   if (header.count.load(std::memory_order_acquire) != count || header.revoked.load(std::memory_order_acquire) != 0)
     return false;
   return channel_ == Channel::kBarriers ||
-         (waiting.message.slot < 2 && control.hello().generation[waiting.message.slot].load(
-                                          std::memory_order_acquire) == waiting.message.generation);
+         (waiting.message.slot < kSlots && control.hello().generation[waiting.message.slot].load(
+                                               std::memory_order_acquire) == waiting.message.generation);
 }
 
 void Exchange::look_for_message(std::size_t i) {
@@ -265,8 +302,17 @@ bool Exchange::verify() {
     waiting_[i].stand = Stand::kOut;
     all = false;
   }
-  if (!all) list_sources();
-  return all;
+  if (!all) {
+    list_sources();
+    return false;
+  }
+  for (std::size_t i = 0; i < waiting_.size(); ++i) {
+    if (waiting_[i].stand != Stand::kArrived) continue;
+    const Participant& participant = participants_[i];
+    participant.peer->memory.control().inbox(rank_).taken.store(make_flag(incarnation_, participant.pair.expected),
+                                                                std::memory_order_release);
+  }
+  return true;
 }
 
 void Exchange::barrier(std::uint64_t operation) {

@@ -43,8 +43,8 @@ class Exchange {
   void begin(std::uint64_t operation, nixl::ep::Phase phase, int num_ranks);
   // Another exchange of the same operation, with whoever is left of the one before.
   void begin_again();
-  // The slot that the next begin will use.
-  int next_slot() const { return static_cast<int>(exchanges_ & 1); }
+  // The slot that the next begin will use. Nobody reads it any more.
+  int next_slot();
   std::span<const Participant> participants() const { return participants_; }
   // This rank itself and the participants.
   bool reaches(int rank) const { return rank == rank_ || reached_[static_cast<std::size_t>(rank)]; }
@@ -53,7 +53,7 @@ class Exchange {
   Result<std::byte*> stage(std::int64_t bytes, std::int64_t at = 0);
   // Announces the stage to all participants; the caller fills what describes it, the rest is set here.
   void publish(Message message);
-  int slot() const { return static_cast<int>(slot_); }
+  int slot() const { return slot_; }
 
   // Waits for every participant's message. Those that do not come are masked. `wait_cost` (or null) is indexed by rank
   // and gets the nanoseconds waited added.
@@ -83,6 +83,16 @@ class Exchange {
     Message message;
   };
 
+  // Whoever was sent a slot's stage, and the count under which.
+  struct Staging {
+    Nanoseconds at = 0;
+    struct Reader {
+      std::shared_ptr<Peer> peer;
+      FlagWord taken = 0;  // what it leaves in this rank's inbox when it has read it
+    };
+    std::vector<Reader> readers;
+  };
+
   // Waits until every participant's message has arrived, or its deadline has passed and it is masked.
   void wait_all(WaitSite site, std::int64_t* wait_cost);
   bool look_at_pending(std::int64_t* wait_cost, Nanoseconds start);
@@ -96,6 +106,7 @@ class Exchange {
   void announce(const Message& message);
   void list_sources();
   void take_slot();
+  bool still_read(int slot, Nanoseconds now) const;
 
   const Channel channel_;
   const int rank_;
@@ -108,14 +119,15 @@ class Exchange {
   std::uint64_t operation_ = 0;
   nixl::ep::Phase phase_ = nixl::ep::Phase::kDispatch;
   WaitSite site_ = WaitSite::kDispatch;
-  std::uint64_t exchanges_ = 0;
-  std::uint32_t slot_ = 0;
+  int slot_ = 0;
+  int next_slot_ = -1;  // chosen already
   std::int64_t stage_at_ = 0;
   Message own_message_;
   std::vector<Participant> participants_;
   std::vector<Waiting> waiting_;
   std::vector<Source> sources_;
   std::vector<char> reached_;
+  Staging stagings_[kSlots];
 };
 
 }  // namespace nixl::core::ep

@@ -46,12 +46,12 @@ Result<void> OwnMemory::reserve(const Capacity& capacity) {
   }
   if (needed <= slot_bytes_) return {};
   if (!data_) {
-    NIXL_ASSIGN(data_, SharedMemory::create("nixl_ep_data", 2 * needed));
+    NIXL_ASSIGN(data_, SharedMemory::create("nixl_ep_data", kSlots * needed));
   } else {
     // New slots go behind the old ones, which slower peers may still be reading.
     retired_.push_back(data_);
-    first_slot_ += 2 * slot_bytes_;
-    NIXL_TRY(data_.grow(first_slot_ + 2 * needed));
+    first_slot_ += kSlots * slot_bytes_;
+    NIXL_TRY(data_.grow(first_slot_ + kSlots * needed));
   }
   slot_bytes_ = needed;
   return {};

@@ -22,6 +22,10 @@ inline constexpr std::uint64_t kControlMagic = 0x314c5254434c584eULL;  // "NXLCT
 enum class Channel : int { kOperations = 0, kBarriers = 1 };
 inline constexpr int kChannels = 2;
 
+// Slots of data memory to stage in. In step a rank needs two; one more or two while a peer that was masked or detached
+// after an operation still reads what that operation sent it.
+inline constexpr int kSlots = 4;
+
 // What is staged in a slot.
 enum class Staged : std::uint32_t {
   kNothing = 0,   // a barrier
@@ -42,13 +46,14 @@ struct Hello {
   alignas(64) std::atomic<std::int64_t> held_until{0};
   std::atomic<std::int64_t> released_at{0};
   // Odd while a slot is being overwritten; what a header promises holds as long as the number in it is this one.
-  alignas(64) std::atomic<std::uint64_t> generation[2]{};
+  alignas(64) std::atomic<std::uint64_t> generation[kSlots]{};
 };
 static_assert(sizeof(Hello) <= ControlLayout::kHelloBytes);
 
 // Words of one source in the receiver's control memory, written by that source.
 struct Inbox {
   std::atomic<FlagWord> flags[kChannels][2]{};
+  std::atomic<FlagWord> taken{0};  // the newest message of the receiver that the source has read to its end
   std::atomic<FlagWord>& flag(Channel channel, std::uint32_t count) {
     return flags[static_cast<int>(channel)][flag_slot(count)];
   }

@@ -19,6 +19,7 @@ Result<void> PeerTable::attach(const PeerIdentity& peer, Export memory) {
   Inbox& inbox = own_.control().inbox(peer.rank);
   for (auto& slots : inbox.flags)
     for (auto& flag : slots) flag.store(0, std::memory_order_relaxed);
+  inbox.taken.store(0, std::memory_order_relaxed);
   peers_[peer.rank] = std::move(added);
   attached_.insert(std::lower_bound(attached_.begin(), attached_.end(), peer.rank), peer.rank);
   return {};
@@ -56,14 +57,20 @@ void PeerTable::mask_locked(Peer& peer) {
   if (peer.masked.load(std::memory_order_relaxed)) return;
   peer.masked.store(true, std::memory_order_release);
   peer.masks.fetch_add(1, std::memory_order_release);
-  // What was announced to it is taken back, so that it cannot pair it with a later operation.
-  for (Channel channel : {Channel::kOperations, Channel::kBarriers})
-    for (std::uint32_t slot : {0u, 1u})
-      own_.control().header(peer.rank, channel, slot).revoked.store(1, std::memory_order_release);
+  // The message of an operation in which it was not heard is taken back, so that it learns of the mask and cannot pair
+  // the message with a later operation. Any other stays: the peer has begun that operation too, and may still be
+  // reading.
+  for (Channel channel : {Channel::kOperations, Channel::kBarriers}) {
+    const int c = static_cast<int>(channel);
+    if (peer.heard[c] != peer.pairs[c].sent)
+      own_.control().header(peer.rank, channel, peer.pairs[c].sent).revoked.store(1, std::memory_order_release);
+  }
 }
 
 void PeerTable::catch_up(Peer& peer, Channel channel) {
   PairState& pair = peer.pairs[static_cast<int>(channel)];
+  const bool under_way = peer.heard[static_cast<int>(channel)] != pair.sent;
+  if (under_way && !peer.masked.load(std::memory_order_relaxed)) return;  // it counts by itself
   Inbox& inbox = own_.control().inbox(peer.rank);
   const std::uint32_t newest = newest_count(inbox.flag(channel, 0).load(std::memory_order_acquire),
                                             inbox.flag(channel, 1).load(std::memory_order_acquire), pair.incarnation);
@@ -90,9 +97,9 @@ Result<void> PeerTable::set_mask(std::span<const int> ranks, bool masked) {
       mask_locked(peer);
       continue;
     }
-    if (!peer.masked.load(std::memory_order_relaxed)) continue;
     catch_up(peer, Channel::kOperations);
     catch_up(peer, Channel::kBarriers);
+    peer.failed.store(false, std::memory_order_release);
     peer.masked.store(false, std::memory_order_release);
   }
   own_.control().hello().doorbell.ring();
@@ -167,13 +174,16 @@ void PeerTable::announce(Channel channel, std::span<const Participant> participa
 
 void PeerTable::accept(Channel channel, const Participant& participant) {
   std::lock_guard lock(mutex_);
-  if (!participant.dropped()) participant.peer->pairs[static_cast<int>(channel)].pass();
+  if (participant.dropped()) return;
+  participant.peer->pairs[static_cast<int>(channel)].pass();
+  participant.peer->heard[static_cast<int>(channel)] = participant.pair.sent;
 }
 
 bool PeerTable::fail_peer(const Participant& participant, const Fault& fault) {
   std::lock_guard lock(mutex_);
   if (participant.dropped()) return false;
   mask_locked(*participant.peer);
+  participant.peer->failed.store(true, std::memory_order_release);
   faults_.push_back(fault);
   return true;
 }

@@ -22,8 +22,10 @@ struct Peer {
   ImportedMemory memory;
   // Guarded by the table's mutex.
   PairState pairs[kChannels];
+  std::uint32_t heard[kChannels] = {};  // `sent` of the newest operation in which it was heard
   // Changed under the mutex, read by operations without it.
   std::atomic<bool> masked{true};
+  std::atomic<bool> failed{false};  // masked because it failed an operation
   std::atomic<bool> gone{false};
   std::atomic<std::uint32_t> masks{0};  // times it was masked: an operation notices one that came and went
 };
@@ -48,7 +50,8 @@ class PeerTable {
   Result<void> detach(int rank);
   // Ends a running phase early, as every wait in it loses its peer.
   void detach_all();
-  // All or nothing: an unknown rank to unmask changes nothing.
+  // All or nothing: an unknown rank to unmask changes nothing. Unmasking a peer that is not masked matters too: this
+  // rank may have sat out an operation that the peer began.
   Result<void> set_mask(std::span<const int> ranks, bool masked);
   void query_masks(std::int32_t* out, int num_ranks) const;
 
