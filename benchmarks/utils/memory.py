@@ -100,39 +100,42 @@ class _Access(ctypes.Structure):
 
 
 class DeviceBuffer:
-    """GPU memory, plain or (`vmm`) from the virtual-memory interface with an exportable handle."""
+    """GPU memory: plain, or (`vmm`) from the virtual-memory interface with exportable handles, one for the whole buffer
+    or one for every `piece` bytes, as expandable segments have them."""
 
     kind = "VRAM"
 
-    def __init__(self, size, device, vmm=False):
+    def __init__(self, size, device, vmm=False, piece=None):
         self._cuda, self.size, self.device = Cuda.get(), size, device
         self._cuda.use(device)
         self._vmm_size = 0
         pointer = ctypes.c_uint64()
         if vmm:
-            pointer = self._allocate_vmm(size)
+            pointer = self._allocate_vmm(size, piece)
         else:
             self._cuda.check(self._cuda.lib.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(size)),
                              f"cuMemAlloc of {size} bytes on GPU {device}")
         self.address = pointer.value
 
-    def _allocate_vmm(self, size):
+    def _allocate_vmm(self, size, piece):
         lib, check = self._cuda.lib, self._cuda.check
         properties = _AllocationProperties(type=1, requested_handle_types=1, location=_Location(1, self.device))
         granularity = ctypes.c_size_t()
         check(lib.cuMemGetAllocationGranularity(ctypes.byref(granularity), ctypes.byref(properties), 0), "granularity")
-        self._vmm_size = -(-size // granularity.value) * granularity.value
+        piece = -(-(piece or size) // granularity.value) * granularity.value
+        self._vmm_size = -(-size // piece) * piece
         handle, pointer = ctypes.c_uint64(), ctypes.c_uint64()
-        check(lib.cuMemCreate(ctypes.byref(handle), ctypes.c_size_t(self._vmm_size), ctypes.byref(properties),
-                              ctypes.c_uint64(0)), f"cuMemCreate of {self._vmm_size} bytes on GPU {self.device}")
         check(lib.cuMemAddressReserve(ctypes.byref(pointer), ctypes.c_size_t(self._vmm_size), ctypes.c_size_t(0),
                                       ctypes.c_uint64(0), ctypes.c_uint64(0)), "cuMemAddressReserve")
-        check(lib.cuMemMap(pointer, ctypes.c_size_t(self._vmm_size), ctypes.c_size_t(0), handle, ctypes.c_uint64(0)),
-              "cuMemMap")
+        for at in range(0, self._vmm_size, piece):
+            check(lib.cuMemCreate(ctypes.byref(handle), ctypes.c_size_t(piece), ctypes.byref(properties),
+                                  ctypes.c_uint64(0)), f"cuMemCreate of {piece} bytes on GPU {self.device}")
+            check(lib.cuMemMap(ctypes.c_uint64(pointer.value + at), ctypes.c_size_t(piece), ctypes.c_size_t(0), handle,
+                               ctypes.c_uint64(0)), "cuMemMap")
+            check(lib.cuMemRelease(handle), "cuMemRelease")
         access = _Access(_Location(1, self.device), 3)
         check(lib.cuMemSetAccess(pointer, ctypes.c_size_t(self._vmm_size), ctypes.byref(access), ctypes.c_size_t(1)),
               "cuMemSetAccess")
-        check(lib.cuMemRelease(handle), "cuMemRelease")
         return pointer
 
     def write(self, values, offset=0):

@@ -15,7 +15,6 @@ void Job::start() {
   pending_.store(num_chunks_, std::memory_order_relaxed);
   // A copy thread that still holds this job from the submission before may take chunks of the new one from here on.
   next_.store(0, std::memory_order_release);
-  if (num_chunks_ == 0) end();
 }
 
 bool Job::run_one() {

@@ -21,12 +21,16 @@ class Job {
   virtual ~Job() = default;
 
   void start();
+  // The whole submission of a job of at most one chunk, here and now, instead of start() and what follows.
+  Result<void> run_alone() {
+    if (num_chunks_ > 0) NIXL_TRY(copy_chunk(0));
+    return complete();
+  }
   // Takes a chunk and copies it, or answers false when none is left to take. Whoever ends the last chunk calls
   // complete().
   bool run_one();
   // Ends the submission as soon as the chunks that are being copied now are through.
   void abandon(Error why) noexcept;
-  std::uint32_t num_chunks() const noexcept { return num_chunks_; }
   bool finished() const noexcept { return finished_.load(std::memory_order_acquire); }
   // After finished(): how it went.
   const std::optional<Error>& error() const noexcept { return error_; }

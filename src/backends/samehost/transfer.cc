@@ -49,13 +49,14 @@ JobTransfer::JobTransfer(const Plan& plan, std::shared_ptr<TransferJob> job, std
 Result<TransferState> JobTransfer::submit(std::optional<std::string_view> message) {
   NIXL_TRY(job_->ending.peer().check_alive());
   job_->ending.set_message(message);
-  job_->start();
-  if (threads_) {
-    threads_->add(job_);
-    return TransferState::kRunning;
+  if (!threads_) {
+    auto done = job_->run_alone();
+    alone_ = done ? std::nullopt : std::optional<Error>(std::move(done).error());
+    return outcome();
   }
-  job_->run_one();
-  return outcome();
+  job_->start();
+  threads_->add(job_);
+  return TransferState::kRunning;
 }
 
 Result<TransferState> JobTransfer::poll() {
@@ -65,7 +66,8 @@ Result<TransferState> JobTransfer::poll() {
 }
 
 Result<TransferState> JobTransfer::outcome() const {
-  if (job_->error()) return fail(*job_->error());
+  const auto& error = threads_ ? job_->error() : alone_;
+  if (error) return fail(*error);
   return TransferState::kDone;
 }
 

@@ -37,10 +37,7 @@ class TransferJob : public Job {
 
  protected:
   Result<void> complete() override { return ending.finish(); }
-  void announce() noexcept override {
-    // A job of one chunk ends where it is submitted: nobody sleeps for it.
-    if (num_chunks() > 1) mailbox_->ring_own();
-  }
+  void announce() noexcept override { mailbox_->ring_own(); }
 
  private:
   const std::shared_ptr<Mailbox> mailbox_;
@@ -80,7 +77,8 @@ class JobTransfer final : public SizedTransfer {
   Result<TransferState> outcome() const;
 
   std::shared_ptr<TransferJob> job_;
-  std::shared_ptr<CopyThreads> threads_;  // null: one chunk at most
+  std::shared_ptr<CopyThreads> threads_;  // null: one chunk at most, copied where it is submitted
+  std::optional<Error> alone_;            // how that went
   std::string path_;
 };
 

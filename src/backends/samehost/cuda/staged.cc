@@ -168,9 +168,10 @@ Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, 
       return fail(Code::kUnsupported, "one transfer between host memory and GPUs %d and %d; make one for each",
                   sides.device[0], device);
   NIXL_ASSIGN(auto device, devices->at(sides.device[0]));
+  const bool small = starts.size() <= 2;
   auto job = std::make_shared<StagedJob>(std::move(devices), std::move(device), plan, std::move(pieces),
                                          std::move(starts), std::move(mailbox));
-  return std::make_unique<JobTransfer>(plan, std::move(job), std::move(threads), "staged+cma");
+  return std::make_unique<JobTransfer>(plan, std::move(job), small ? nullptr : std::move(threads), "staged+cma");
 }
 
 }  // namespace nixl::core::samehost

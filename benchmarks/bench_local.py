@@ -1,0 +1,312 @@
+"""./run bench local: transfers between two processes of this host, host memory and (where there are two GPUs) GPU memory.
+
+Every figure is the best of several rounds, taken between two runs of the floor programs of the same round, after the bytes
+were checked. Musts and goals are kept as ratios to a neighbour of the same run: process_vm_writev ("cma") or memcpy for host
+memory, the copy engine for GPUs; the table shows them multiplied out. Exit code 0 only if every must is met.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import zlib
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+
+import numpy  # noqa: E402
+
+from utils.figures import Figure, parse_arguments, report  # noqa: E402
+from utils.helper_process import HelperProcess  # noqa: E402
+from utils.memory import INITIATOR_FILL, TARGET_FILL, DeviceBuffer, HostBuffer, pattern  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BYTES = 400 << 20
+ROUNDS = 3
+# name, pieces, bytes of one, unit, neighbour in the floor's output, must and goal as multiples of it, repetitions a round
+COPIES = [
+    ("64 B", 1, 64, "us", "cma 64", 2.2 / 1.5, 1.7 / 1.5, 3000),
+    ("64 KiB", 1, 64 << 10, "us", "cma 65536", 7.5 / 6, 6.5 / 6, 1000),
+    ("1 MiB", 1, 1 << 20, "us", "cma 1048576", 86 / 83, 45 / 83, 200),
+    ("256 MiB", 1, 256 << 20, "ms", "memcpy 268435456", 26 / 19.5, 20 / 19.5, 5),
+    ("10,000 x 16 KiB", 10_000, 16 << 10, "ms", "memcpy 10000x16384", 20 / 14.5, 16 / 14.5, 5),
+    ("100,000 x 4 KiB", 100_000, 4 << 10, "ms", "cma 100000x4096", 105 / 92, 60 / 92, 4),
+]
+GPU_BYTES = 1 << 30
+# name, pieces, bytes of one, must and goal in GB/s where the copy engine gives 393
+GPU_COPIES = [
+    ("1 x 1 GiB", 1, 1 << 30, 370, 390),
+    ("1,000 x 64 KiB", 1000, 64 << 10, 300, 345),
+    ("10,000 x 16 KiB", 10_000, 16 << 10, 320, 360),
+    ("100,000 x 4 KiB", 100_000, 4 << 10, 320, 365),
+    ("100,000 x 1 KiB", 100_000, 1 << 10, 250, 340),
+]
+SCALE = {"us": 1e6, "ms": 1e3}
+
+
+def floor(program, *arguments):
+    """Figures of a floor program beside this script's build, or None where it was not built."""
+    for preset in ("dev", "release", "cpu"):
+        path = ROOT / "build" / preset / "benchmarks" / "floor" / program
+        if path.exists():
+            done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120, check=True)
+            return json.loads(done.stdout)
+    return None
+
+
+def shuffled(count, seed):
+    return numpy.random.default_rng(seed).permutation(count).astype(numpy.uint64)
+
+
+def table(base, order, piece, device):
+    rows = numpy.empty((len(order), 3), dtype=numpy.uint64)
+    rows[:, 0], rows[:, 1], rows[:, 2] = order * numpy.uint64(piece) + numpy.uint64(base), piece, device
+    return rows
+
+
+class Pair:
+    """Our agent and buffer, and a helper process with its own."""
+
+    def __init__(self, kind, size, prog_thread=True, **far):
+        import nixl
+
+        self.nixl, self.kind, self.size, self.far_device = nixl, kind, size, far.get("device", 0)
+        self.near = DeviceBuffer(size, 0, far.get("vmm", False), far.get("piece")) if kind == "VRAM" else HostBuffer(size)
+        start = time.perf_counter()
+        self.agent = nixl.nixl_agent("initiator", nixl.nixl_agent_config(enable_prog_thread=prog_thread, backends=["UCX"]))
+        self.creation_s = time.perf_counter() - start
+        self.registered = self.agent.register_memory([(self.near.address, size, 0, "")], kind)
+        self.helper = HelperProcess("target", prog_thread)
+        self.far_address = self.helper.ask(do="allocate", kind=kind, size=size, **far)["address"]
+        self.agent.add_remote_agent(self.helper.metadata())
+
+    def request(self, operation, count, piece):
+        """A request over `count` pieces, random order on both sides, with the orders that were used."""
+        near, far = shuffled(count, 1), shuffled(count, 2)
+        local = self.agent.get_xfer_descs(table(self.near.address, near, piece, 0), self.kind)
+        remote = self.agent.get_xfer_descs(table(self.far_address, far, piece, self.far_device), self.kind)
+        return self.agent.initialize_xfer(operation, local, remote, "target"), near, far
+
+    def once(self, handle):
+        agent = self.agent
+        start = time.perf_counter_ns()
+        state = agent.transfer(handle)
+        while state != "DONE":
+            state = agent.check_xfer_state(handle)
+        return (time.perf_counter_ns() - start) / 1e9
+
+    def prove(self, operation, count, piece):
+        """Moves a fresh pattern and compares checksums of everything that was moved."""
+        size = count * piece
+        self.near.write(pattern(size, 0, INITIATOR_FILL))
+        self.helper.ask(do="fill", number=1, fill=TARGET_FILL)
+        handle, near, far = self.request(operation, count, piece)
+        self.once(handle)
+        self.agent.release_xfer_handle(handle)
+        ours, theirs = pattern(size, 0, INITIATOR_FILL), pattern(self.size, 1, TARGET_FILL)[:size]
+        source, order, target_order = (ours, near, far) if operation == "WRITE" else (theirs, far, near)
+        wanted = numpy.empty((count, piece), dtype=numpy.uint8)
+        wanted[target_order] = source.reshape(count, piece)[order]
+        wanted_crc = zlib.crc32(wanted.reshape(-1))
+        if operation == "WRITE":
+            seen = self.helper.ask(do="crc", offset=0, size=size)["crc"]
+        else:
+            seen = zlib.crc32(numpy.ascontiguousarray(self.near.read(0, size)))
+        if seen != wanted_crc:
+            raise SystemExit(f"bench local: {operation} of {count} x {piece} bytes of {self.kind} moved wrong bytes")
+
+    def best(self, operation, count, piece, repetitions):
+        handle, _, _ = self.request(operation, count, piece)
+        self.once(handle)
+        times = [self.once(handle) for _ in range(repetitions)]
+        path = self.agent.query_xfer_path(handle)
+        self.agent.release_xfer_handle(handle)
+        return min(times), path
+
+    def close(self):
+        self.agent.deregister_memory(self.registered)
+        self.agent.remove_remote_agent("target")
+        self.helper.close()
+        self.near.close()
+
+
+def host_copies(figures):
+    pair = Pair("DRAM", BYTES)
+    for _, count, piece, *_ in COPIES:
+        for operation in ("WRITE", "READ"):
+            pair.prove(operation, count, piece)
+    best, floors, path = {}, {}, ""
+    for _ in range(ROUNDS):
+        for name, value in floor("copy_floor").items():
+            floors[name] = min(value, floors.get(name, value))
+        for name, count, piece, _, _, _, _, repetitions in COPIES:
+            for operation in ("WRITE", "READ", "WRITE", "READ"):
+                seconds, path = pair.best(operation, count, piece, repetitions // 2)
+                best[name, operation] = min(seconds, best.get((name, operation), seconds))
+        for name, value in floor("copy_floor").items():
+            floors[name] = min(value, floors[name])
+    for name, count, piece, unit, neighbour, must, goal, _ in COPIES:
+        scale, base = SCALE[unit], floors[neighbour]
+        beside = {neighbour.split()[0]: base * scale}
+        other = neighbour.replace("cma", "memcpy") if "cma" in neighbour else neighbour.replace("memcpy", "cma")
+        if other in floors:
+            beside[other.split()[0]] = floors[other] * scale
+        for operation in ("WRITE", "READ"):
+            figures.append(Figure(f"{operation} {name}", best[name, operation] * scale, unit, must * base * scale,
+                                  goal * base * scale, beside, note=path))
+        if count * piece >= 1 << 20:
+            slow, quick = sorted((best[name, "READ"], best[name, "WRITE"]), reverse=True)
+            figures.append(Figure(f"READ against WRITE, {name}", slow / quick, "slower/faster", 1.05, 1.02))
+    third_process(figures, pair, 100_000, 4 << 10)
+    pair.close()
+
+
+def third_process(figures, pair, count, piece):
+    """64 B transfers of a third process to the same peer while a long list runs."""
+    third = HelperProcess("third")
+    third.ask(do="allocate", kind=pair.kind, size=4096)
+    import base64
+
+    third.ask(do="load", blob=base64.b64encode(pair.helper.metadata()).decode())
+    handle, _, _ = pair.request("WRITE", count, piece)
+    request = {"do": "small_transfers", "peer": "target", "address": pair.far_address, "device": pair.far_device,
+               "kind": pair.kind, "seconds": 2.0}
+    third.tell(**request)
+    end = time.monotonic() + 2.2
+    while time.monotonic() < end:
+        pair.once(handle)
+    seen = third.answer()
+    pair.agent.release_xfer_handle(handle)
+    third.close()
+    judged = (os.cpu_count() or 1) >= 8
+    figures.append(Figure(f"64 B of a third process beside a {pair.kind} list, p99", seen["p99"], "us", 100 if judged else None,
+                          None, {"p50": seen["p50"]}, note="" if judged else "must holds from 8 cores on"))
+
+
+def notifications(figures):
+    for prog_thread, must, goal, what in ((True, 20, 8, "default"), (False, 4, 1.5, "both polling")):
+        pair = Pair("DRAM", 4096, prog_thread)
+        import base64
+
+        pair.helper.ask(do="load", blob=base64.b64encode(pair.agent.get_agent_metadata()).decode())
+        agent, best, first = pair.agent, [], []
+        for _ in range(5):
+            time.sleep(0.2)
+            pair.helper.tell(do="echo", peer="initiator", count=2001)
+            time.sleep(0.2)
+            for i in range(2001):
+                start = time.perf_counter_ns()
+                agent.send_notif("target", b"12345678")
+                while not agent.get_new_notifs():
+                    pass
+                (best if i else first).append((time.perf_counter_ns() - start) / 1e3)
+            pair.helper.answer()
+        best.sort()
+        figures.append(Figure(f"notification round trip 8 B, {what}", best[len(best) // 2], "us", must, goal,
+                              {"least": best[0], "first": min(first)}))
+        pair.close()
+
+
+def idle_cpu(figures):
+    helper = HelperProcess("idle")
+    time.sleep(0.5)
+    before, start = helper.cpu_ns(), time.monotonic_ns()
+    time.sleep(3)
+    percent = 100 * (helper.cpu_ns() - before) / (time.monotonic_ns() - start)
+    figures.append(Figure("CPU of an idle agent, default", percent, "% of a core", 1, 0.1))
+    helper.close()
+
+
+def gpu_copies(figures, blocks):
+    probe = floor("list_copy_floor", str(blocks))
+    if probe is None:
+        raise SystemExit("bench local: build/.../benchmarks/floor/list_copy_floor was not built (it needs nvcc)")
+    far_device = 1 if probe["devices"] > 1 else 0
+    ceiling = {operation: probe[f"engine {operation}"] for operation in ("WRITE", "READ")}
+    for what, memory in (("plain", {}), ("virtual", {"vmm": True}), ("expandable", {"vmm": True, "piece": 20 << 20})):
+        pair = Pair("VRAM", GPU_BYTES, device=far_device, **memory)
+        if what == "plain":
+            figures.append(Figure("agent creation beside a CUDA context", pair.creation_s * 1e3, "ms", 150, 50))
+        for name, count, piece, must, goal in GPU_COPIES:
+            best = {}
+            for operation in ("WRITE", "READ"):
+                pair.prove(operation, count, piece)
+                seconds, path = pair.best(operation, count, piece, 15)
+                best[operation] = count * piece / seconds / 1e9
+                share = ceiling[operation] / 393
+                plain = probe[f"{count}x{piece} {operation}"]
+                figures.append(Figure(f"VRAM {operation} {name}, {what}", best[operation], "GB/s", must * share, goal * share,
+                                      {"copy engine": ceiling[operation], "plain kernel": plain}, True, path))
+                figures.append(Figure(f"  against the plain kernel, {operation} {name}, {what}", best[operation] / plain, "x",
+                                      0.95, 1.0, higher_is_better=True))
+            quick, slow = max(best.values()), min(best.values())
+            figures.append(Figure(f"  READ against WRITE, {name}, {what}", quick / slow, "faster/slower", 1.05, 1.02))
+        if what == "plain":
+            gpu_requests(figures, pair)
+            third_process(figures, pair, 100_000, 4 << 10)
+        pair.close()
+
+
+def gpu_requests(figures, pair):
+    """What preparing, making and posting a list of 100,000 costs."""
+    count, piece, agent, best = 100_000, 4 << 10, pair.agent, {}
+
+    def note(name, start):
+        seconds = time.perf_counter() - start
+        best[name] = min(seconds, best.get(name, seconds))
+        return time.perf_counter()
+
+    near = table(pair.near.address, shuffled(count, 1), piece, 0)
+    far = table(pair.far_address, shuffled(count, 2), piece, pair.far_device)
+    order = numpy.arange(count)
+    for _ in range(10):
+        start = time.perf_counter()
+        sides = (agent.prep_xfer_dlist("NIXL_INIT_AGENT", near, "VRAM"), agent.prep_xfer_dlist("target", far, "VRAM"))
+        start = note("prepare both sides", start)
+        handle = agent.make_prepped_xfer("WRITE", sides[0], order, sides[1], order)
+        note("make the request", start)
+        for _ in range(5):
+            start = time.perf_counter()
+            state = agent.transfer(handle)
+            note("post", start)
+            while state != "DONE":
+                state = agent.check_xfer_state(handle)
+        agent.release_xfer_handle(handle)
+        for side in sides:
+            agent.release_dlist_handle(side)
+    for name, must, goal in (("prepare both sides", 2, 0.5), ("make the request", 2, 0.5)):
+        figures.append(Figure(f"{name} of 100,000 VRAM pieces", best[name] * 1e3, "ms", must, goal))
+    figures.append(Figure("post of 100,000 VRAM pieces, a piece", best["post"] * 1e9 / count, "ns", 5, 1))
+
+
+def num_gpus():
+    folder = pathlib.Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def main():
+    arguments = parse_arguments(__doc__, lambda parser: parser.add_argument(
+        "--memory", choices=("auto", "dram", "vram"), default="auto", help="auto: GPU memory too where there is a GPU"))
+    figures, skipped = [], []
+    groups = []
+    if arguments.memory != "vram":
+        groups += [("copies", host_copies), ("notifications", notifications), ("idle", idle_cpu)]
+    if arguments.memory == "vram" or arguments.memory == "auto" and num_gpus():
+        blocks = int(os.environ.get("NIXL_SAME_HOST_GPU_BLOCKS") or 64)
+        groups.append(("vram", lambda into: gpu_copies(into, blocks)))
+    elif arguments.memory == "auto":
+        skipped.append("GPU memory: no GPU (/proc/driver/nvidia/gpus is missing or empty)")
+    for name, group in groups:
+        if arguments.only in name:
+            print(f"... {name}", file=sys.stderr, flush=True)
+            group(figures)
+    for reason in skipped:
+        print(f"SKIP: {reason}")
+    report("Transfers between processes of one host", figures, __doc__.split("\n\n")[1].replace("\n", " "), arguments)
+    return 0 if all(figure.met is not False for figure in figures) and figures else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
