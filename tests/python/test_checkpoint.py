@@ -1,0 +1,153 @@
+"""The checkpoint module: every dtype and layout back bit for bit, and nothing half done after an error."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("nixl")
+torch = pytest.importorskip("torch")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "integrations"))
+
+import nixl  # noqa: E402
+from nixl_integrations import checkpoint  # noqa: E402
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    named = {}
+    for i, dtype in enumerate(DTYPES):
+        for shape in [(), (0, 4), (3, 5), (1 << 16,), (1000, 33)]:
+            size = torch.empty(shape, dtype=dtype).numel() * torch.empty((), dtype=dtype).element_size()
+            raw = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)
+            named[f"layer{i}.{len(named)}"] = raw.view(dtype).reshape(shape)
+    named["transposed"] = torch.rand(300, 200, generator=generator).t()
+    named["sliced"] = torch.rand(100, 100, generator=generator)[::2, 10:50]
+    return named
+
+
+def same(a, b):
+    def raw(t):
+        return t.contiguous().reshape(-1).view(torch.uint8)
+
+    return all(torch.equal(raw(a[name]), raw(b[name])) for name in a)
+
+
+def blank(like):
+    return {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+
+
+def test_round_trip(tmp_path):
+    model, seen = tensors(), []
+    facts = checkpoint.save(model, tmp_path / "m", progress=lambda *p: seen.append(p))
+    assert facts["backend"] == "POSIX" and seen[-1][0] == facts["bytes"] - sum_of_gaps(tmp_path / "m.json")
+    copy = blank(model)
+    checkpoint.load(copy, tmp_path / "m")
+    assert same(model, copy)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.json"]
+
+
+def sum_of_gaps(index):
+    import json
+
+    index = json.loads(index.read_text())
+    return index["bytes"] - sum(entry["bytes"] for entry in index["tensors"])
+
+
+def test_module(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.BatchNorm1d(200), torch.nn.Linear(200, 10))
+    other = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.BatchNorm1d(200), torch.nn.Linear(200, 10))
+    checkpoint.save(model, tmp_path / "m", "POSIX")
+    checkpoint.load(other, tmp_path / "m", "POSIX")
+    assert same(model.state_dict(), other.state_dict())
+
+
+def test_overwriting_replaces_both_files(tmp_path):
+    checkpoint.save(tensors(1), tmp_path / "m")
+    model = tensors(2)
+    checkpoint.save(model, tmp_path / "m")
+    copy = blank(model)
+    checkpoint.load(copy, tmp_path / "m")
+    assert same(model, copy)
+
+
+def test_disk_full_leaves_the_old_one(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted")
+    try:
+        old = {"w": torch.rand(1000)}
+        checkpoint.save(old, small / "m")
+        with pytest.raises(nixl.nixlBackendError, match="ENOSPC"):
+            checkpoint.save({"w": torch.rand(1 << 20)}, small / "m")
+        assert sorted(p.name for p in small.iterdir()) == ["m", "m.json"]
+        copy = blank(old)
+        checkpoint.load(copy, small / "m")
+        assert same(old, copy)
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_damage_and_mismatch_are_told(tmp_path):
+    model = {"a": torch.rand(1000), "b": torch.arange(10)}
+    checkpoint.save(model, tmp_path / "m")
+    with open(tmp_path / "m", "r+b") as f:
+        f.seek(17)
+        byte = f.read(1)
+        f.seek(17)
+        f.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(checkpoint.CheckpointError, match="'a' is damaged"):
+        checkpoint.load(blank(model), tmp_path / "m")
+    with pytest.raises(checkpoint.CheckpointError, match=r"'b' is torch.int64 \[10\], wanted torch.int32 \[10\]"):
+        checkpoint.load({"b": torch.zeros(10, dtype=torch.int32)}, tmp_path / "m")
+    with pytest.raises(checkpoint.CheckpointError, match="no tensor 'c'"):
+        checkpoint.load({"c": torch.zeros(1)}, tmp_path / "m")
+    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint"):
+        checkpoint.load(model, tmp_path / "other")
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match="is no index"):
+        checkpoint.load(model, tmp_path / "m")
+    with open(tmp_path / "m.json", "w") as f:
+        f.write('{"format": 99}')
+    with pytest.raises(checkpoint.CheckpointError, match="format 99"):
+        checkpoint.load(model, tmp_path / "m")
+
+
+def test_truncated_data(tmp_path):
+    model = {"a": torch.rand(100_000)}
+    checkpoint.save(model, tmp_path / "m")
+    with open(tmp_path / "m", "r+b") as f:
+        f.truncate(1000)
+    with pytest.raises(nixl.nixlBackendError, match="the file ends at offset 1000"):
+        checkpoint.load(blank(model), tmp_path / "m")
+
+
+def test_missing_backends_are_passed_over_with_a_reason(tmp_path, caplog, monkeypatch):
+    if nixl.plugin_report()["GDS"]["available"]:
+        pytest.skip("GDS works here, so nothing is passed over")
+    monkeypatch.setattr(checkpoint.log.parent, "propagate", True)
+    with caplog.at_level("INFO", logger="nixl.checkpoint"):
+        checkpoint.save({"a": torch.zeros(10)}, tmp_path / "m")
+    assert "GDS is not used: " in caplog.text and "libcu" in caplog.text
+    with pytest.raises(nixl.nixlNotFoundError, match="GDS"):
+        checkpoint.save({"a": torch.zeros(10)}, tmp_path / "m2", "GDS")
+    assert not (tmp_path / "m2").exists()
+
+
+def test_objects():
+    pytest.importorskip("moto", reason="moto is not installed: no S3 server to test against")
+    from object_servers import S3Server
+
+    with S3Server() as server:
+        model, params = tensors(3), server.params()
+        assert not checkpoint.exists("ck/model", "OBJ", backend_params=params)
+        checkpoint.save(model, "ck/model", "OBJ", backend_params=params)
+        assert checkpoint.exists("ck/model", "OBJ", backend_params=params)
+        copy = blank(model)
+        checkpoint.load(copy, "ck/model", "OBJ", backend_params=params)
+        assert same(model, copy)
