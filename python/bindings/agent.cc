@@ -160,12 +160,12 @@ nb::dict describe(const BackendInfo& info) {
   return line;
 }
 
-nb::object status_member(int value) { return nb::module_::import_("nixl._bindings").attr("nixl_status_t")(value); }
-nb::object status_of(int value) {
-  // The two answers of every post and poll are looked up once and kept as long as the process.
-  static const nb::handle kept[2] = {status_member(0).release(), status_member(1).release()};
-  return value == 0 || value == 1 ? nb::borrow(kept[value]) : status_member(value);
-}
+// Given by nixl._bindings when it is imported and never freed: calls may come while the interpreter ends.
+constexpr int kLowestStatus = -12;
+PyObject* g_statuses[14] = {};  // members of nixl_status_t from -12 to 1
+PyObject* g_make_error = nullptr;
+
+nb::object status_of(int value) { return nb::borrow(g_statuses[value - kLowestStatus]); }
 nb::object status_of(XferState state) { return status_of(static_cast<int>(state)); }
 
 void bind_transfers(nb::class_<Agent>& agent) {
@@ -375,6 +375,10 @@ void bind_backends(nb::class_<Agent>& agent) {
 
 }  // namespace
 
+nb::object error_object(const Error& error) {
+  return nb::borrow(g_make_error)(error.code(), nb::str(error.reason().data(), error.reason().size()));
+}
+
 void bind_agent(nb::module_& module) {
   nb::enum_<OpType>(module, "nixl_xfer_op_t", nb::is_arithmetic())
       .value("NIXL_READ", OpType::READ)
@@ -412,6 +416,10 @@ void bind_agent(nb::module_& module) {
   bind_transfers(agent);
   bind_exchange(agent);
 
+  module.def("set_classes", [](nb::object status_class, nb::object make_error) {
+    for (int value = kLowestStatus; value <= 1; ++value) g_statuses[value - kLowestStatus] = status_class(value).release().ptr();
+    g_make_error = make_error.release().ptr();
+  });
   module.def("plugin_report", [] {
     nb::dict report;
     for (const BackendInfo& info : free_of_gil([] { return listBackends(); })) report[nb::str(info.name.c_str())] = describe(info);
@@ -438,8 +446,7 @@ NB_MODULE(_native, module) {
     try {
       std::rethrow_exception(raised);
     } catch (const nixl::Error& error) {
-      const nb::object made = nb::module_::import_("nixl._errors").attr("from_status")(
-          error.code(), nb::str(error.reason().data(), error.reason().size()));
+      const nb::object made = nixl::python::error_object(error);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())), made.ptr());
     }
   });

@@ -23,6 +23,8 @@ struct RemoteList {
 std::string text_of(nb::handle value, const char* what);
 nb::bytes bytes_of(const std::string& text);
 
+nb::object error_object(const Error& error);  // an exception of nixl._errors
+
 void bind_descs(nb::module_& module);
 void bind_agent(nb::module_& module);
 

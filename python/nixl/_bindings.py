@@ -4,6 +4,8 @@ import enum as _enum
 from ._errors import (nixlBackendError, nixlCancelledError, nixlError, nixlInvalidParamError, nixlMismatchError,
                       nixlNotAllowedError, nixlNotFoundError, nixlNotPostedError, nixlNotSupportedError,
                       nixlNoTelemetryError, nixlRemoteDisconnectError, nixlRepostActiveError, nixlUnknownError)
+from ._errors import from_status as _from_status
+from . import _native
 from ._native import (BLK_SEG, DRAM_SEG, FILE_SEG, NIXL_READ, NIXL_WRITE, OBJ_SEG, VRAM_SEG, nixl_mem_t, nixl_xfer_op_t,
                       nixlAgent, nixlAgentConfig, nixlRegDList, nixlRemoteDList, nixlXferDList, nixlXferTelemetry)
 
@@ -43,3 +45,5 @@ class nixl_status_t(_enum.IntEnum):
 for _kind in (nixl_cost_t, nixl_thread_sync_t, nixl_status_t):
     globals().update(_kind.__members__)
 del _kind
+
+_native.set_classes(nixl_status_t, _from_status)
