@@ -535,7 +535,7 @@ Result<void> Agent::send_to(Peer& to, std::string_view message, const std::vecto
 
 Result<void> Agent::send_notification(const std::string& agent, std::string_view message, BackendIds backends) {
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, false));
-  runtime_->help();
+  if (!runtime_->has_thread()) runtime_->drive();
   if (agent == name()) {
     runtime_->deliver_to_self(std::string(message));
     return {};

@@ -14,6 +14,9 @@
 namespace nixl::core {
 namespace {
 constexpr Nanoseconds kPollAfterActivity = 100'000;
+constexpr Nanoseconds kPollWindow = 50'000;  // in which callers who poll in a loop do so many times
+constexpr std::uint32_t kManyPolls = 12;
+constexpr int kAsideMs = 1;
 constexpr int kPollIdleBackendMs = 1;  // backends without a descriptor, while something runs
 }  // namespace
 
@@ -32,7 +35,9 @@ Result<std::unique_ptr<Runtime>> Runtime::open(Options options) {
   return runtime;
 }
 
-Runtime::~Runtime() { stop(); }
+Runtime::~Runtime() {
+  stop();
+}
 
 void Runtime::stop() noexcept {
   stopping_ = true;
@@ -63,9 +68,31 @@ void Runtime::nudge() noexcept {
   if (asleep_.load(std::memory_order_seq_cst)) eventfd_write(wake_.get(), 1);
 }
 
+// A caller who polls in a loop makes all progress: a second spinning thread would only take its core or its locks away.
+// The thread looks every millisecond whether that is still so; whoever goes to sleep on it wakes it at once.
+void Runtime::stand_aside() {
+  aside_ = true;
+  for (bool polled = true; polled && !stopping_;) {
+    const std::uint32_t before = num_polls_.load(std::memory_order_relaxed);
+    pollfd waiting{wake_.get(), POLLIN, 0};
+    if (::poll(&waiting, 1, kAsideMs) > 0) break;
+    polled = num_polls_.load(std::memory_order_relaxed) - before >= kManyPolls;
+  }
+  aside_ = false;
+}
+
 void Runtime::loop() {
-  Nanoseconds active_at = now_ns();
+  Nanoseconds active_at = now_ns(), window_at = active_at;
+  std::uint32_t polls_before = num_polls_;
   while (!stopping_) {
+    if (const Nanoseconds now = now_ns(); now - window_at > kPollWindow) {
+      if (num_polls_.load(std::memory_order_relaxed) - polls_before >= kManyPolls) {
+        stand_aside();
+        active_at = now_ns();
+      }
+      window_at = now_ns();
+      polls_before = num_polls_;
+    }
     bool any = drive();
     if (event_fd_used_) any |= fill_inbox();
     const Nanoseconds now = now_ns();
@@ -87,7 +114,10 @@ void Runtime::loop() {
     }
     if (may_sleep) sleep(blind ? kPollIdleBackendMs : num_watched_ ? 20 : -1);
     asleep_ = false;
-    if (may_sleep && !blind) active_at = now_ns();
+    if (may_sleep && !blind) {
+      window_at = active_at = now_ns();
+      polls_before = num_polls_;
+    }
   }
 }
 
@@ -186,7 +216,9 @@ void Runtime::drain(const std::vector<Slot*>* which, std::vector<Notification>& 
   help();
   fill_inbox();
   const std::lock_guard lock(inbox_mutex_);
-  const auto wanted = [&](Slot* slot) { return !which || std::find(which->begin(), which->end(), slot) != which->end(); };
+  const auto wanted = [&](Slot* slot) {
+    return !which || std::find(which->begin(), which->end(), slot) != which->end();
+  };
   std::size_t kept = 0;
   for (auto& [slot, item] : inbox_) {
     if (wanted(slot))
@@ -232,6 +264,7 @@ Result<int> Runtime::event_fd() {
 
 void Runtime::wait_event(std::uint64_t seen, Deadline deadline) {
   if (has_thread()) {
+    if (aside_) eventfd_write(wake_.get(), 1);  // it is the thread's turn
     std::unique_lock lock(event_mutex_);
     const auto nap = std::chrono::nanoseconds(std::min<Nanoseconds>(deadline.left(), 50'000'000));
     event_cv_.wait_for(lock, nap, [&] { return num_terminal_ != seen; });

@@ -38,9 +38,14 @@ class Runtime final : public Events {
   bool has_thread() const noexcept { return thread_.joinable(); }
   Telemetry* telemetry() const noexcept { return options_.telemetry; }
 
-  // Progress in the caller when there is no thread; else nothing.
+  // Progress in the caller when there is no thread, or while the thread leaves it to callers who poll all the time.
   void help() {
-    if (!has_thread()) drive();
+    if (!has_thread()) {
+      drive();
+    } else {
+      num_polls_.fetch_add(1, std::memory_order_relaxed);
+      if (aside_.load(std::memory_order_relaxed)) drive();
+    }
   }
   bool drive();
   // The thread looks again, if it sleeps.
@@ -78,6 +83,7 @@ class Runtime final : public Events {
  private:
   explicit Runtime(Options options) : options_(std::move(options)) {}
   void loop();
+  void stand_aside();
   void sleep(int timeout_ms);
   void poll_watched();
   bool fill_inbox();
@@ -109,7 +115,8 @@ class Runtime final : public Events {
   std::atomic<bool> event_fd_used_{false};
 
   Fd wake_;
-  std::atomic<bool> asleep_{false}, stopping_{false};
+  std::atomic<bool> asleep_{false}, aside_{false}, stopping_{false};
+  std::atomic<std::uint32_t> num_polls_{0};  // by callers
   std::thread thread_;
 };
 
