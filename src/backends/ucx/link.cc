@@ -66,6 +66,7 @@ Result<void> Link::open_endpoint_locked(Nanoseconds patience) {
   state_ = State::kConnecting;
   deadline_ = Deadline::after(patience);
   worker_->connecting_.push_back(this);
+  worker_->quiet_ = false;
   return worker_->send_locked(
       ep_, kHello, encode(Hello{target_.incarnation, caller_->incarnation, id_, caller_->name, worker_->address()}));
 }
@@ -201,6 +202,16 @@ void Link::lose_locked(Error why) {
   for (Job* const job : jobs) job->link_lost_locked(why_);
   history_.clear();
   worker_->receiver_->link_lost_locked(*this, why_);
+}
+
+void Link::join_locked(Job& job) {
+  jobs_.push_back(&job);
+  ++worker_->num_jobs_;
+  worker_->quiet_ = false;
+}
+
+void Link::leave_locked(Job& job) {
+  worker_->num_jobs_ -= static_cast<int>(std::erase(jobs_, &job));
 }
 
 Result<void> Link::notify_locked(std::string_view text) {

@@ -52,8 +52,8 @@ class Link {
   // Breaks and opens the link again, so that nothing in flight touches local memory any more.
   void reset_locked();
 
-  void join_locked(Job& job) { jobs_.push_back(&job); }
-  void leave_locked(Job& job) { std::erase(jobs_, &job); }
+  void join_locked(Job& job);
+  void leave_locked(Job& job);
 
   // Queues a notification; it leaves in order, again after a broken link unless the peer has it.
   Result<void> notify_locked(std::string_view text);

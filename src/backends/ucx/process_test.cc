@@ -428,8 +428,10 @@ struct TwoHosts {
            run_command(enter + "ip addr add " + subnet + "2/24 dev " + name + "b") &&
            run_command(enter + "ip link set " + name + "b up") && run_command(enter + "ip link set lo up");
     const Deadline deadline = Deadline::after(kPatience);
-    while (made && !run_command(enter + "ip -o link show " + name + "b | grep -q 'state UP'") && !deadline.passed())
-      usleep(10'000);
+    const auto up = [&](const std::string& prefix, const char* side) {
+      return run_command(prefix + "ip -o link show dev " + name + side + " | grep -q 'state UP'");
+    };
+    while (made && !(up("", "a") && up(enter, "b")) && !deadline.passed()) usleep(10'000);
   }
   ~TwoHosts() {
     kill(holder, SIGKILL);

@@ -6,6 +6,12 @@
 #include "base/log.h"
 
 namespace nixl::core::ucx {
+namespace {
+
+constexpr unsigned kQuietAfter = 200;  // rounds of progress without any
+constexpr unsigned kQuietLooks = 8;    // of which one is taken then
+
+}  // namespace
 
 Result<std::unique_ptr<Worker>> Worker::open(const Context& context, Receiver& receiver, unsigned index) {
   std::unique_ptr<Worker> worker(new Worker());
@@ -62,6 +68,10 @@ std::unique_lock<std::mutex> Worker::lock() {
 bool Worker::progress() {
   // A mutex is not fair: without this a polling thread would keep it from those who have work to submit.
   if (waiting_.load(std::memory_order_relaxed) > 0) return true;
+  // Over TCP every look costs a system call. With nothing under way and nothing seen for a while, most looks are left
+  // out.
+  if (quiet_.load(std::memory_order_relaxed) && num_looks_.fetch_add(1, std::memory_order_relaxed) % kQuietLooks != 0)
+    return false;
   std::unique_lock lock(mutex_, std::try_to_lock);
   return lock.owns_lock() && progress_locked();
 }
@@ -70,7 +80,10 @@ bool Worker::progress_locked() {
   bool any = false;
   for (int round = 0; round < 8 && api().worker_progress(handle_) != 0; ++round) any = true;
   settle_locked();
-  return any || !queue_.empty();
+  any |= !queue_.empty();
+  idle_rounds_ = any || num_jobs_ > 0 || !connecting_.empty() ? 0 : idle_rounds_ + 1;
+  quiet_.store(idle_rounds_ > kQuietAfter, std::memory_order_relaxed);
+  return any;
 }
 
 // Acts on what UCX's callbacks left behind: UCX must not be re-entered from them.

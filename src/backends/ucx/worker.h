@@ -112,6 +112,10 @@ class Worker {
 
   std::mutex mutex_;
   std::atomic<int> waiting_{0};
+  std::atomic<bool> quiet_{false};
+  std::atomic<unsigned> num_looks_{0};
+  unsigned idle_rounds_ = 0;
+  int num_jobs_ = 0;  // that links know of
   std::vector<Job*> queue_, walking_;
   std::vector<Link*> failed_, connecting_;
   std::vector<std::pair<MessageId, std::string>> arrived_;
