@@ -93,8 +93,9 @@ def make_x(setting: Setting, structured: bool):
 def dequantize(values, scales):
     """FP8 rows and their scales (float32, or packed exponents) -> bfloat16 rows."""
     if scales.dtype == torch.int32:
-        exponents = scales.contiguous().view(torch.uint8).to(torch.int32).view(*scales.shape[:-1], -1)
-        scales = (exponents << 23).view(torch.float32)
+        shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=scales.device)
+        exponents = (scales.unsqueeze(-1) >> shifts) & 255  # little endian: the lowest byte is the first group's
+        scales = (exponents << 23).view(torch.float32).flatten(start_dim=-2)
     rows = values.to(torch.float32).view(*values.shape[:-1], -1, 128) * scales.unsqueeze(-1)
     return rows.view(values.shape).to(torch.bfloat16)
 
