@@ -138,7 +138,10 @@ class Demo:
             for number, phase in enumerate(self.plan):
                 self.change(number, phase)
                 self.serve(number, phase)
-            self.call(self.plan[-1].alive(), "close")
+                if self.problems:
+                    break
+            else:
+                self.call(self.plan[-1].alive(), "close")
         except RuntimeError as error:
             self.problems.append(str(error))
         finally:
