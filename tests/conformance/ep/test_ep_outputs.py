@@ -226,15 +226,19 @@ def too_many_copies(rank):
     operation = group_operation(SHAPE, Payload.BF16, "exact", 6, "plain")
     layout, tokens = operation.layout, dict(operation.tokens)
     tokens[1] = Tokens(tokens[1].x, np.zeros_like(tokens[1].topk_idx), tokens[1].topk_weights)
-    want = oracle.dispatch(layout, tokens, Payload.BF16)[rank.rank]
-    recv_x, count, handle, problems = run_dispatch(buffer, tokens[rank.rank], layout, BF16, rank.device)
-    problems += compare_dispatch(layout, Payload.BF16, want, recv_x, count, handle)
+    received = oracle.dispatch(layout, tokens, Payload.BF16)
+    y = {r: make_outputs(received[r].src_info, layout.hidden, 6, r) for r in received}
+    mine, rows = tokens[rank.rank], y[rank.rank]
+    recv_x, count, handle, problems = run_dispatch(buffer, mine, layout, BF16, rank.device)
+    problems += compare_dispatch(layout, Payload.BF16, received[rank.rank], recv_x, count, handle)
     told = ""
     try:
-        buffer.barrier()
+        got, more = run_combine(buffer, mine, layout, rows, handle, BF16, rank.device)
     except RuntimeError as error:
         told = str(error)
-        buffer.barrier()
+        got, more = run_combine(buffer, mine, layout, rows, handle, BF16, rank.device)
+    want = oracle.combine(layout, tokens, received, y)[rank.rank]
+    problems += more + compare_rows("combined", want, got)
     problems += run_operation(buffer, rank, operation, BF16)
     buffer.destroy()
     return problems, told
@@ -243,7 +247,7 @@ def too_many_copies(rank):
 def test_copies_beyond_the_bound_are_reported(ranks_of):
     results = ranks_of(4).run(too_many_copies)
     no_problems({rank: problems for rank, (problems, _) in results.items()})
-    assert results[1][1], "the rank that selected one expert too often was not told"
+    assert "expert 0" in results[1][1], f"the rank that selected expert 0 too often was told {results[1][1]!r}"
 
 
 def logfmt(rank, payload, hidden):

@@ -190,11 +190,11 @@ def test_a_short_stop_masks_nobody(ranks_of, request):
     group.run(close_service)
 
 
-def test_back_without_disconnect(group):
+def test_back_without_disconnect(group, request):
     """Survivors connect the new incarnation at once, still holding the old one (EP-64)."""
     kill_at_random(group, random.Random(SEED + 5), [1])
     group.respawn(1)
-    opening = group.start(open_service, "test_back_without_disconnect", ranks=[1])
+    opening = group.start(open_service, request.node.name, ranks=[1])
     group.run(connect_only, [1], ranks=others(1))
     opening.wait()
     check_whole(group)
