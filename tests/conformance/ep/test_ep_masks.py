@@ -226,15 +226,15 @@ def test_masked_between_dispatch_and_combine(ranks_of):
 
 def lone_stall(rank):
     """One rank sits out an operation: it is masked within the timeout, and unmasked again on both sides."""
-    buffer = open_buffer(rank, SHAPE, timeout_ms=200)
+    buffer = open_buffer(rank, SHAPE, timeout_ms=500)
     layout, problems = SHAPE.layout(), []
-    first = group_operation(SHAPE, Payload.BF16, "exact", 0)
-    problems += run_operation(buffer, rank, first, BF16)
+    operations = [group_operation(SHAPE, Payload.BF16, "exact", seed) for seed in range(5)]
+    tokens = {r: make_tokens(SHAPE, 1, r) for r in range(4)}
+    degraded = expected_operation(layout, tokens, Payload.BF16, "exact", 1, oracle.all_links(4, [0, 1, 2]))
+    rank.meet("ready", range(4))
+    problems += run_operation(buffer, rank, operations[0], BF16)
     if rank.rank != 3:
-        tokens = {r: make_tokens(SHAPE, 1, r) for r in range(4)}
-        links = oracle.all_links(4, [0, 1, 2])
-        operation = expected_operation(layout, tokens, Payload.BF16, "exact", 1, links)
-        problems += run_operation(buffer, rank, operation, BF16)
+        problems += run_operation(buffer, rank, degraded, BF16)
         faults = buffer.fault_status()
         if {fault.rank for fault in faults} != {3}:
             problems.append(f"rank {rank.rank}: faults {faults}")
@@ -250,8 +250,7 @@ def lone_stall(rank):
     rank.meet("stalled", range(4))
     buffer.update_mask_buffer([r for r in range(4) if r != rank.rank], False)
     rank.meet("unmasked", range(4))
-    for seed in (2, 3, 4):
-        operation = group_operation(SHAPE, Payload.BF16, "exact", seed)
+    for operation in operations[2:]:
         problems += run_operation(buffer, rank, operation, BF16)
     problems += [f"late fault {fault}" for fault in buffer.fault_status()]
     buffer.destroy()
