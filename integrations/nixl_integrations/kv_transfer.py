@@ -1,0 +1,461 @@
+"""KV-cache transfer between prefill and decode processes: paged blocks of all layers, pushed or pulled, then told.
+
+A cache is a list of layers, each a tensor [2, blocks, heads, page tokens, head dim] (keys, then values); the heads are this
+rank's share of all heads. Both sides may have other page sizes and other tensor-parallel degrees: what they share is cut into
+units (a run of heads of one page, or the same tokens of one head) and addressed through prepared, strided descriptor lists, so
+that a request costs two integer arrays.
+
+Messages, all notifications of the agent: `kvopen:` a receiver's blocks for a request; `kv:<request>:<chunk>:<chunks>` a chunk has
+arrived (after its data); `kvfail:<request>` the sender gave up; `kvread:<request>` a pull has finished, the blocks are free.
+
+    prefill:  sender = KVSender(agent, cache, pool);      decode:  receiver = KVReceiver(agent, cache, pool)
+              sender.connect(card of the receiver)                 receiver.connect(card of the sender)
+              sender.push(block_ids, "r1").wait(10)                receiver.open("r1", block_ids, tokens); receiver.wait("r1", 10)
+
+Not thread-safe: one thread an endpoint, which calls poll() or wait() often enough.
+"""
+
+import base64
+import json
+import math
+import time
+import zlib
+
+import numpy
+
+from nixl_integrations.memory_view import MemoryView
+
+
+class KVTransferError(Exception):
+    """A request that failed; the text names it and the reason. Its blocks were given back."""
+
+
+class KVPeerLost(KVTransferError):
+    """The other side is gone."""
+
+
+class KVTimeout(KVTransferError):
+    """The other side did not finish in time."""
+
+
+class BlockPool:
+    """Free block numbers of one cache. take() raises KVTransferError when too few are left."""
+
+    def __init__(self, num_blocks):
+        self._free = list(range(num_blocks))
+
+    def take(self, count):
+        if count > len(self._free):
+            raise KVTransferError(f"{count} blocks wanted, {len(self._free)} free")
+        taken, self._free = self._free[:count], self._free[count:]
+        return numpy.array(taken, dtype=numpy.int64)
+
+    def give_back(self, block_ids):
+        self._free.extend(int(block) for block in block_ids)
+
+    @property
+    def num_free(self):
+        return len(self._free)
+
+
+class KVCache:
+    """The layers of one rank. `tp_rank` of `tp_size`: which share of all heads they hold."""
+
+    def __init__(self, layers, tp_rank=0, tp_size=1):
+        self.layers = [MemoryView(layer) for layer in layers]
+        shapes = {view.shape for view in self.layers}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 5 or next(iter(shapes))[0] != 2:
+            raise ValueError(f"layers of one shape [2, blocks, heads, page, dim] are needed, not {sorted(shapes)}")
+        _, self.num_blocks, self.num_heads, self.page, self.dim = self.layers[0].shape
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.token_bytes = self.dim * self.layers[0].itemsize  # of one head
+        self.block_bytes = self.num_heads * self.page * self.token_bytes
+        self.kind, self.device = self.layers[0].kind, self.layers[0].device
+
+    def describe(self):
+        return {"bases": [view.address for view in self.layers], "blocks": self.num_blocks, "heads": self.num_heads,
+                "page": self.page, "token_bytes": self.token_bytes, "kind": self.kind, "device": self.device,
+                "tp_rank": self.tp_rank, "tp_size": self.tp_size}
+
+    def num_pages(self, num_tokens):
+        return -(-num_tokens // self.page)
+
+
+class _Side:
+    """What one side of a pair of caches looks like, ours or the description of a peer's."""
+
+    def __init__(self, about):
+        self.bases, self.blocks, self.heads, self.page = about["bases"], about["blocks"], about["heads"], about["page"]
+        self.token_bytes, self.kind, self.device = about["token_bytes"], about["kind"], about["device"]
+        self.first_head = about["tp_rank"] * self.heads
+        self.all_heads = about["tp_size"] * self.heads
+        self.block_bytes = self.heads * self.page * self.token_bytes
+
+    def head_range(self):
+        return range(self.first_head, self.first_head + self.heads)
+
+    def rows(self, units):
+        """The strided table (address, length, device, stride, count) of the units; block index = row * blocks + block."""
+        rows = []
+        for base in self.bases:
+            for plane in range(2):
+                start = base + plane * self.blocks * self.block_bytes
+                for head, count in units.heads:
+                    for piece in range(self.page // units.tokens):
+                        offset = ((head - self.first_head) * self.page + piece * units.tokens) * self.token_bytes
+                        length = count * units.tokens * self.token_bytes
+                        rows.append((start + offset, length, self.device, self.block_bytes, self.blocks))
+        return numpy.array(rows, dtype=numpy.uint64)
+
+    def indices(self, units, block_ids, first_unit, num_units):
+        """Indices into rows() of token units `first_unit`.. of a request in `block_ids`, for all planes and heads."""
+        pieces = self.page // units.tokens
+        unit = numpy.arange(first_unit, first_unit + num_units, dtype=numpy.int64)
+        within = (unit % pieces) * self.blocks + block_ids[unit // pieces]
+        planes = 2 * len(self.bases) * len(units.heads)
+        return (numpy.arange(planes, dtype=numpy.int64)[:, None] * (pieces * self.blocks) + within[None, :]).reshape(-1)
+
+
+class _Units:
+    """How the shared part of two caches is cut: `heads` = [(first head, how many)], `tokens` of a page at a time."""
+
+    def __init__(self, ours, theirs):
+        for name in ("token_bytes", "all_heads"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(f"the caches differ in {name}: {getattr(ours, name)} here, {getattr(theirs, name)} there")
+        if len(ours.bases) != len(theirs.bases):
+            raise ValueError(f"the caches differ in layers: {len(ours.bases)} here, {len(theirs.bases)} there")
+        shared = sorted(set(ours.head_range()) & set(theirs.head_range()))
+        if ours.page == theirs.page:  # neighbouring heads of a page lie side by side
+            self.heads, self.tokens = ([(shared[0], len(shared))] if shared else []), ours.page
+        else:
+            self.heads, self.tokens = [(head, 1) for head in shared], math.gcd(ours.page, theirs.page)
+
+
+class _Peer:
+    def __init__(self, agent, own, card):
+        about = json.loads(card)
+        self.name = agent.add_remote_agent(base64.b64decode(about["metadata"])).decode()
+        self.side = _Side(about["cache"])
+        self.units = _Units(own, self.side)
+        self.shares = bool(self.units.heads)
+        self.lists = None
+        if self.shares:
+            ours = agent.prep_xfer_dlist("NIXL_INIT_AGENT", own.rows(self.units), own.kind)
+            theirs = agent.prep_xfer_dlist(self.name, self.side.rows(self.units), self.side.kind)
+            self.lists = (ours, theirs)
+
+    def request(self, agent, operation, own, block_ids, their_ids, first, count, message):
+        here = own.indices(self.units, block_ids, first, count)
+        there = self.side.indices(self.units, their_ids, first, count)
+        handle = agent.make_prepped_xfer(operation, self.lists[0], here, self.lists[1], there, message)
+        size = sum(heads for _, heads in self.units.heads) * self.units.tokens * own.token_bytes
+        return handle, size * count * 2 * len(own.bases)
+
+    def release(self, agent):
+        for handle in self.lists or ():
+            agent.release_dlist_handle(handle)
+        self.lists = None
+
+
+class _Endpoint:
+    """What senders and receivers share: registration, cards, peers, messages."""
+
+    def __init__(self, agent, cache, pool=None):
+        self.agent, self.cache, self.pool = agent, cache, pool
+        self.side = _Side(cache.describe())
+        self.registered = agent.register_memory([(*view.descriptor(), "") for view in cache.layers], cache.kind)
+        self.peers = {}
+
+    def card(self):
+        """Bytes for the other side's connect()."""
+        metadata = base64.b64encode(self.agent.get_agent_metadata()).decode()
+        return json.dumps({"metadata": metadata, "cache": self.cache.describe()}).encode()
+
+    def connect(self, card):
+        """Makes a peer known by its card; returns its agent's name."""
+        peer = _Peer(self.agent, self.side, card)
+        self.peers[peer.name] = peer
+        return peer.name
+
+    def sharing(self):
+        return [peer for peer in self.peers.values() if peer.shares]
+
+    def alive(self, name):
+        return self.agent.check_remote_metadata(name)
+
+    def disconnect(self, name):
+        peer = self.peers.pop(name, None)
+        if peer:
+            peer.release(self.agent)
+            self.agent.remove_remote_agent(name)
+
+    def close(self):
+        for name in list(self.peers):
+            self.disconnect(name)
+        self.agent.deregister_memory(self.registered)
+
+    def _give_back(self, block_ids):
+        if self.pool is not None and block_ids is not None:
+            self.pool.give_back(block_ids)
+
+
+class _Transfers:
+    """Requests under way for one push or pull; the blocks are given back exactly once, however it ends."""
+
+    def __init__(self, endpoint, request_id, block_ids):
+        self.endpoint, self.request_id, self.block_ids = endpoint, request_id, block_ids
+        self.running, self.done_bytes, self.total_bytes, self.error = [], 0, 0, None
+        self.started, self.seconds = time.perf_counter(), 0.0
+
+    def add(self, peer, handle, size):
+        self.running.append((peer, handle, size))
+        self.total_bytes += size
+
+    def start(self):
+        agent = self.endpoint.agent
+        try:
+            for _, handle, _ in self.running:
+                agent.transfer(handle)
+        except Exception as error:
+            self._fail(error)
+
+    def poll(self):
+        """True when it has ended; raises KVTransferError or KVPeerLost when it failed."""
+        if self.error:
+            raise self.error
+        agent, left = self.endpoint.agent, []
+        try:
+            for peer, handle, size in self.running:
+                if agent.check_xfer_state(handle) == "DONE":
+                    agent.release_xfer_handle(handle)
+                    self.done_bytes += size
+                else:
+                    left.append((peer, handle, size))
+        except Exception as error:
+            self._fail(error)
+        self.running = left
+        if left:
+            return False
+        self._end()
+        return True
+
+    def wait(self, timeout):
+        deadline = time.monotonic() + timeout
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self._fail(KVTimeout(f"request '{self.request_id}': {self.done_bytes} of {self.total_bytes} bytes moved within "
+                                     f"{timeout} s"))
+        return True
+
+    def gigabytes_per_s(self):
+        return self.total_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    def _end(self):
+        if self.seconds == 0.0:
+            self.seconds = time.perf_counter() - self.started
+            blocks, self.block_ids = self.block_ids, None
+            self.finished(blocks)
+
+    def finished(self, block_ids):
+        """After the last byte; sub-classes say who owns the blocks now."""
+
+    def _fail(self, error):
+        for _, handle, _ in self.running:
+            try:
+                self.endpoint.agent.release_xfer_handle(handle)
+            except Exception:  # a handle that cannot be stopped any more: the agent frees it with the request
+                pass
+        self.running = []
+        blocks, self.block_ids = self.block_ids, None
+        self.endpoint._give_back(blocks)
+        if not isinstance(error, KVTransferError):
+            lost = type(error).__name__ in ("nixlRemoteDisconnectError", "nixlNotFoundError")
+            error = (KVPeerLost if lost else KVTransferError)(f"request '{self.request_id}': {error}")
+        self.error = error
+        raise error
+
+
+class KVPush(_Transfers):
+    def finished(self, block_ids):
+        self.endpoint._give_back(block_ids)
+
+
+class KVSender(_Endpoint):
+    """Prefill side. Blocks given to push() return to the pool when the push has ended, well or not."""
+
+    def __init__(self, agent, cache, pool=None, chunk_bytes=64 << 20):
+        super().__init__(agent, cache, pool)
+        self.chunk_bytes = chunk_bytes
+        self._opened = {}  # request -> {receiver: (block ids, tokens)}
+
+    def poll_messages(self):
+        """Reads what receivers have announced and finished."""
+        for name, messages in self.agent.get_new_notifs().items():
+            for message in messages:
+                if message.startswith(b"kvopen:"):
+                    head, _, body = message[len(b"kvopen:"):].partition(b"\n")
+                    about = json.loads(head)
+                    ids = numpy.frombuffer(body, dtype=numpy.int64)
+                    if zlib.crc32(body) == about["crc"]:
+                        self._opened.setdefault(about["request"], {})[name] = (ids, about["tokens"])
+                elif message.startswith(b"kvread:"):
+                    self.on_read(name, message[len(b"kvread:"):].decode())
+
+    def on_read(self, receiver, request_id):
+        """A receiver has pulled a request: its blocks may be used again. For sub-classes."""
+
+    def opened(self):
+        """Requests that every receiver which shares heads with us has opened."""
+        self.poll_messages()
+        return [request for request, by in self._opened.items() if len(by) >= len(self.sharing())]
+
+    def push(self, block_ids, request_id, timeout=30.0):
+        """Writes a request's blocks into the blocks that its receivers opened, chunk by chunk. Returns a KVPush under way."""
+        block_ids = numpy.asarray(block_ids, dtype=numpy.int64)
+        push = KVPush(self, request_id, block_ids)
+        deadline = time.monotonic() + timeout
+        while request_id not in self.opened():
+            lost = [peer.name for peer in self.sharing() if not self.alive(peer.name)]
+            if lost or time.monotonic() > deadline:
+                self._give_back(block_ids)
+                push.block_ids = None
+                if lost:
+                    raise KVPeerLost(f"request '{request_id}': receiver '{lost[0]}' is gone")
+                raise KVTimeout(f"request '{request_id}' was not opened by its receivers within {timeout} s")
+        for name, (their_ids, tokens) in self._opened.pop(request_id).items():
+            self._add(push, self.peers[name], block_ids, their_ids, tokens)
+        push.start()
+        return push
+
+    def _add(self, push, peer, block_ids, their_ids, tokens):
+        num_units = -(-tokens // peer.units.tokens)
+        unit_bytes = sum(count for _, count in peer.units.heads) * peer.units.tokens * self.cache.token_bytes * 2 * len(
+            self.cache.layers)
+        step = max(1, self.chunk_bytes // unit_bytes)
+        chunks = -(-num_units // step)
+        try:
+            for chunk in range(chunks):
+                first = chunk * step
+                message = f"kv:{push.request_id}:{chunk}:{chunks}".encode()
+                handle, size = peer.request(self.agent, "WRITE", self.side, block_ids, their_ids, first,
+                                            min(step, num_units - first), message)
+                push.add(peer, handle, size)
+        except Exception as error:
+            push._fail(error)
+
+    def give_up(self, request_id):
+        """Tells the receivers that a request will not come."""
+        for name in self._opened.pop(request_id, {}):
+            self.agent.send_notif(name, f"kvfail:{request_id}".encode())
+
+
+class KVPull(_Transfers):
+    def finished(self, block_ids):
+        for name in self.sources:
+            self.endpoint.agent.send_notif(name, f"kvread:{self.request_id}".encode())
+
+
+class KVReceiver(_Endpoint):
+    """Decode side. A request's blocks may be read only after wait() or a finished pull()."""
+
+    def __init__(self, agent, cache, pool=None):
+        super().__init__(agent, cache, pool)
+        self._arrived = {}  # request -> {sender: (chunks seen, chunks)}
+        self._expected = {}  # request -> block ids
+        self._failed = set()
+        self._quarantine = {}  # request that failed while its senders live -> block ids
+
+    def open(self, request_id, block_ids, num_tokens):
+        """Tells all senders that hold our heads which blocks the request shall go to."""
+        block_ids = numpy.ascontiguousarray(block_ids, dtype=numpy.int64)
+        if len(block_ids) < self.cache.num_pages(num_tokens):
+            raise ValueError(f"request '{request_id}': {num_tokens} tokens need {self.cache.num_pages(num_tokens)} blocks of "
+                             f"{self.cache.page}, {len(block_ids)} given")
+        self._expected[request_id] = block_ids
+        body = block_ids.tobytes()
+        head = json.dumps({"request": request_id, "tokens": num_tokens, "crc": zlib.crc32(body)}).encode()
+        for peer in self.sharing():
+            self.agent.send_notif(peer.name, b"kvopen:" + head + b"\n" + body)
+
+    def poll_messages(self):
+        for name, messages in self.agent.get_new_notifs().items():
+            for message in messages:
+                if message.startswith(b"kv:"):
+                    request, chunk, chunks = message[3:].decode().rsplit(":", 2)
+                    seen = self._arrived.setdefault(request, {}).setdefault(name, [set(), int(chunks)])
+                    seen[0].add(int(chunk))
+                elif message.startswith(b"kvfail:"):
+                    self._failed.add(message[len(b"kvfail:"):].decode())
+
+    def progress(self, request_id):
+        """(chunks arrived, chunks known of), over all senders."""
+        self.poll_messages()
+        parts = self._arrived.get(request_id, {}).values()
+        return sum(len(seen) for seen, _ in parts), sum(chunks for _, chunks in parts)
+
+    def ready(self, request_id):
+        """Has every chunk of every sender arrived?"""
+        self.poll_messages()
+        parts = self._arrived.get(request_id, {})
+        return all(peer.name in parts and len(parts[peer.name][0]) == parts[peer.name][1] for peer in self.sharing())
+
+    def wait(self, request_id, timeout):
+        """Returns the request's blocks, filled. On failure they go back to the pool and KVPeerLost, KVTimeout or
+        KVTransferError is raised."""
+        deadline = time.monotonic() + timeout
+        while not self.ready(request_id):
+            parts = self._arrived.get(request_id, {})
+            missing = [peer.name for peer in self.sharing()
+                       if peer.name not in parts or len(parts[peer.name][0]) < parts[peer.name][1]]
+            lost = [name for name in missing if not self.alive(name)]
+            error = None
+            if request_id in self._failed:
+                error = KVTransferError(f"request '{request_id}': the sender gave up")
+            elif lost and not self.ready(request_id):
+                error = KVPeerLost(f"request '{request_id}': sender '{lost[0]}' is gone")
+            elif time.monotonic() > deadline:
+                error = KVTimeout(f"request '{request_id}': nothing or not everything from {missing} within {timeout} s")
+            if error:
+                self._forget(request_id)
+                raise error
+        blocks = self._expected.pop(request_id, None)
+        self._arrived.pop(request_id, None)
+        return blocks
+
+    def _forget(self, request_id):
+        blocks = self._expected.pop(request_id, None)
+        if request_id in self._failed or not any(self.alive(peer.name) for peer in self.sharing()):
+            self._failed.discard(request_id)
+            self._arrived.pop(request_id, None)
+            self._give_back(blocks)
+        elif blocks is not None:
+            self._quarantine[request_id] = blocks
+
+    def reclaim(self):
+        """Blocks of requests that ran out of time stay out of the pool as long as a living sender may still write into them;
+        this gives back those that are safe by now. Returns how many requests still hold theirs."""
+        alive = any(self.alive(peer.name) for peer in self.sharing())
+        for request_id in list(self._quarantine):
+            if not alive or request_id in self._failed or self.ready(request_id):
+                self._give_back(self._quarantine.pop(request_id))
+                self._arrived.pop(request_id, None)
+                self._failed.discard(request_id)
+        return len(self._quarantine)
+
+    def pull(self, request_id, block_ids, sources, num_tokens):
+        """READs a request: `sources` {sender: its block ids}. Returns a KVPull under way; senders are told when it has ended."""
+        block_ids = numpy.asarray(block_ids, dtype=numpy.int64)
+        pull = KVPull(self, request_id, block_ids)
+        pull.sources = [name for name in sources if self.peers[name].shares]
+        try:
+            for name in pull.sources:
+                peer = self.peers[name]
+                their_ids = numpy.asarray(sources[name], dtype=numpy.int64)
+                handle, size = peer.request(self.agent, "READ", self.side, block_ids, their_ids, 0,
+                                            -(-num_tokens // peer.units.tokens), b"")
+                pull.add(peer, handle, size)
+        except Exception as error:
+            pull._fail(error)
+        pull.start()
+        return pull
