@@ -128,11 +128,11 @@ class Buffer:
         self._experts_per_rank = 0
         self._device_id = 0
         self._comm_stream: Optional[Any] = None
-        self._pending: Optional[EventHandle] = None
+        self._comm_ahead = False  # operations were put on the comm stream that the current one has not waited for
         self._agreements = 0  # since ranks were last connected
         self._agreed: List[Tuple[int, StoreOfTorch]] = []  # those whose keys are still in a store
-        self._allocator = Allocator(self._device)
         self.runtime = _Runtime(self._open(arguments), self)
+        self._allocator = Allocator("cpu" if self._device == "cpu" else f"cuda:{self._device_id}")
         if arguments.tcp_store_group is not None:
             self.set_tcp_store_group(arguments.tcp_store_group)
 
@@ -186,7 +186,6 @@ class Buffer:
         native = self._native()
         require(num_nvl_bytes >= 0 and num_nvl_bytes % 128 == 0,
                 f"num_nvl_bytes is {num_nvl_bytes}; a multiple of 128 from 0 is allowed")
-        require(self.rank < num_ranks, f"num_ranks is {num_ranks}; it must be above this rank, {self.rank}")
         _native_call(native.update_memory, num_ranks, num_experts_per_rank, num_rdma_bytes)
         self.group_size = num_ranks
         self.num_rdma_bytes = num_rdma_bytes
@@ -308,7 +307,7 @@ class Buffer:
 
     def query_mask_buffer(self, mask_status: Any) -> None:
         """Writes int32 [capacity]: 0 active, 1 masked, -1 never connected. Asynchronous on the current stream."""
-        native = self._ready()
+        native = self._checked()
         check("mask_status", mask_status, (torch().int32,), (self.group_size,), self._device)
         _native_call(native.query_masks, address(mask_status), self._stream())
 
@@ -367,7 +366,7 @@ class Buffer:
 
     def barrier(self) -> None:
         """Meets every unmasked peer on the current stream; one that does not come within timeout_ms is masked."""
-        _native_call(self._ready().barrier, self._stream())
+        _native_call(self._checked().barrier, self._stream())
 
     # -------------------------------------------------------------------------------------------------- operations
 
@@ -557,8 +556,13 @@ class Buffer:
 
     def _operation(self) -> Any:
         """The native buffer, after the checks every operation begins with."""
-        native = self._ready()
+        native = self._checked()
         require(self.low_latency_mode, "low-latency operations need a buffer with low_latency_mode=True")
+        return native
+
+    def _checked(self) -> Any:
+        """The native buffer, after raising what an operation found wrong with its input while it ran."""
+        native = self._ready()
         error = native.take_input_error()
         require(not error, f"an earlier operation dropped part of its input: {error}")
         return native
@@ -597,9 +601,10 @@ class Buffer:
             return 0
         current = torch().cuda.current_stream()
         if not async_finish:
-            if self._pending is not None:
-                self._pending.current_stream_wait()
-                self._pending = None
+            # Streams inside and outside a graph capture cannot wait for each other.
+            if self._comm_ahead and _capturing(current) == _capturing(self._comm_stream):
+                current.wait_stream(self._comm_stream)
+                self._comm_ahead = False
             return current.cuda_stream
         comm = self.get_comm_stream()
         comm.wait_stream(current)
@@ -620,8 +625,14 @@ class Buffer:
         if self._device == "cpu":
             return EventOverlap(EventHandle(), keep), None
         with torch().cuda.stream(self.get_comm_stream()):
-            self._pending = EventHandle()
-        return EventOverlap(self._pending, keep), None
+            event = EventHandle()
+        self._comm_ahead = True
+        return EventOverlap(event, keep), None
+
+
+def _capturing(stream: Any) -> bool:
+    with torch().cuda.stream(stream):
+        return torch().cuda.is_current_stream_capturing()
 
 
 def _choose(name: str, given: Optional[str], variable: str, default: str, allowed: dict) -> str:

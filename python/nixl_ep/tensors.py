@@ -31,7 +31,7 @@ def check(name: str, tensor: Any, dtypes: Sequence[Any], shape: Sequence[Optiona
 
 
 class Allocator:
-    """Fresh tensors of one device. On the CPU large blocks are recycled when the tensors in them are gone."""
+    """Fresh tensors of one device ("cpu", "cuda:0"). On the CPU large blocks are recycled when the tensors in them are gone."""
 
     RECYCLE_FROM = 1 << 16  # bytes
 
@@ -40,8 +40,8 @@ class Allocator:
 
     def empty(self, shape: Sequence[int], dtype: Any):
         t = torch()
-        if self.device == "cuda":
-            return t.empty(shape, dtype=dtype, device="cuda")
+        if self.device != "cpu":
+            return t.empty(shape, dtype=dtype, device=self.device)
         count = 1
         for size in shape:
             count *= size

@@ -57,6 +57,14 @@ Result<void> check_selection(const Args& args) {
 }  // namespace
 
 Result<void> check_capacity(const Capacity& wanted, const Capacity& present, int own_rank) {
+  const bool first = present.num_ranks == 0;
+  if (!first && (wanted.experts_per_rank != present.experts_per_rank || wanted.num_ranks < present.num_ranks ||
+                 wanted.num_bytes < present.num_bytes))
+    return fail(Code::kNotAllowed,
+                "Multiple calls to update_memory_buffers are not supported except to grow: %d ranks of %d "
+                "experts and %lld bytes are there, %d of %d and %lld were asked for",
+                present.num_ranks, present.experts_per_rank, Int(present.num_bytes), wanted.num_ranks,
+                wanted.experts_per_rank, Int(wanted.num_bytes));
   if (wanted.num_ranks < 1 || wanted.num_ranks > kMaxRanks)
     return fail(Code::kInvalidArgument, "num_ranks is %d; 1 to %d are allowed", wanted.num_ranks, kMaxRanks);
   if (own_rank >= wanted.num_ranks)
@@ -67,14 +75,6 @@ Result<void> check_capacity(const Capacity& wanted, const Capacity& present, int
     return fail(Code::kInvalidArgument,
                 "the buffer has %lld bytes; a positive multiple of 128 is needed (see the size hint)",
                 Int(wanted.num_bytes));
-  if (present.num_ranks == 0) return {};
-  if (wanted.experts_per_rank != present.experts_per_rank || wanted.num_ranks < present.num_ranks ||
-      wanted.num_bytes < present.num_bytes)
-    return fail(Code::kNotAllowed,
-                "Multiple calls to update_memory_buffers are not supported except to grow: %d ranks of %d "
-                "experts and %lld bytes are there, %d of %d and %lld were asked for",
-                present.num_ranks, present.experts_per_rank, Int(present.num_bytes), wanted.num_ranks,
-                wanted.experts_per_rank, Int(wanted.num_bytes));
   return {};
 }
 
