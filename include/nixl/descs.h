@@ -36,37 +36,43 @@ struct Uninitialised : std::allocator<T> {
   }
 };
 
+// Copies share their values until one of them is changed.
 class Column {
  public:
   using Values = std::vector<std::uint64_t, Uninitialised<std::uint64_t>>;
 
   Column() = default;
   Column(std::size_t size, std::uint64_t value) : size_(size), value_(value) {}
-  explicit Column(Values values) : size_(values.size()), uniform_(false), values_(std::move(values)) {}
+  explicit Column(Values values) : size_(values.size()), value_(size_ ? values[0] : 0) {
+    for (const std::uint64_t value : values)
+      if (value != value_) {
+        values_ = std::make_shared<Values>(std::move(values));
+        return;
+      }
+  }
 
   std::size_t size() const noexcept { return size_; }
-  bool uniform() const noexcept { return uniform_; }
-  std::uint64_t operator[](std::size_t i) const noexcept { return uniform_ ? value_ : values_[i]; }
-  const std::uint64_t* data() const noexcept { return values_.data(); }  // only when not uniform
+  bool uniform() const noexcept { return !values_; }
+  std::uint64_t operator[](std::size_t i) const noexcept { return values_ ? (*values_)[i] : value_; }
+  const std::uint64_t* data() const noexcept { return values_ ? values_->data() : nullptr; }  // null when uniform
 
   void set(std::size_t i, std::uint64_t value) {
-    if (uniform_ && value == value_) return;
+    if (uniform() && value == value_) return;
     spread()[i] = value;
   }
   void push_back(std::uint64_t value) {
     if (size_ == 0) clear(value);
-    if (!uniform_ || value != value_) spread().push_back(value);
+    if (!uniform() || value != value_) spread().push_back(value);
     ++size_;
   }
   void erase(std::size_t i) {
-    if (!uniform_) values_.erase(values_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (!uniform()) spread().erase(values_->begin() + static_cast<std::ptrdiff_t>(i));
     --size_;
   }
   void clear(std::uint64_t value = 0) {
     size_ = 0;
-    uniform_ = true;
     value_ = value;
-    values_.clear();
+    values_.reset();
   }
   // Reads `size` values that lie `step` apart.
   void assign(const std::uint64_t* from, std::size_t size, std::size_t step) {
@@ -75,14 +81,14 @@ class Column {
     std::size_t i = 0;
     while (i < size && from[i * step] == value_) ++i;
     if (i == size) return;
-    uniform_ = false;
-    values_.resize(size);
-    for (std::size_t k = 0; k < i; ++k) values_[k] = value_;
-    for (; i < size; ++i) values_[i] = from[i * step];
+    Values values(size);
+    for (std::size_t k = 0; k < i; ++k) values[k] = value_;
+    for (; i < size; ++i) values[i] = from[i * step];
+    values_ = std::make_shared<Values>(std::move(values));
   }
   bool operator==(const Column& other) const noexcept {
     if (size_ != other.size_) return false;
-    if (uniform_ && other.uniform_) return size_ == 0 || value_ == other.value_;
+    if (uniform() && other.uniform()) return size_ == 0 || value_ == other.value_;
     for (std::size_t i = 0; i < size_; ++i)
       if ((*this)[i] != other[i]) return false;
     return true;
@@ -90,16 +96,15 @@ class Column {
 
  private:
   Values& spread() {
-    if (uniform_) {
-      values_.assign(size_, value_);
-      uniform_ = false;
-    }
-    return values_;
+    if (!values_)
+      values_ = std::make_shared<Values>(size_, value_);
+    else if (values_.use_count() > 1)
+      values_ = std::make_shared<Values>(*values_);
+    return *values_;
   }
   std::size_t size_ = 0;
-  bool uniform_ = true;
   std::uint64_t value_ = 0;
-  Values values_;
+  std::shared_ptr<Values> values_;  // null: every row is value_
 };
 
 // Rows of (addr, len, dev). With runs, row i stands for count[i] blocks of len[i] bytes every stride[i] bytes.

@@ -66,20 +66,7 @@ class Rows {
 
 bool is_array(PyObject* object) { return PyObject_CheckBuffer(object) && !PyBytes_Check(object) && !PyByteArray_Check(object); }
 
-void add_tuple(Descs& descs, PyObject* item, Py_ssize_t least, Py_ssize_t most) {
-  if (!PyTuple_Check(item)) throw nb::type_error((std::string("a descriptor must be a tuple, not ") + Py_TYPE(item)->tp_name).c_str());
-  const Py_ssize_t size = PyTuple_GET_SIZE(item);
-  if (size < least || size > most)
-    throw nb::value_error(("a descriptor has " + std::to_string(size) + " entries; needed: " + std::to_string(most)).c_str());
-  const std::uint64_t addr = number_of(PyTuple_GET_ITEM(item, 0)), len = number_of(PyTuple_GET_ITEM(item, 1)),
-                      dev = number_of(PyTuple_GET_ITEM(item, 2));
-  if (size == 4)
-    descs.add(addr, len, dev, text_of(PyTuple_GET_ITEM(item, 3), "the fourth entry of a descriptor"));
-  else
-    descs.add(addr, len, dev);
-}
-
-// Entries of a tuple: {least, most}.
+// Entries of a tuple that describes one row.
 struct Arity {
   Py_ssize_t least, most;
 };
@@ -89,6 +76,27 @@ template <>
 constexpr Arity kArity<RegList>{3, 4};
 template <>
 constexpr Arity kArity<RemoteList>{4, 4};
+
+class Tuple {
+ public:
+  Tuple(PyObject* tuple, Arity arity) : tuple_(tuple) {
+    if (!PyTuple_Check(tuple)) throw nb::type_error((std::string("a descriptor must be a tuple, not ") + Py_TYPE(tuple)->tp_name).c_str());
+    if (size() < arity.least || size() > arity.most)
+      throw nb::value_error(("a descriptor has " + std::to_string(size()) + " entries; needed: " + std::to_string(arity.most)).c_str());
+  }
+  Py_ssize_t size() const { return PyTuple_GET_SIZE(tuple_); }
+  std::uint64_t number(Py_ssize_t i) const { return number_of(PyTuple_GET_ITEM(tuple_, i)); }
+  std::string text() const { return text_of(PyTuple_GET_ITEM(tuple_, 3), "the fourth entry of a descriptor"); }
+
+ private:
+  PyObject* tuple_;
+};
+
+void add_tuple(Descs& descs, PyObject* item, Arity arity) {
+  const Tuple tuple(item, arity);
+  const std::uint64_t addr = tuple.number(0), len = tuple.number(1), dev = tuple.number(2);
+  descs.add(addr, len, dev, tuple.size() == 4 ? tuple.text() : std::string());
+}
 
 template <typename List>
 Descs read(MemType type, nb::handle content) {
@@ -114,9 +122,23 @@ Descs read(MemType type, nb::handle content) {
   }
   const nb::object items = nb::steal(PySequence_Fast(object, "descriptors must be a number, an array or a list of tuples"));
   if (!items.is_valid()) throw nb::python_error();
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
-  for (Py_ssize_t i = 0; i < count; ++i)
-    add_tuple(descs, PySequence_Fast_GET_ITEM(items.ptr(), i), kArity<List>.least, kArity<List>.most);
+  const std::size_t count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(items.ptr()));
+  PyObject** const rows = PySequence_Fast_ITEMS(items.ptr());
+  Column::Values addr(count), len(count), dev(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Tuple tuple(rows[i], kArity<List>);
+    addr[i] = tuple.number(0);
+    len[i] = tuple.number(1);
+    dev[i] = tuple.number(2);
+    if (tuple.size() < 4) continue;
+    std::string text = tuple.text();
+    if (text.empty()) continue;
+    descs.meta.resize(count);
+    descs.meta[i] = std::move(text);
+  }
+  descs.addr = Column(std::move(addr));
+  descs.len = Column(std::move(len));
+  descs.dev = Column(std::move(dev));
   return descs;
 }
 
@@ -169,7 +191,7 @@ void refuse_runs(const Descs& descs) {
 template <typename List>
 void add(List& list, nb::handle tuple) {
   refuse_runs(list.descs);
-  add_tuple(list.descs, tuple.ptr(), kArity<List>.least, kArity<List>.most);
+  add_tuple(list.descs, tuple.ptr(), kArity<List>);
 }
 
 template <typename List>
@@ -177,7 +199,7 @@ void replace(List& list, Py_ssize_t index, nb::handle tuple) {
   refuse_runs(list.descs);
   const std::size_t row = place(list.descs.rows(), index);
   Descs one(list.descs.type);
-  add_tuple(one, tuple.ptr(), kArity<List>.least, kArity<List>.most);
+  add_tuple(one, tuple.ptr(), kArity<List>);
   list.descs.addr.set(row, one.addr[0]);
   list.descs.len.set(row, one.len[0]);
   list.descs.dev.set(row, one.dev[0]);
@@ -198,7 +220,7 @@ void erase(List& list, Py_ssize_t index) {
 template <typename List>
 std::size_t index_of(const List& list, nb::handle tuple) {
   Descs one(list.descs.type);
-  add_tuple(one, tuple.ptr(), 3, 4);
+  add_tuple(one, tuple.ptr(), Arity{3, 4});
   for (std::size_t row = 0; row < list.descs.rows(); ++row)
     if (list.descs.addr[row] == one.addr[0] && list.descs.len[row] == one.len[0] && list.descs.dev[row] == one.dev[0]) return row;
   throw Error(-4, "the descriptor is not in the list");

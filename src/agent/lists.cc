@@ -24,35 +24,41 @@ Result<void> check_runs(const Descs& descs) {
   return {};
 }
 
+// Rows from `row` on that lie in one item of a view, in a tight loop where columns allow it.
+std::size_t rows_inside(const Descs& descs, std::size_t row, const RegionItem& item) {
+  const std::size_t rows = descs.rows();
+  if (!descs.has_runs() && descs.len.uniform() && descs.dev.uniform() && !descs.addr.uniform()) {
+    const std::uint64_t length = descs.len[0], size = item.end - item.begin;
+    if (descs.dev[0] != item.device || length > size) return row;
+    const std::uint64_t* address = descs.addr.data();
+    const std::uint64_t begin = item.begin, room = size - length;
+    while (row < rows && address[row] - begin <= room) ++row;
+    return row;
+  }
+  while (row < rows && item.holds(descs.dev[row], descs.addr[row], extent(descs, row))) ++row;
+  return row;
+}
+
 // The region of every row, or the first row without one.
 template <typename Entry>
 bool resolve(const Descs& descs, const Snapshot<Entry>& view, Column& region, std::size_t& bad_row) {
   const std::size_t rows = descs.rows();
-  std::uint32_t hint = Snapshot<Entry>::kNone;
   std::size_t row = 0;
-  const auto find = [&] { return view.find(descs.dev[row], descs.addr[row], extent(descs, row), hint); };
-  if (rows) hint = find();
-  const std::uint32_t first = hint;
-  while (row < rows && hint == first && hint != Snapshot<Entry>::kNone) {
-    if (++row < rows) hint = find();
-  }
-  if (hint == Snapshot<Entry>::kNone) {
-    bad_row = row;
-    return false;
-  }
-  if (row == rows) {
-    region = Column(rows, first);
-    return true;
-  }
-  Column::Values values(rows);
-  std::fill_n(values.begin(), row, first);
-  for (; row < rows; ++row) {
-    hint = find();
-    if (hint == Snapshot<Entry>::kNone) {
+  Column::Values values;
+  while (row < rows) {
+    const std::uint32_t place = view.find(descs.dev[row], descs.addr[row], extent(descs, row));
+    if (place == Snapshot<Entry>::kNone) {
       bad_row = row;
       return false;
     }
-    values[row] = hint;
+    const std::size_t end = rows_inside(descs, row, view.item(place));
+    if (row == 0 && end == rows) {
+      region = Column(rows, place);
+      return true;
+    }
+    values.resize(rows);
+    std::fill(values.begin() + static_cast<std::ptrdiff_t>(row), values.begin() + static_cast<std::ptrdiff_t>(end), place);
+    row = end;
   }
   region = Column(std::move(values));
   return true;
@@ -84,7 +90,12 @@ bool resolve_all(const Descs& descs, const Candidates& candidates, std::vector<R
   std::size_t furthest = 0;
   for (Resolved<Entry> side : candidates) {
     std::size_t row = 0;
-    if (!side.view->empty() && resolve(descs, *side.view, side.region, row)) sides.push_back(std::move(side));
+    if (!sides.empty() && side.view->same_places(*sides.back().view)) {
+      side.region = sides.back().region;
+      sides.push_back(std::move(side));
+    } else if (!side.view->empty() && resolve(descs, *side.view, side.region, row)) {
+      sides.push_back(std::move(side));
+    }
     furthest = std::max(furthest, row);
   }
   bad_row = furthest;

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -57,6 +58,15 @@ inline bool same_place(const Region& a, const Region& b) {
   return a.kind == b.kind && a.address == b.address && a.length == b.length && a.device == b.device;
 }
 
+struct RegionItem {
+  std::uint64_t device, begin, end;
+  std::uint64_t reach;  // largest end of this and all earlier items of the device
+  bool holds(std::uint64_t on, std::uint64_t address, std::uint64_t length) const noexcept {
+    return device == on && begin <= address && length <= end - begin && address - begin <= end - begin - length;
+  }
+  bool operator==(const RegionItem&) const = default;
+};
+
 // A sorted, immutable view of the entries of one kind.
 template <typename Entry>
 class Snapshot {
@@ -65,7 +75,8 @@ class Snapshot {
 
   explicit Snapshot(std::vector<std::shared_ptr<Entry>> of_kind) : entries_(std::move(of_kind)) {
     std::sort(entries_.begin(), entries_.end(), [](const auto& a, const auto& b) {
-      return std::pair(a->region.device, a->region.address) < std::pair(b->region.device, b->region.address);
+      const auto key = [](const Region& r) { return std::tuple(r.device, r.address, r.length); };
+      return key(a->region) < key(b->region);
     });
     items_.reserve(entries_.size());
     for (const auto& entry : entries_) {
@@ -77,12 +88,11 @@ class Snapshot {
     }
   }
 
-  // The slot of an entry that holds [address, address + length) of `device`, trying `hint` first; kNone if there is none.
-  std::uint32_t find(std::uint64_t device, std::uint64_t address, std::uint64_t length, std::uint32_t hint) const noexcept {
+  // The place of an entry that holds [address, address + length) of `device`; kNone if there is none.
+  std::uint32_t find(std::uint64_t device, std::uint64_t address, std::uint64_t length) const noexcept {
     const std::uint64_t end = address + length;
     if (end < address) return kNone;
-    if (hint < items_.size() && holds(items_[hint], device, address, end)) return hint;
-    auto after = std::upper_bound(items_.begin(), items_.end(), std::pair(device, address), [](const auto& key, const Item& item) {
+    auto after = std::upper_bound(items_.begin(), items_.end(), std::pair(device, address), [](const auto& key, const RegionItem& item) {
       return key < std::pair(item.device, item.begin);
     });
     while (after != items_.begin()) {
@@ -92,20 +102,15 @@ class Snapshot {
     }
     return kNone;
   }
-  const std::shared_ptr<Entry>& operator[](std::uint32_t slot) const noexcept { return entries_[slot]; }
+  const std::shared_ptr<Entry>& operator[](std::uint32_t place) const noexcept { return entries_[place]; }
+  const RegionItem& item(std::uint32_t place) const noexcept { return items_[place]; }
+  bool same_places(const Snapshot& other) const noexcept { return items_ == other.items_; }
   bool empty() const noexcept { return items_.empty(); }
   std::size_t size() const noexcept { return items_.size(); }
 
  private:
-  struct Item {
-    std::uint64_t device, begin, end;
-    std::uint64_t reach;  // largest end of this and all earlier items of the device
-  };
-  static bool holds(const Item& item, std::uint64_t device, std::uint64_t begin, std::uint64_t end) noexcept {
-    return item.device == device && item.begin <= begin && end <= item.end;
-  }
   std::vector<std::shared_ptr<Entry>> entries_;
-  std::vector<Item> items_;
+  std::vector<RegionItem> items_;
 };
 
 struct PlaceHash {

@@ -25,14 +25,14 @@ template <typename Entry>
 class Table {
  public:
   explicit Table(const Resolved<Entry>& side) : side_(side) {
-    if (!side.region.uniform()) places_.assign(side.view->size(), Snapshot<Entry>::kNone);
+    if (side.region.uniform())
+      used.push_back((*side.view)[static_cast<std::uint32_t>(side.region[0])]);
+    else
+      places_.assign(side.view->size(), Snapshot<Entry>::kNone);
   }
   std::uint32_t place(std::size_t row) {
+    if (places_.empty()) return 0;
     const auto slot = static_cast<std::uint32_t>(side_.region[row]);
-    if (side_.region.uniform()) {
-      if (used.empty()) used.push_back((*side_.view)[slot]);
-      return 0;
-    }
     std::uint32_t& place = places_[slot];
     if (place == Snapshot<Entry>::kNone) {
       place = static_cast<std::uint32_t>(used.size());
@@ -47,6 +47,24 @@ class Table {
   std::vector<std::uint32_t> places_;
 };
 
+// Blocks by number; lists without runs are read straight from their columns.
+class Blocks {
+ public:
+  explicit Blocks(const PreparedList& list)
+      : list_(list), plain_(list.first_block.empty()), addresses_(list.descs.addr.data()), lengths_(list.descs.len.data()),
+        address_(list.descs.addr[0]), length_(list.descs.len[0]) {}
+  Block operator[](u64 i) const noexcept {
+    if (!plain_) return block_at(list_, i);
+    return {addresses_ ? addresses_[i] : address_, lengths_ ? lengths_[i] : length_, static_cast<std::size_t>(i)};
+  }
+
+ private:
+  const PreparedList& list_;
+  const bool plain_;
+  const u64 *addresses_, *lengths_;
+  const u64 address_, length_;
+};
+
 class Builder {
  public:
   Builder(const PreparedList& local, const PreparedList& remote, const Route& route, std::size_t rows)
@@ -55,33 +73,39 @@ class Builder {
     plan.local_kind = kind_of(local.descs);
     plan.remote_kind = kind_of(remote.descs);
     plan.peer = route.remote->link->connection.get();
-    for (auto* column : {&plan.local_address, &plan.remote_address, &plan.length}) column->reserve(rows);
-    plan.local_region.reserve(rows);
-    plan.remote_region.reserve(rows);
+    for (auto* column : {&plan.local_address, &plan.remote_address, &plan.length}) column->resize(rows);
+    plan.local_region.resize(rows);
+    plan.remote_region.resize(rows);
   }
-  void add(u64 local_address, u64 remote_address, u64 length, std::size_t local_row, std::size_t remote_row) {
+  void add(const Block& mine, u64 other_address, std::size_t other_row) {
     Plan& plan = built_.plan;
-    plan.local_address.push_back(local_address);
-    plan.remote_address.push_back(remote_address);
-    plan.length.push_back(length);
-    plan.local_region.push_back(ours_.place(local_row));
-    plan.remote_region.push_back(theirs_.place(remote_row));
-    plan.total_bytes += length;
+    plan.local_address[rows_] = mine.address;
+    plan.remote_address[rows_] = other_address;
+    plan.length[rows_] = mine.length;
+    plan.local_region[rows_] = ours_.place(mine.row);
+    plan.remote_region[rows_] = theirs_.place(other_row);
+    plan.total_bytes += mine.length;
+    ++rows_;
   }
   // Joins a block to the last row if it follows it on both sides; false if it does not.
-  bool join(u64 local_address, u64 remote_address, u64 length, std::size_t local_row, std::size_t remote_row) {
+  bool join(const Block& mine, const Block& other) {
     Plan& plan = built_.plan;
-    if (plan.length.empty() || plan.local_address.back() + plan.length.back() != local_address ||
-        plan.remote_address.back() + plan.length.back() != remote_address ||
-        plan.local_region.back() != ours_.place(local_row) || plan.remote_region.back() != theirs_.place(remote_row))
+    if (rows_ == 0) return false;
+    const std::size_t last = rows_ - 1;
+    const u64 length = plan.length[last];
+    if (plan.local_address[last] + length != mine.address || plan.remote_address[last] + length != other.address ||
+        plan.local_region[last] != ours_.place(mine.row) || plan.remote_region[last] != theirs_.place(other.row))
       return false;
-    plan.length.back() += length;
-    plan.total_bytes += length;
+    plan.length[last] += mine.length;
+    plan.total_bytes += mine.length;
     return true;
   }
   BuiltPlan take() {
     Plan& plan = built_.plan;
-    plan.num_blocks = plan.num_rows();
+    for (auto* column : {&plan.local_address, &plan.remote_address, &plan.length}) column->resize(rows_);
+    plan.local_region.resize(rows_);
+    plan.remote_region.resize(rows_);
+    plan.num_blocks = rows_;
     built_.ours = std::move(ours_.used);
     built_.theirs = std::move(theirs_.used);
     for (const auto& entry : built_.ours) plan.local_regions.push_back(entry->object.get());
@@ -91,6 +115,7 @@ class Builder {
 
  private:
   BuiltPlan built_;
+  std::size_t rows_ = 0;
   Table<LocalEntry> ours_;
   Table<RemoteEntry> theirs_;
 };
@@ -118,9 +143,9 @@ Result<BuiltPlan> split(const PreparedList& local, const PreparedList& remote, c
   for (u64 i = 0; i < count; ++i) {
     const Block part = block_at(many, i);
     if (one_is_local)
-      builder.add(at, part.address, part.length, 0, part.row);
+      builder.add({at, part.length, 0}, part.address, part.row);
     else
-      builder.add(part.address, at, part.length, part.row, 0);
+      builder.add(part, at, 0);
     at += part.length;
   }
   return builder.take();
@@ -162,16 +187,16 @@ Result<BuiltPlan> build_plan(const PreparedList& local, std::span<const std::int
                 remote_index.size());
   const u64 num_local = local.num_blocks(), num_remote = remote.num_blocks();
   Builder builder(local, remote, route, count);
+  const Blocks ours(local), theirs(remote);
   for (std::size_t k = 0; k < count; ++k) {
     const u64 i = static_cast<u64>(local_index[k]), j = static_cast<u64>(remote_index[k]);
     if (i >= num_local || j >= num_remote)  // negative ones are huge here
       return fail(Code::kInvalidArgument, "indices %lld, %lld at position %zu: lists have %llu local and %llu remote blocks",
                   static_cast<long long>(i), static_cast<long long>(j), k, ll(num_local), ll(num_remote));
-    const Block mine = block_at(local, i), other = block_at(remote, j);
+    const Block mine = ours[i], other = theirs[j];
     if (mine.length != other.length) return length_mismatch(k, mine.length, other.length);
     const bool follows = merge && k && local_index[k] == local_index[k - 1] + 1 && remote_index[k] == remote_index[k - 1] + 1;
-    if (!follows || !builder.join(mine.address, other.address, mine.length, mine.row, other.row))
-      builder.add(mine.address, other.address, mine.length, mine.row, other.row);
+    if (!follows || !builder.join(mine, other)) builder.add(mine, other.address, other.row);
   }
   return builder.take();
 }
@@ -180,10 +205,11 @@ Result<BuiltPlan> build_plan(const PreparedList& local, const PreparedList& remo
   const u64 count = local.num_blocks();
   if (count != remote.num_blocks()) return split(local, remote, route);
   Builder builder(local, remote, route, count);
+  const Blocks ours(local), theirs(remote);
   for (u64 k = 0; k < count; ++k) {
-    const Block mine = block_at(local, k), other = block_at(remote, k);
+    const Block mine = ours[k], other = theirs[k];
     if (mine.length != other.length) return length_mismatch(k, mine.length, other.length);
-    builder.add(mine.address, other.address, mine.length, mine.row, other.row);
+    builder.add(mine, other.address, other.row);
   }
   return builder.take();
 }
