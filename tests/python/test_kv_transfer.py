@@ -1,0 +1,216 @@
+"""KV-cache transfer between real processes: the example in all its shapes, peers that die, many blocks, blocks returned."""
+
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "integrations"))
+pytest.importorskip("nixl._native", reason="the nixl package is not built")
+
+from nixl_integrations.kv_transfer import (  # noqa: E402
+    BlockPool, KVCache, KVPeerLost, KVReceiver, KVSender, KVTimeout, KVTransferError, _Side, _Units)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize("flags", [
+    "--prefill_tp 1 --decode_tp 1",
+    "--prefill_tp 2 --decode_tp 1",
+    "--prefill_tp 1 --decode_tp 2 --pull",
+    "--prefill_tp 2 --decode_tp 1 --prefill_page 16 --decode_page 24 --tokens 333",
+    "--prefill_tp 1 --decode_tp 2 --prefill_page 32 --decode_page 8 --pull --tokens 77",
+])
+def test_example(flags):
+    command = [sys.executable, ROOT / "examples/python/kv_transfer.py", *flags.split(), "--layers", "3", "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all right" in done.stdout and done.stdout.count("complete and verified") >= 2
+
+
+def about(heads, page, rank=0, size=1, blocks=10, bases=(0, 1 << 30)):
+    return {"bases": list(bases), "blocks": blocks, "heads": heads, "page": page, "token_bytes": 32, "kind": "DRAM", "device": 0,
+            "tp_rank": rank, "tp_size": size}
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (about(8, 16), about(8, 16)), (about(8, 16), about(2, 16, 3, 4)), (about(4, 16, 1, 2), about(8, 24)),
+    (about(8, 8), about(4, 32, 1, 2)), (about(2, 12, 1, 4), about(4, 18, 0, 2)),
+])
+def test_units_pair_the_same_tokens_of_the_same_heads(ours, theirs):
+    """Every unit, resolved to (layer, plane, head, token) on both sides, names the same bytes; all shared ones appear once."""
+    sides, tokens = [_Side(ours), _Side(theirs)], 70
+    units = _Units(*sides)
+    count = -(-tokens // units.tokens)
+    resolved = []
+    for side, seed in zip(sides, (1, 2)):
+        ids = numpy.random.default_rng(seed).permutation(side.blocks)
+        rows, indices = side.rows(units), side.indices(units, ids, 0, count)
+        place_of = {int(block): place for place, block in enumerate(ids)}
+        plane_bytes, names = side.blocks * side.block_bytes, []
+        for index in indices:
+            address, length, _, stride, blocks = map(int, rows[index // side.blocks])
+            start = address + int(index % side.blocks) * stride
+            assert blocks == side.blocks and stride == side.block_bytes
+            layer = max(i for i, base in enumerate(side.bases) if base <= start)
+            plane, inside = divmod(start - side.bases[layer], plane_bytes)
+            block, inside = divmod(inside, side.block_bytes)
+            head, inside = divmod(inside, side.page * side.token_bytes)
+            token = place_of[block] * side.page + inside // side.token_bytes
+            names.append((layer, plane, side.first_head + head, token, length))
+        resolved.append(names)
+    assert resolved[0] == resolved[1]
+    shared = set(sides[0].head_range()) & set(sides[1].head_range())
+    assert len(set(resolved[0])) == len(resolved[0])
+    covered = sum(length for *_, length in resolved[0])
+    assert covered == 2 * 2 * len(shared) * count * units.tokens * 32
+
+
+def make_agent(name):
+    import nixl
+
+    return nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
+
+
+def make_layers(blocks, layers=2, heads=2, page=4, dim=8):
+    return [numpy.zeros((2, blocks, heads, page, dim), dtype=numpy.uint16) for _ in range(layers)]
+
+
+def child_receiver(pipe, blocks):
+    receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), BlockPool(blocks))
+    pipe.send(receiver.card())
+    receiver.connect(pipe.recv())
+    receiver.open("r", numpy.arange(blocks), blocks * 4)
+    pipe.send("open")
+    pipe.recv()  # until killed
+
+
+def child_sender(pipe, blocks):
+    sender = KVSender(make_agent("prefill"), KVCache(make_layers(blocks)), BlockPool(blocks))
+    pipe.send(sender.card())
+    sender.connect(pipe.recv())
+    pipe.send("connected")
+    if pipe.recv() == "give up":
+        while "r" not in sender.opened():
+            time.sleep(0.001)
+        sender.give_up("r")
+        pipe.send("given up")
+    pipe.recv()
+
+
+class Child:
+    def __init__(self, body, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=body, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def get(self):
+        assert self.pipe.poll(60), "the second process did not answer"
+        return self.pipe.recv()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.join(10)
+
+
+@pytest.mark.parametrize("when", ["before", "while waiting to open"])
+def test_receiver_killed_gives_the_blocks_back(when):
+    blocks = 64
+    with Child(child_receiver, blocks) as child:
+        pool = BlockPool(blocks)
+        sender = KVSender(make_agent("prefill"), KVCache(make_layers(blocks)), pool)
+        sender.connect(child.get())
+        child.pipe.send(sender.card())
+        assert child.get() == "open"
+        ids = pool.take(blocks)
+        request = "r" if when == "before" else "never opened"
+        child.process.kill()
+        child.process.join(10)
+        with pytest.raises(KVPeerLost):
+            sender.push(ids, request, timeout=30).wait(30)
+        assert pool.num_free == blocks
+        sender.close()
+
+
+def test_sender_killed_is_told_to_the_waiting_receiver():
+    blocks = 16
+    with Child(child_sender, blocks) as child:
+        pool = BlockPool(blocks)
+        receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), pool)
+        receiver.connect(child.get())
+        child.pipe.send(receiver.card())
+        assert child.get() == "connected"
+        receiver.open("r", pool.take(blocks), blocks * 4)
+        child.process.kill()
+        start = time.monotonic()
+        with pytest.raises(KVPeerLost, match="prefill"):
+            receiver.wait("r", 30)
+        assert time.monotonic() - start < 10
+        assert pool.num_free == blocks
+        receiver.close()
+
+
+def test_sender_gives_up_and_timeouts_keep_blocks_that_may_still_be_written():
+    blocks = 16
+    with Child(child_sender, blocks) as child:
+        pool = BlockPool(blocks)
+        receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), pool)
+        receiver.connect(child.get())
+        child.pipe.send(receiver.card())
+        assert child.get() == "connected"
+        receiver.open("r", pool.take(8), 32)
+        with pytest.raises(KVTimeout):
+            receiver.wait("r", 0.05)
+        assert pool.num_free == 8 and receiver.reclaim() == 1
+        child.pipe.send("give up")
+        assert child.get() == "given up"
+        deadline = time.monotonic() + 20
+        while receiver.reclaim():
+            receiver.poll_messages()
+            assert time.monotonic() < deadline
+        assert pool.num_free == blocks
+        receiver.close()
+
+
+def test_a_hundred_thousand_blocks_in_one_process():
+    blocks = 100_000
+    source, target = make_layers(blocks, 1, 1, 2, 4), make_layers(blocks, 1, 1, 2, 4)
+    for layer in source:
+        layer[...] = numpy.random.default_rng(0).integers(0, 1 << 16, layer.shape, dtype=numpy.uint16)
+    pool = BlockPool(blocks)
+    sender, receiver = KVSender(make_agent("p"), KVCache(source), pool), KVReceiver(make_agent("d"), KVCache(target))
+    sender.connect(receiver.card())
+    receiver.connect(sender.card())
+    ours, theirs = (numpy.random.default_rng(seed).permutation(blocks) for seed in (1, 2))
+    pool.take(blocks)
+    receiver.open("big", theirs, 2 * blocks)
+    sender.push(ours, "big").wait(60)
+    assert list(receiver.wait("big", 60)) == list(theirs)
+    assert numpy.array_equal(target[0][:, theirs], source[0][:, ours])
+    assert pool.num_free == blocks
+    for end in (sender, receiver):
+        end.close()
+
+
+def test_caches_that_do_not_match_are_refused():
+    sender = KVSender(make_agent("p"), KVCache(make_layers(4, dim=8)))
+    receiver = KVReceiver(make_agent("d"), KVCache(make_layers(4, dim=16)))
+    with pytest.raises(ValueError, match="token_bytes"):
+        sender.connect(receiver.card())
+    with pytest.raises(ValueError, match="2, blocks"):
+        KVCache([numpy.zeros((3, 4))])
+    with pytest.raises(KVTransferError, match="9 blocks wanted, 4 free"):
+        BlockPool(4).take(9)
+    with pytest.raises(ValueError, match="3 blocks"):
+        receiver.open("r", [0, 1], 12)
