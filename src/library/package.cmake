@@ -1,0 +1,11 @@
+# What programs need to be built against an installed libnixl.so: headers, a CMake package and a pkg-config file.
+include(CMakePackageConfigHelpers)
+set(NIXL_CMAKE_FOLDER ${CMAKE_INSTALL_LIBDIR}/cmake/nixl)
+install(DIRECTORY ${CMAKE_SOURCE_DIR}/include/nixl DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT development)
+install(EXPORT nixl FILE nixlConfig.cmake NAMESPACE nixl:: DESTINATION ${NIXL_CMAKE_FOLDER} COMPONENT development)
+write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/nixlConfigVersion.cmake COMPATIBILITY SameMajorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/nixlConfigVersion.cmake DESTINATION ${NIXL_CMAKE_FOLDER} COMPONENT development)
+file(RELATIVE_PATH NIXL_PC_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+string(REGEX REPLACE "/$" "" NIXL_PC_PREFIX "${NIXL_PC_PREFIX}")
+configure_file(nixl.pc.in ${CMAKE_CURRENT_BINARY_DIR}/nixl.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/nixl.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT development)
