@@ -1,151 +1,16 @@
 // GPU memory between two real processes: every kind of allocation, both operations, odd sizes and alignments, mixed
 // with host memory. The second process uses another GPU where there is one. Skips without a GPU.
-#include <cuda.h>
-#include <cuda_runtime_api.h>
-#include <dirent.h>
-#include <dlfcn.h>
-#include <signal.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <random>
 
-#include "check.h"
-#include "contract/entry.h"
+#include "vram_peer.h"
 
-using namespace nixl::core;
-
-namespace nixl::core {
-std::span<const BackendEntry> backends_of_samehost();
-}
+using namespace vram_peer;
 
 namespace {
-
-constexpr std::size_t kBytes = 64 << 20;
-char* mirror;  // shared with the second process: what its GPU memory holds or shall hold
-
-#define CUDA(call)                                                                                       \
-  do {                                                                                                   \
-    if (const auto code = (call); static_cast<int>(code) != 0)                                           \
-      check::failed(__FILE__, __LINE__, #call ": CUDA error " + std::to_string(static_cast<int>(code))); \
-  } while (0)
-
-void need_gpu() {
-  if (!::opendir("/proc/driver/nvidia/gpus")) SKIP("no GPU: /proc/driver/nvidia/gpus is missing");
-}
-
-template <typename F>
-F driver(const char* name) {
-  static void* const library = ::dlopen("libcuda.so.1", RTLD_NOW);
-  CHECK(library != nullptr);
-  return reinterpret_cast<F>(::dlsym(library, name));
-}
-#define DRIVER(name) driver<decltype(&::name)>(#name)
-
-// kBytes of GPU memory: 'p' cudaMalloc, 'v' one virtual allocation, 'e' several neighbouring ones as expandable
-// segments are.
-char* allocate(char kind, int device) {
-  CUDA(::cudaSetDevice(device));
-  CUDA(::cudaFree(nullptr));
-  void* plain = nullptr;
-  if (kind == 'p') {
-    CUDA(::cudaMalloc(&plain, kBytes));
-    return static_cast<char*>(plain);
-  }
-  CUmemAllocationProp properties{};
-  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-  properties.location = {CU_MEM_LOCATION_TYPE_DEVICE, device};
-  const std::size_t step = kind == 'v' ? kBytes : std::size_t{2} << 20;
-  CUdeviceptr base = 0;
-  CUDA(DRIVER(cuMemAddressReserve)(&base, kBytes, 0, 0, 0));
-  for (std::size_t at = 0; at < kBytes; at += step) {
-    CUmemGenericAllocationHandle handle;
-    CUDA(DRIVER(cuMemCreate)(&handle, step, &properties, 0));
-    CUDA(DRIVER(cuMemMap)(base + at, step, 0, handle, 0));
-    CUDA(DRIVER(cuMemRelease)(handle));
-  }
-  CUmemAccessDesc access{properties.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-  CUDA(DRIVER(cuMemSetAccess)(base, kBytes, &access, 1));
-  return reinterpret_cast<char*>(base);
-}
-
-std::unique_ptr<Backend> open_backend(const char* name) {
-  BackendConfig config;
-  config.self = {name, 1};
-  return std::move(*CHECK_OK(backends_of_samehost()[0].open(std::move(config))));
-}
-
-std::uint64_t at(const void* p) {
-  return reinterpret_cast<std::uint64_t>(p);
-}
-void send_text(int fd, const std::string& text) {
-  const std::uint32_t size = static_cast<std::uint32_t>(text.size());
-  CHECK_EQ(::write(fd, &size, 4), 4);
-  if (size) CHECK_EQ(::write(fd, text.data(), size), static_cast<ssize_t>(size));
-}
-std::string read_text(int fd) {
-  std::uint32_t size;
-  CHECK_EQ(::recv(fd, &size, 4, MSG_WAITALL), 4);
-  std::string text(size, 0);
-  if (size) CHECK_EQ(::recv(fd, text.data(), size, MSG_WAITALL), static_cast<ssize_t>(size));
-  return text;
-}
-
-// Kind 'h': host memory (the mirror itself).
-struct Target {
-  explicit Target(char kind) : kind(kind) {
-    int ends[2];
-    CHECK_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
-    pid = ::fork();
-    if (pid == 0) {
-      ::close(ends[0]);
-      ::alarm(200);
-      serve(ends[1]);
-      ::_exit(0);
-    }
-    ::close(ends[1]);
-    fd = ends[0];
-    connection = read_text(fd);
-    key = read_text(fd);
-  }
-  ~Target() {
-    if (pid > 0) ::kill(pid, SIGKILL), ::waitpid(pid, nullptr, 0);
-    ::close(fd);
-  }
-  void serve(int fd) {
-    int count = 0;
-    if (kind != 'h') CUDA(::cudaGetDeviceCount(&count));
-    const int device = count > 1 ? 1 : 0;
-    char* const memory = kind == 'h' ? mirror : allocate(kind, device);
-    Region mine{kind == 'h' ? MemKind::kDram : MemKind::kVram, at(memory), kBytes, static_cast<std::uint64_t>(device),
-                ""};
-    auto backend = open_backend("target");
-    auto own = std::move(*CHECK_OK(backend->add_region(mine)));
-    auto* words = reinterpret_cast<std::uint64_t*>(mirror + kBytes);
-    words[0] = static_cast<std::uint64_t>(mine.kind), words[1] = mine.address, words[2] = mine.device;
-    send_text(fd, *CHECK_OK(backend->export_connection()));
-    send_text(fd, *CHECK_OK(backend->export_region(*own)));
-    for (char what; ::read(fd, &what, 1) == 1; send_text(fd, "")) {
-      if (kind == 'h') continue;
-      if (what == 'w') CUDA(::cudaMemcpy(memory, mirror, kBytes, cudaMemcpyHostToDevice));
-      if (what == 'r') CUDA(::cudaMemcpy(mirror, memory, kBytes, cudaMemcpyDeviceToHost));
-    }
-  }
-  void ask(char what) {
-    CHECK_EQ(::write(fd, &what, 1), 1);
-    read_text(fd);
-  }
-  char kind;
-  pid_t pid;
-  int fd;
-  std::string connection, key;
-};
 
 struct Block {
   std::size_t local, remote, bytes;
