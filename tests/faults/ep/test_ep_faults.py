@@ -8,11 +8,14 @@ import statistics
 import time
 
 import pytest
-from ep_cases import Shape
+from ep_cases import Options, Shape, run_combine, run_dispatch
 from ep_faults import (
+    SHAPE,
     TIMEOUT_MS,
     Service,
     close_service,
+    expected_dispatch,
+    group_inputs,
     mask_values,
     open_service,
     replace_peer,
@@ -20,6 +23,7 @@ from ep_faults import (
     unmask_everyone,
 )
 from ep_fixtures import ALL
+from ep_oracle import Payload
 from ep_ranks import RankGroup
 
 FAULTS = 200 if ALL else 20
@@ -30,9 +34,10 @@ RANKS = range(4)
 
 @pytest.fixture
 def group(ranks_of, request):
-    """Four ranks with an open service."""
+    """Four ranks with an open service; a parameter is its timeout in milliseconds."""
     group = ranks_of(4)
-    group.run(open_service, request.node.name)
+    group.timeout_ms = getattr(request, "param", TIMEOUT_MS)
+    group.run(open_service, request.node.name, None, group.timeout_ms)
     yield group
     if not request.node.failed:
         group.run(close_service)
@@ -57,14 +62,14 @@ def start_serving(group: RankGroup, victims, operations: int, **keywords):
     return survivors, group.start(serve, operations, ranks=list(victims), **keywords)
 
 
-def check_survivors(results: dict[int, Service], victims, when: float) -> list[float]:
+def check_survivors(group, results: dict[int, Service], victims, when: float) -> list[float]:
     """No wrong value, exactly the victims named; returns the detection times in seconds."""
     times = []
     for rank, seen in results.items():
         assert not seen.problems, "\n".join(seen.problems)
         assert seen.named == set(victims), f"rank {rank} named {seen.named} of victims {set(victims)}"
         times.append(seen.told_at - when)
-        assert times[-1] < TIMEOUT_MS / 1000 + SLACK_S, f"rank {rank} was told after {times[-1]:.3f} s"
+        assert times[-1] < group.timeout_ms / 1000 + SLACK_S, f"rank {rank} was told after {times[-1]:.3f} s"
     return times
 
 
@@ -84,7 +89,7 @@ def rejoin(group: RankGroup, tag: str, victims) -> None:
     """New processes with the victims' ids, taken in by the survivors."""
     for victim in victims:
         group.respawn(victim)
-    opening = group.start(open_service, tag, ranks=list(victims))
+    opening = group.start(open_service, tag, None, group.timeout_ms, ranks=list(victims))
     group.run(replace_peer, victims, ranks=others(*victims))
     opening.wait()
     check_whole(group)
@@ -98,7 +103,7 @@ def kill_at_random(group: RankGroup, points: random.Random, victims, number=sign
     for victim in victims:
         when = group.signal(victim, number)
         doomed.forget(victim)
-    times = check_survivors(survivors.wait(30), victims, when)
+    times = check_survivors(group, survivors.wait(30), victims, when)
     check_masked(group, victims)
     return times
 
@@ -108,6 +113,7 @@ def tell(capsys, text: str) -> None:
         print(f"\n    {text}", flush=True)
 
 
+@pytest.mark.parametrize("group", [200], indirect=True)
 def test_random_kills(group, request, capsys):
     points, times = random.Random(SEED), []
     for turn in range(FAULTS // 2):
@@ -117,7 +123,7 @@ def test_random_kills(group, request, capsys):
     tell(
         capsys,
         f"{FAULTS // 2} of {FAULTS // 2} kills survived; told after {1000 * statistics.median(times):.0f} ms (median), "
-        f"{1000 * max(times):.0f} ms (worst), at timeout_ms={TIMEOUT_MS}",
+        f"{1000 * max(times):.0f} ms (worst), at timeout_ms={group.timeout_ms}",
     )
 
 
@@ -134,14 +140,18 @@ def test_random_stops(group, capsys):
         for rank in others(victim):
             wait_for_progress(group, rank, reached + 3)
         group.signal(victim, signal.SIGCONT)
-        times += check_survivors(survivors.wait(30), [victim], when)
+        times += check_survivors(group, survivors.wait(30), [victim], when)
         for seen in stopped.wait(30).values():
             assert not seen.problems, "\n".join(seen.problems)
             assert seen.named == set(others(victim)), f"the woken rank named {seen.named}"
         check_masked(group, [victim])
         group.run(unmask_everyone, turn, RANKS)
         check_whole(group)
-    tell(capsys, f"{len(times) // 3} of {len(times) // 3} stops survived; told after {1000 * statistics.median(times):.0f} ms")
+    tell(
+        capsys,
+        f"{len(times) // 3} of {len(times) // 3} stops survived; told after {1000 * statistics.median(times):.0f} ms "
+        f"(median) at timeout_ms={group.timeout_ms}",
+    )
 
 
 @pytest.mark.parametrize("victims", [[0], [1, 2], [0, 3], [0, 1, 2]], ids=str)
@@ -165,7 +175,7 @@ def test_one_after_another(group, request):
     time.sleep(points.random() * 0.03)  # the random part of the point
     when = group.signal(2, signal.SIGKILL)
     doomed.forget(2)
-    check_survivors(survivors.wait(30), [2], when)
+    check_survivors(group, survivors.wait(30), [2], when)
     rejoin(group, request.node.name, [1, 2])
 
 
@@ -173,7 +183,7 @@ def test_killed_between_operations(group, request):
     """Nothing is under way when the rank dies; the next operation masks it."""
     group.kill(3)
     begun = time.monotonic()
-    check_survivors(group.run(serve, 2, ranks=[0, 1, 2]), [3], begun)
+    check_survivors(group, group.run(serve, 2, ranks=[0, 1, 2]), [3], begun)
     rejoin(group, request.node.name, [3])
 
 
@@ -300,14 +310,10 @@ def test_what_lies_under_the_key_of_a_dead_rank(connecting, request, left):
 
 def stop_before(rank, site, victim):
     """Everyone but the victim goes on past `site`; returns (phases of the faults, ranks named, ranks in the tensor)."""
-    from ep_cases import Options, run_combine, run_dispatch
-    from ep_faults import SHAPE, expected_dispatch, group_inputs
-    from ep_oracle import Payload
-
     buffer, layout = rank.state["buffer"], SHAPE.layout()
     buffer.fault_status()
-    tokens = group_inputs(rank, SHAPE, 0)[0][rank.rank]
-    _, y = expected_dispatch(rank, SHAPE, Payload.BF16, 0, frozenset())
+    tokens = group_inputs(rank, SHAPE, 0)[rank.rank]
+    y = expected_dispatch(rank, SHAPE, Payload.BF16, 0, frozenset()).x
     steps = ["barrier", "dispatch", "combine"]
     for step in steps[: steps.index(site) + (rank.rank != victim)]:
         if step == "barrier":
