@@ -194,10 +194,14 @@ bool Exchange::keeps_waiting(std::size_t i, Nanoseconds start, Nanoseconds now) 
   const Hello& hello = participants_[i].peer->memory.control().hello();
   const Nanoseconds held_until = hello.held_until.load(std::memory_order_acquire);
   const Nanoseconds released_at = hello.released_at.load(std::memory_order_acquire);
-  const Nanoseconds longer = held_until > now      ? held_until + Timing::kGraceNs
-                             : released_at > start ? released_at + timing_.timeout_ns
-                                                   : 0;
-  waiting.deadline = std::max(waiting.deadline, std::min(longer, start + 2 * timing_.timeout_ns));
+  const Nanoseconds excuse = std::max(held_until, released_at);
+  if (excuse > start && excuse != waiting.excuse) {  // one extension for each
+    waiting.excuse = excuse;
+    const Nanoseconds longer = held_until > released_at
+                                   ? std::max(held_until, now) + Timing::kGraceNs  // it may not have had a core yet
+                                   : released_at + timing_.timeout_ns;
+    waiting.deadline = std::max(waiting.deadline, std::min(longer, start + 2 * timing_.timeout_ns));
+  }
   return now < waiting.deadline;
 }
 

@@ -23,7 +23,7 @@ const char* name(WaitSite site) noexcept;
 struct Timing {
   Nanoseconds timeout_ns = 0;
   // A peer that was itself held up by another one gets this much longer than its own wait lasts.
-  static constexpr Nanoseconds kGraceNs = 25'000'000;
+  static constexpr Nanoseconds kGraceNs = 20'000'000;
 };
 
 // A rank whose message has arrived; this rank itself is one too.
@@ -78,6 +78,7 @@ class Exchange {
   struct Waiting {
     Stand stand = Stand::kPending;
     Nanoseconds deadline = 0;
+    Nanoseconds excuse = 0;  // what the deadline was last extended for
     FlagWord expected = 0;
     FlagWord seen = 0;
     Message message;

@@ -63,11 +63,11 @@ class Processes {
   std::vector<pid_t> children_;
 };
 
-// Rounds until a fault, then some more without the lost rank; what was received is checked every time.
-void serve(TestRank& rank, Board& board, int rounds_after) {
+// `rounds` rounds, or fewer: `rounds_after` the first fault. What was received is checked every time.
+void serve(TestRank& rank, Board& board, std::uint32_t rounds, int rounds_after = -1) {
   std::vector<int> present = all_ranks(rank.shape.ranks);
   int left = -1;
-  for (std::uint32_t round = 0; left != 0; ++round) {
+  for (std::uint32_t round = 0; round < rounds && left != 0; ++round) {
     board.round[rank.rank] = static_cast<int>(round);
     const Dispatch dispatch = rank.dispatch_args(round);
     CHECK_OK(rank.path->dispatch(dispatch));
@@ -94,7 +94,7 @@ TEST(killed_ranks_are_masked_in_time_and_alone) {
   std::vector<Nanoseconds> delays;
   for (int trial = 0; trial < 12; ++trial) {
     Board& board = make_board();
-    Processes processes(shape, 200 * kMs, [&](TestRank& rank) { serve(rank, board, 4); });
+    Processes processes(shape, 200 * kMs, [&](TestRank& rank) { serve(rank, board, 40); });
     while (board.round[1] < 2 + trial) sleep_ms(1);
     std::this_thread::sleep_for(std::chrono::microseconds(137 * trial));
     const int victim = trial % 4;
@@ -118,12 +118,12 @@ TEST(a_stopped_rank_wakes_to_find_itself_masked) {
   const Shape shape{3, 2, 4, 512, 2};
   for (int trial = 0; trial < 4; ++trial) {
     Board& board = make_board();
-    Processes processes(shape, 150 * kMs, [&](TestRank& rank) { serve(rank, board, rank.rank == 1 ? 2 : 20); });
+    Processes processes(shape, 150 * kMs, [&](TestRank& rank) { serve(rank, board, 40, rank.rank == 1 ? 2 : -1); });
     while (board.round[1] < 1 + 3 * trial) sleep_ms(1);
     std::this_thread::sleep_for(std::chrono::microseconds(211 * trial));
     processes.signal(1, SIGSTOP);
     for (int rank : {0, 2}) {
-      CHECK_EQ(processes.wait(rank), 0);  // they went on for 20 rounds and checked each
+      CHECK_EQ(processes.wait(rank), 0);  // they went on without it and checked every round
       CHECK_EQ(board.lost[rank].load(), 1 << 1);
     }
     processes.signal(1, SIGCONT);
@@ -137,7 +137,7 @@ TEST(a_stopped_rank_is_unmasked_without_a_connect) {
   for (int trial = 0; trial < 4; ++trial) {
     Board& board = make_board();
     Processes processes(shape, 150 * kMs, [&](TestRank& rank) {
-      serve(rank, board, rank.rank == 1 ? 1 : 5 + rank.rank + trial);  // they do not even stop at the same round
+      serve(rank, board, 1000, rank.rank == 1 ? 1 : 5 + rank.rank + trial);  // they do not even stop at the same round
       ++board.phase;
       while (board.phase < 3) sleep_ms(1);
       rank.unmask(all_ranks(3));
