@@ -236,7 +236,8 @@ Result<void> Attempt::look_for(Candidate& candidate) {
   candidate.pause_ns = std::min(2 * candidate.pause_ns, kLastPause_ns);
   auto bytes = context_.store.fetch(store_key(candidate.rank), Deadline::passed_already());
   if (!bytes && bytes.error().code == Code::kTimeout) {
-    candidate.foreign_since = 0;
+    // A card that is taken back was a living rank's: it has seen ours and will not come.
+    if (candidate.foreign_since != 0) return refuse_foreigner(candidate);
     return {};
   }
   if (!bytes)
@@ -250,6 +251,7 @@ Result<void> Attempt::look_for(Candidate& candidate) {
   }
   if (card->place.boot_id != card_.place.boot_id || card->place.network_namespace != card_.place.network_namespace)
     return meet_foreigner(candidate, *card);
+  candidate.foreign_since = 0;
   if (!calls_us) return call(candidate, *card);
   candidate.seen = "process " + std::to_string(card->pid) + " has not called";
   return {};
@@ -278,11 +280,16 @@ Result<void> Attempt::meet_foreigner(Candidate& candidate, const Card& card) {
                    (other_host ? "host" : "network namespace") + " than this rank (" + card_.host + ")";
   const Nanoseconds now = now_ns();
   if (candidate.foreign_since == 0) candidate.foreign_since = now;
-  if (now - candidate.foreign_since < kForeignGrace_ns && !deadline_.passed()) return {};
-  return fail(Code::kUnsupported,
-              "rank %d cannot be connected: %s. Memory is shared by passing file descriptors, which works "
-              "between processes of one host and one network namespace only",
-              candidate.rank, candidate.seen.c_str());
+  if (now - candidate.foreign_since < kForeignGrace_ns) return {};
+  return refuse_foreigner(candidate);
+}
+
+Result<void> Attempt::refuse_foreigner(const Candidate& candidate) {
+  return fail(
+      Code::kUnsupported,
+      "rank %d cannot be connected: %s. Memory is shared by passing file descriptors, which works between processes "
+      "of one host and one network namespace only",
+      candidate.rank, candidate.seen.c_str());
 }
 
 void Attempt::undo(const Error& error) {

@@ -69,6 +69,7 @@ class Attempt {
   Result<void> look_for(Candidate& candidate);
   Result<void> call(Candidate& candidate, const Card& card);
   Result<void> meet_foreigner(Candidate& candidate, const Card& card);
+  Result<void> refuse_foreigner(const Candidate& candidate);
   void forget(Candidate& candidate);
   void undo(const Error& error);
   bool complete() const;

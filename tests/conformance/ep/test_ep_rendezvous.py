@@ -1,0 +1,232 @@
+"""Where ranks meet: a torch store, a store of four methods, etcd; who cannot meet; and agreement on masks."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+
+import pytest
+from ep_cases import Options, Shape, group_operation, memory_bytes, open_buffer, run_operation
+
+SHAPE = Shape()
+LIMIT_S = 30
+
+
+def no_problems(results):
+    problems = [problem for result in results.values() for problem in result]
+    assert not problems, "\n".join(problems[:20])
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+def agree(rank):
+    """Ranks 0 and 1 have masked 2, nobody else has; afterwards all but 2 mask it, and 2 masks nobody new."""
+    buffer = open_buffer(rank, SHAPE)
+    store = rank.store()
+    problems = []
+    if buffer.agree_mask(store) != []:
+        problems.append("masks out of nothing")
+    if rank.rank in (0, 1):
+        buffer.update_mask_buffer(2, True)
+    if rank.rank != 2:
+        union = buffer.agree_mask(store)
+        if union != [2] or buffer.active_ranks() != ([0, 1, 3], [0, 1, 3]):
+            problems.append(f"rank {rank.rank}: agreed on {union}, active {buffer.active_ranks()}")
+        again = buffer.agree_mask(store)
+        if again != [2]:
+            problems.append(f"rank {rank.rank}: agreed again on {again}")
+        rank.meet("agreed", [0, 1, 3])
+        keys = [f"NIXL_EP/agree/0/{rank.rank}"]
+        if store.check(keys):
+            problems.append(f"{keys[0]} is still in the store two agreements later")
+    buffer.destroy()
+    return problems
+
+
+def test_all_mask_what_one_has_masked(ranks_of):
+    """Section 8 row 5."""
+    no_problems(ranks_of(4).run(agree))
+
+
+def agree_after_join(rank):
+    """Two agree twice, a third joins, and all agree: who joined counts as the others do."""
+    buffer = open_buffer(rank, SHAPE, connect=[0, 1] if rank.rank < 2 else [])
+    store, problems = rank.store(), []
+    if rank.rank < 2:
+        for _ in range(2):
+            buffer.agree_mask(store)
+    buffer.connect_ranks([0, 1, 2])
+    if buffer.agree_mask(store) != []:
+        problems.append(f"rank {rank.rank} masks somebody after a join: {buffer.active_ranks()}")
+    rank.meet("done", range(3))
+    buffer.destroy()
+    return problems
+
+
+def test_agreement_after_a_join(ranks_of):
+    no_problems(ranks_of(4).run(agree_after_join, ranks=range(3)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- etcd
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def etcd(folder):
+    if shutil.which("etcd") is None:
+        pytest.skip("no etcd on PATH (Debian package etcd-server)")
+    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    command = ["etcd", "--data-dir", str(folder), "--listen-client-urls", client, "--advertise-client-urls", client,
+               "--listen-peer-urls", peer]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + LIMIT_S
+        while True:
+            with contextlib.suppress(OSError):
+                if b"true" in urllib.request.urlopen(client + "/health", timeout=1).read():
+                    break
+            assert time.monotonic() < end and server.poll() is None, "etcd did not start"
+        yield client, server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def meet_in_etcd(rank, endpoint):
+    import nixl_ep
+
+    os.environ["NIXL_ETCD_ENDPOINTS"] = endpoint
+    try:
+        buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device)
+        buffer.update_memory_buffers(SHAPE.ranks, SHAPE.experts_per_rank, memory_bytes(SHAPE))
+        buffer.connect_ranks(list(range(SHAPE.ranks)))
+        combine = {"cpu": "exact", "cuda": "reduced"}[rank.device]
+        options = Options(combine=combine)
+        problems = run_operation(buffer, rank, group_operation(SHAPE, options.payload, combine, 1), options)
+        buffer.destroy()
+        return problems
+    finally:
+        del os.environ["NIXL_ETCD_ENDPOINTS"]
+
+
+def refused_by_etcd(rank, endpoint):
+    os.environ["NIXL_ETCD_ENDPOINTS"] = endpoint
+    try:
+        buffer = open_buffer(rank, SHAPE, connect=[])
+        buffer.set_tcp_store_group(None)
+        try:
+            buffer.connect_ranks([0, 1])
+            return ["connected through a server that is gone"]
+        except RuntimeError as error:
+            return [] if endpoint in str(error) else [f"the server is not named: {error}"]
+        finally:
+            buffer.destroy()
+    finally:
+        del os.environ["NIXL_ETCD_ENDPOINTS"]
+
+
+def test_the_readme_flow_meets_in_etcd(ranks_of, tmp_path):
+    with etcd(tmp_path) as (endpoint, server):
+        no_problems(ranks_of(4).run(meet_in_etcd, endpoint))
+        everything = json.dumps({"key": "AA==", "range_end": "AA==", "keys_only": True}).encode()
+        with urllib.request.urlopen(endpoint + "/v3/kv/range", everything, timeout=LIMIT_S) as answer:
+            assert "kvs" not in json.load(answer), "keys are left in etcd"
+        server.kill()
+        server.wait()
+        no_problems(ranks_of(4).run(refused_by_etcd, endpoint, ranks=[0]))
+
+
+# ----------------------------------------------------------------------------------------- who cannot meet, or dies of it
+
+LONE_RANK = """
+    import sys, torch.distributed as dist, nixl_ep
+    rank, port = int(sys.argv[1]), int(sys.argv[2])
+    store = dist.TCPStore(sys.argv[3], port, is_master=False, wait_for_workers=False)
+    buffer = nixl_ep.Buffer(rank=rank, explicitly_destroy=True, tcp_store_group=store, device="cpu")
+    buffer.update_memory_buffers(3, 2, nixl_ep.Buffer.get_rdma_size_hint(8, 128, 3, 6))
+    print("ready", flush=True)
+    try:
+        buffer.connect_ranks([0, 1, 2])
+        print("connected", flush=True)
+    except RuntimeError as error:
+        print("refused:", error, flush=True)
+"""
+
+
+def lone_rank(rank, port, host="127.0.0.1", prefix=(), timeout_ms=20_000):
+    command = [*prefix, sys.executable, "-c", textwrap.dedent(LONE_RANK), str(rank), str(port), host]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "NIXL_EP_CONNECT_TIMEOUT_MS": str(timeout_ms)})
+
+
+def finish(*processes):
+    try:
+        return [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def tcp_store():
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_a_peer_killed_while_connecting_is_named_at_once(tcp_store):
+    """Two wait for a third; one of the two is killed; the other says so long before its deadline."""
+    survivor, victim = lone_rank(0, tcp_store.port), lone_rank(1, tcp_store.port)
+    for process in (survivor, victim):
+        assert process.stdout.readline() == "ready\n"
+    tcp_store.wait(["NIXL_EP/0", "NIXL_EP/1"])
+    # The handshake of the two takes milliseconds; killed before it, the victim is waited for and named at the deadline.
+    end = time.monotonic() + 5
+    while sum(1 for line in open("/proc/net/unix") if "nixl_ep.1." in line) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    victim.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    out, _ = finish(survivor, victim)
+    assert f"rank 1 (process {victim.pid}) died while connecting" in out
+    assert time.monotonic() - killed < 10
+    assert not tcp_store.check(["NIXL_EP/0"])
+
+
+def test_another_network_namespace_is_refused_with_the_reason(tcp_store):
+    """Both sides say it. The far one reaches the store through a pair of virtual interfaces."""
+    name = f"nixlep{os.getpid()}"
+    setup = [["ip", "netns", "add", name],
+             ["ip", "link", "add", f"ve{os.getpid()}", "type", "veth", "peer", "name", "far", "netns", name],
+             ["ip", "addr", "add", "198.18.77.1/30", "dev", f"ve{os.getpid()}"], ["ip", "link", "set", f"ve{os.getpid()}", "up"],
+             ["ip", "-n", name, "addr", "add", "198.18.77.2/30", "dev", "far"], ["ip", "-n", name, "link", "set", "far", "up"]]
+    if shutil.which("ip") is None:
+        pytest.skip("no ip command (Debian package iproute2)")
+    try:
+        for command in setup:
+            made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: {' '.join(command)}: {made.stderr.strip()}")
+        near = lone_rank(0, tcp_store.port)
+        far = lone_rank(1, tcp_store.port, "198.18.77.1", ["ip", "netns", "exec", name])
+        answers = finish(near, far)
+        assert "rank 1 cannot be connected" in answers[0] and "another network namespace" in answers[0], answers
+        assert "rank 0 cannot be connected" in answers[1] and "another network namespace" in answers[1], answers
+        assert not tcp_store.check(["NIXL_EP/0"]) and not tcp_store.check(["NIXL_EP/1"])
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=LIMIT_S, check=False)
+        subprocess.run(["ip", "link", "del", f"ve{os.getpid()}"], capture_output=True, timeout=LIMIT_S, check=False)
