@@ -24,8 +24,6 @@ class VramExport {
 class VramMapping {
  public:
   virtual ~VramMapping() = default;
-  // Where a peer's address inside the region is found here.
-  virtual std::uint64_t translate(std::uint64_t address) const noexcept = 0;
 };
 
 class Vram {

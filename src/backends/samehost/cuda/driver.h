@@ -32,20 +32,19 @@ tl::unexpected<Error> cuda_error(const char* what, cudaError_t code);
 // Makes a device current for this thread, and the one from before again at the end.
 class DeviceScope {
  public:
-  explicit DeviceScope(int device) noexcept {
+  explicit DeviceScope(int device) noexcept : device_(device) {
     if (::cudaGetDevice(&before_) != cudaSuccess) before_ = -1;
-    if (before_ != device) ::cudaSetDevice(device);
-    changed_ = before_ != device;
+    ::cudaSetDevice(device);  // also when it is the current one: this thread may not have its context yet
   }
   ~DeviceScope() {
-    if (changed_ && before_ >= 0) ::cudaSetDevice(before_);
+    if (before_ >= 0 && before_ != device_) ::cudaSetDevice(before_);
   }
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
  private:
+  const int device_;
   int before_ = -1;
-  bool changed_ = false;
 };
 
 }  // namespace nixl::core::samehost

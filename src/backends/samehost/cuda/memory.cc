@@ -83,11 +83,11 @@ Result<Key> parse(std::string_view bytes) {
 class OwnSpan final : public Span {
  public:
   explicit OwnSpan(int owner) : owner_(owner) { how = "cuda"; }
-  Result<void> grant(int device) override {
-    if (device == owner_) return {};
+  Result<std::uint64_t> reach(int device) override {
+    if (device == owner_) return 0;
     const DeviceScope scope(device);
     const cudaError_t code = ::cudaDeviceEnablePeerAccess(owner_, 0);
-    if (code == cudaSuccess || code == cudaErrorPeerAccessAlreadyEnabled) return {};
+    if (code == cudaSuccess || code == cudaErrorPeerAccessAlreadyEnabled) return 0;
     return fail(Code::kUnsupported, "GPU %d cannot reach GPU %d: %s", device, owner_, ::cudaGetErrorString(code));
   }
 
@@ -95,89 +95,88 @@ class OwnSpan final : public Span {
   int owner_;
 };
 
+// A plain allocation: opened once for each device that copies.
 class IpcSpan final : public Span {
  public:
-  static Result<std::shared_ptr<Span>> open(const FarAllocation& far, int device) {
-    const DeviceScope scope(device);
-    void* base = nullptr;
-    if (const cudaError_t code = ::cudaIpcOpenMemHandle(&base, far.ipc, cudaIpcMemLazyEnablePeerAccess);
-        code != cudaSuccess)
-      return fail(Code::kUnsupported, "the peer's GPU memory cannot be mapped on GPU %d: CUDA error %d (%s)", device,
-                  static_cast<int>(code), ::cudaGetErrorString(code));
-    auto span = std::make_shared<IpcSpan>();
-    span->base_ = base;
-    span->device_ = device;
-    span->delta = reinterpret_cast<std::uint64_t>(base) - far.base;
-    span->how = "cuda_ipc";
-    return span;
-  }
+  explicit IpcSpan(const FarAllocation& far) : far_(far) { how = "cuda_ipc"; }
   ~IpcSpan() override {
-    const DeviceScope scope(device_);
-    if (base_) ::cudaIpcCloseMemHandle(base_);
+    for (const auto& [device, base] : open_) {
+      const DeviceScope scope(device);
+      ::cudaIpcCloseMemHandle(base);
+    }
   }
-  Result<void> grant(int device) override {
-    if (device == device_) return {};
-    return fail(Code::kUnsupported, "the peer's GPU memory is mapped for GPU %d; this transfer runs on GPU %d", device_,
-                device);
+  Result<std::uint64_t> reach(int device) override {
+    auto found = open_.find(device);
+    if (found == open_.end()) {
+      const DeviceScope scope(device);
+      void* base = nullptr;
+      const cudaError_t code = ::cudaIpcOpenMemHandle(&base, far_.ipc, cudaIpcMemLazyEnablePeerAccess);
+      if (code != cudaSuccess)
+        return fail(Code::kUnsupported, "the peer's GPU memory cannot be mapped for GPU %d: CUDA error %d (%s)", device,
+                    static_cast<int>(code), ::cudaGetErrorString(code));
+      found = open_.emplace(device, base).first;
+    }
+    return reinterpret_cast<std::uint64_t>(found->second) - far_.base;
   }
 
  private:
-  void* base_ = nullptr;
-  int device_ = 0;
+  const FarAllocation far_;
+  std::map<int, void*> open_;
 };
 
+// Virtual-memory pieces: one reserved range, made accessible to each device that copies.
 class VirtualSpan final : public Span {
  public:
   static Result<std::shared_ptr<Span>> open(const Driver& driver, PeerProcess& peer,
-                                            const std::vector<FarAllocation>& all, int device) {
-    auto span = std::make_shared<VirtualSpan>(driver);
+                                            const std::vector<FarAllocation>& all) {
+    auto span = std::make_shared<VirtualSpan>(driver, all.front().base);
     for (const FarAllocation& far : all) span->bytes_ += far.bytes;
-    const DeviceScope scope(device);
     NIXL_CUDA_TRY(driver.reserve(&span->base_, span->bytes_, 0, 0, 0));
-    std::uint64_t at = 0;
-    for (const FarAllocation& far : all) {
-      const Fd descriptor(static_cast<int>(::syscall(SYS_pidfd_getfd, peer.pid_fd(), far.descriptor, 0)));
-      if (!descriptor) {
-        if (!peer.alive(true)) return fail(Code::kPeerLost, "process %u died", peer.pid());
-        return fail(errno_error("pidfd_getfd of the peer's GPU memory (needs the right to trace it)", errno,
-                                Code::kUnsupported));
-      }
-      CUmemGenericAllocationHandle handle = 0;
-      NIXL_CUDA_TRY(driver.import_handle(&handle, reinterpret_cast<void*>(static_cast<std::intptr_t>(descriptor.get())),
-                                         CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
-      const CUresult mapped = driver.map(span->base_ + at, far.bytes, 0, handle, 0);
-      driver.release(handle);  // the mapping keeps the memory
-      NIXL_CUDA_TRY(mapped);
-      at += far.bytes;
-      span->mapped_ = at;
-    }
-    span->delta = span->base_ - all.front().base;
-    span->how = "cuda_vmm";
-    NIXL_TRY(span->grant(device));
+    for (const FarAllocation& far : all) NIXL_TRY(span->add(peer, far));
     return span;
   }
-  explicit VirtualSpan(const Driver& driver) : driver_(driver) {}
+  VirtualSpan(const Driver& driver, std::uint64_t far_base) : driver_(driver), far_base_(far_base) { how = "cuda_vmm"; }
   ~VirtualSpan() override {
     if (mapped_) driver_.unmap(base_, mapped_);
     if (base_) driver_.free_address(base_, bytes_);
   }
-  Result<void> grant(int device) override {
-    if (granted_ >> device & 1) return {};
-    CUmemAccessDesc access{};
-    access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-    access.location.id = device;
-    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-    const DeviceScope scope(device);
-    if (const CUresult code = driver_.set_access(base_, bytes_, &access, 1); code != CUDA_SUCCESS) {
-      Error why = cuda_error("cuMemSetAccess of the peer's memory", code).value();
-      return fail(Code::kUnsupported, "GPU %d: %s", device, why.reason.c_str());
+  Result<std::uint64_t> reach(int device) override {
+    if (!(granted_ >> device & 1)) {
+      CUmemAccessDesc access{};
+      access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+      access.location.id = device;
+      access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+      const DeviceScope scope(device);
+      if (const CUresult code = driver_.set_access(base_, bytes_, &access, 1); code != CUDA_SUCCESS) {
+        const Error why = cuda_error("cuMemSetAccess of the peer's memory", code).value();
+        return fail(Code::kUnsupported, "GPU %d: %s", device, why.reason.c_str());
+      }
+      granted_ |= std::uint64_t{1} << device;
     }
-    granted_ |= std::uint64_t{1} << device;
-    return {};
+    return base_ - far_base_;
   }
 
  private:
+  Result<void> add(PeerProcess& peer, const FarAllocation& far) {
+    const Fd descriptor(static_cast<int>(::syscall(SYS_pidfd_getfd, peer.pid_fd(), far.descriptor, 0)));
+    if (!descriptor) {
+      const int error = errno;
+      if (!peer.alive(true)) return fail(Code::kPeerLost, "process %u died", peer.pid());
+      return fail(
+          errno_error("pidfd_getfd of the peer's GPU memory (needs the right to trace it)", error, Code::kUnsupported));
+    }
+    CUmemGenericAllocationHandle handle = 0;
+    NIXL_CUDA_TRY(driver_.import_handle(&handle, reinterpret_cast<void*>(static_cast<std::intptr_t>(descriptor.get())),
+                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
+    const CUresult mapped = driver_.map(base_ + mapped_, far.bytes, 0, handle, 0);
+    driver_.release(handle);  // the mapping keeps the memory
+    NIXL_CUDA_TRY(mapped);
+    mapped_ += far.bytes;
+    return {};
+  }
+
   const Driver& driver_;
+  const std::uint64_t far_base_;
   CUdeviceptr base_ = 0;
   std::uint64_t bytes_ = 0, mapped_ = 0, granted_ = 0;
 };
@@ -277,13 +276,18 @@ Result<std::unique_ptr<VramMapping>> MemoryExchange::map_region(PeerProcess& pee
   const std::pair name{peer.segment().header().incarnation, key.allocations};
   std::shared_ptr<Span> span = spans_[name].lock();
   if (!span) {
+    // Driver calls need some context; without a device of ours yet, the current one's does.
+    int current = device;
+    if (current < 0) NIXL_CUDA_TRY(::cudaGetDevice(&current));
+    const DeviceScope scope(current);
     if (is_own) {
       span = std::make_shared<OwnSpan>(key.device);
     } else if (key.allocations[0].is_virtual) {
-      NIXL_ASSIGN(span, VirtualSpan::open(driver_, peer, key.allocations, device));
+      NIXL_ASSIGN(span, VirtualSpan::open(driver_, peer, key.allocations));
     } else {
-      NIXL_ASSIGN(span, IpcSpan::open(key.allocations[0], device));
+      span = std::make_shared<IpcSpan>(key.allocations[0]);
     }
+    if (device >= 0) NIXL_TRY(span->reach(device));
     std::erase_if(spans_, [](const auto& entry) { return entry.second.expired(); });
     spans_[name] = span;
   }

@@ -48,16 +48,15 @@ struct FarAllocation {
 class Span {
  public:
   virtual ~Span() = default;
-  std::uint64_t delta = 0;  // here minus there, modulo 2^64
-  // The executing device can reach it from now on, or the reason why not.
-  virtual Result<void> grant(int device) = 0;
+  // What to add to an address of the peer (modulo 2^64) to reach it from kernels of a device of ours; maps it if
+  // needed.
+  virtual Result<std::uint64_t> reach(int device) = 0;
   const char* how = "";  // for people: cuda_ipc, cuda_vmm, cuda
 };
 
 class CudaMapping final : public VramMapping {
  public:
   explicit CudaMapping(std::shared_ptr<Span> span) : span_(std::move(span)) {}
-  std::uint64_t translate(std::uint64_t address) const noexcept override { return address + span_->delta; }
   Span& span() const noexcept { return *span_; }
 
  private:
@@ -69,7 +68,7 @@ class MemoryExchange {
  public:
   explicit MemoryExchange(const Driver& driver) : driver_(driver) {}
   Result<std::unique_ptr<VramExport>> export_region(const Region& region);
-  // `device`: of ours, on which copies will run.
+  // `device`: of ours, on which copies will probably run: mapped for it at once; -1: not known yet.
   Result<std::unique_ptr<VramMapping>> map_region(PeerProcess& peer, std::string_view key, int device);
 
  private:

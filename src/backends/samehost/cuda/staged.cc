@@ -145,7 +145,8 @@ Result<void> StagedJob::copy_chunk(std::uint32_t index) {
 Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, Plan plan,
                                               std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
                                               int home_device) {
-  NIXL_ASSIGN(const Sides sides, resolve(plan, home_device));
+  const std::vector<int> device_of = devices_of(plan, home_device);
+  NIXL_ASSIGN(const auto deltas, deltas_of(plan, device_of[0]));
   const bool gpu_is_local = plan.local_kind == MemKind::kVram;
   std::vector<StagedJob::Pair> pieces;
   std::vector<std::size_t> starts{0};
@@ -158,16 +159,16 @@ Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, 
     }
     const Piece piece = cursor.next(kMaxChunkBytes - bytes);
     bytes += piece.length;
-    pieces.push_back({gpu_is_local ? piece.local : piece.remote + sides.remote_delta[piece.remote_region],
+    pieces.push_back({gpu_is_local ? piece.local : piece.remote + deltas[piece.remote_region],
                       gpu_is_local ? piece.remote : piece.local, static_cast<std::uint32_t>(piece.length)});
   }
   if (starts.back() != pieces.size()) starts.push_back(pieces.size());
   // Pieces on several devices: the first one's kernel reaches the others' memory only with peer access.
-  for (const int device : sides.device)
-    if (gpu_is_local && device != sides.device[0])
+  for (const int device : device_of)
+    if (gpu_is_local && device != device_of[0])
       return fail(Code::kUnsupported, "one transfer between host memory and GPUs %d and %d; make one for each",
-                  sides.device[0], device);
-  NIXL_ASSIGN(auto device, devices->at(sides.device[0]));
+                  device_of[0], device);
+  NIXL_ASSIGN(auto device, devices->at(device_of[0]));
   const bool small = starts.size() <= 2;
   auto job = std::make_shared<StagedJob>(std::move(devices), std::move(device), plan, std::move(pieces),
                                          std::move(starts), std::move(mailbox));

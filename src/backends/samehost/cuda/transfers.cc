@@ -24,8 +24,8 @@ std::uint64_t num_items(const Plan& plan, std::uint64_t item) {
   return count;
 }
 
-const VramMapping& mapping(const Plan& plan, std::uint32_t region) {
-  return *static_cast<const FarRegion*>(plan.remote_regions[region])->vram();
+Span& span_of(const RemoteRegion* region) {
+  return static_cast<const CudaMapping*>(static_cast<const FarRegion*>(region)->vram())->span();
 }
 
 }  // namespace
@@ -39,20 +39,21 @@ Result<std::shared_ptr<Device>> Devices::at(int ordinal) {
   return device;
 }
 
-Result<Sides> resolve(const Plan& plan, int home_device) {
-  Sides sides;
-  if (plan.local_kind == MemKind::kVram)
-    for (const LocalRegion* region : plan.local_regions)
-      sides.device.push_back(static_cast<const OwnRegion*>(region)->vram()->device());
-  else
-    sides.device.assign(plan.local_regions.size(), home_device);
-  if (plan.remote_kind != MemKind::kVram) return sides;
-  for (std::uint32_t region = 0; region < plan.remote_regions.size(); ++region) {
-    const auto& mapped = static_cast<const CudaMapping&>(mapping(plan, region));
-    for (const int device : sides.device) NIXL_TRY(mapped.span().grant(device));
-    sides.remote_delta.push_back(mapped.translate(0));
-  }
-  return sides;
+std::vector<int> devices_of(const Plan& plan, int home_device) {
+  std::vector<int> devices;
+  for (const LocalRegion* region : plan.local_regions)
+    devices.push_back(plan.local_kind == MemKind::kVram ? static_cast<const OwnRegion*>(region)->vram()->device()
+                                                        : home_device);
+  return devices;
+}
+
+Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, int device) {
+  std::vector<std::uint64_t> deltas(plan.remote_regions.size(), 0);
+  if (plan.remote_kind == MemKind::kVram)
+    for (std::size_t region = 0; region < deltas.size(); ++region) {
+      NIXL_ASSIGN(deltas[region], span_of(plan.remote_regions[region]).reach(device));
+    }
+  return deltas;
 }
 
 Result<PinnedList> PinnedList::create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items) {
@@ -120,8 +121,8 @@ Result<std::shared_ptr<DeviceJob>> DeviceJob::create(Devices& devices, const Pla
 }
 
 Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
-  NIXL_ASSIGN(const Sides sides, resolve(plan, 0));
-  std::vector<int> ordinals = sides.device;
+  const std::vector<int> device_of = devices_of(plan, 0);
+  std::vector<int> ordinals = device_of;
   std::sort(ordinals.begin(), ordinals.end());
   ordinals.erase(std::unique(ordinals.begin(), ordinals.end()), ordinals.end());
   const bool engine = plan.num_blocks <= kEnginePieces && plan.total_bytes >= plan.num_blocks * kEngineBytes;
@@ -130,8 +131,9 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
       engine ? ~std::uint64_t{0}
              : std::clamp((plan.total_bytes / shares + kMinItem - 1) / kMinItem * kMinItem, kMinItem, kMaxItem);
   const std::uint64_t most = engine ? 0 : num_items(plan, item);
-  path_ = static_cast<const CudaMapping&>(mapping(plan, 0)).span().how;
+  path_ = span_of(plan.remote_regions[0]).how;
   for (const int ordinal : ordinals) {
+    NIXL_ASSIGN(const auto deltas, deltas_of(plan, ordinal));
     NIXL_ASSIGN(auto device, devices.at(ordinal));
     const cudaStream_t stream = device->next_stream();
     NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), most));
@@ -139,8 +141,8 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
     Part& part = parts_.back();
     for (PlanCursor cursor(plan); !cursor.at_end();) {
       const Piece piece = cursor.next(item);
-      if (ordinals.size() > 1 && sides.device[piece.local_region] != ordinal) continue;
-      std::uint64_t to = piece.remote + sides.remote_delta[piece.remote_region], from = piece.local;
+      if (ordinals.size() > 1 && device_of[piece.local_region] != ordinal) continue;
+      std::uint64_t to = piece.remote + deltas[piece.remote_region], from = piece.local;
       if (plan.op == Op::kRead) std::swap(to, from);
       if (engine)
         part.direct.push_back({reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), piece.length});

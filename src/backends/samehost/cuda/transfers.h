@@ -112,12 +112,9 @@ Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, 
                                               std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
                                               int home_device);
 
-// The local addresses of both sides of a plan and the device that copies; fails when that device cannot reach the
-// mapping.
-struct Sides {
-  std::vector<std::uint64_t> remote_delta;  // by remote region: added to an address of the plan
-  std::vector<int> device;                  // by local region if that is VRAM; else the one that copies
-};
-Result<Sides> resolve(const Plan& plan, int home_device);
+// The device that copies, by local region: that of the region, or `home_device` for host memory.
+std::vector<int> devices_of(const Plan& plan, int home_device);
+// By remote region: what to add to an address of the plan when `device` copies; 0 for host memory.
+Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, int device);
 
 }  // namespace nixl::core::samehost

@@ -33,7 +33,6 @@ class CudaVram final : public Vram {
     return exported;
   }
   Result<std::unique_ptr<VramMapping>> map_region(PeerProcess& peer, const Region&, std::string_view key) override {
-    if (home_ < 0 && ::cudaGetDevice(&home_) != cudaSuccess) home_ = 0;
     return exchange_.map_region(peer, key, home_);
   }
   Result<std::unique_ptr<Transfer>> prepare(Plan plan, std::shared_ptr<CopyThreads> threads) override;
