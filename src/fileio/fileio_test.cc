@@ -2,12 +2,17 @@
 // where it can be made to fail here (full tmpfs, read-only descriptor, truncated file), else from a queue that answers
 // for it.
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstddef>
 #include <cstring>
 #include <map>
 #include <random>
@@ -399,6 +404,38 @@ TEST(sleeper_is_woken) {
     }
     CHECK(engine.poll(*request) == Engine::State::kDone);
   });
+}
+
+// Makes a system call fail with EPERM in this process, as a container's seccomp profile does.
+static void forbid(int call) {
+  sock_filter code[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+                        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<unsigned>(call), 0, 1),
+                        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+                        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+  sock_fprog program = {4, code};
+  CHECK(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+  CHECK(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
+}
+
+TEST(forbidden_engines_are_passed_over_with_a_reason) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    forbid(SYS_io_uring_setup);
+    forbid(SYS_io_setup);
+    EngineConfig config;
+    config.kind = EngineKind::kUring;
+    const auto forced = Engine::open(config);
+    CHECK(!forced && forced.error().code == Code::kUnsupported);
+    CHECK(contains(forced.error().reason, "EPERM") && contains(forced.error().reason, "io_uring_disabled"));
+    const auto automatic = Engine::open({});
+    CHECK(automatic && (*automatic)->kernel_queue() == "posix_aio");
+    CHECK(contains((*automatic)->reason(), "libaio: io_setup") &&
+          contains((*automatic)->reason(), "io_uring: io_uring_setup"));
+    ::_exit(0);
+  }
+  int status = 0;
+  CHECK_EQ(::waitpid(child, &status, 0), child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
 TEST(fork_leaves_the_child_clean) {

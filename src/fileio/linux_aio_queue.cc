@@ -12,7 +12,8 @@
 namespace nixl::core::fileio {
 namespace {
 
-// The system calls themselves: libaio adds nothing here but versioned symbols, which cannot be linked into another library.
+// The system calls themselves: libaio adds nothing here but versioned symbols, which cannot be linked into another
+// library.
 template <typename... Arguments>
 int kernel(long number, Arguments... arguments) noexcept {
   const long result = ::syscall(number, (long)arguments...);

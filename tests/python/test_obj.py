@@ -1,5 +1,7 @@
 """OBJ through the Python package against a real S3 server, and against one whose connection a proxy spoils."""
 
+import time
+
 import numpy
 import pytest
 
@@ -128,6 +130,21 @@ def test_parts_survive(server, proxy):
     proxy.add("GET", "reset", times=3)
     rig.run("READ", back, "parts")
     assert numpy.array_equal(out, back)
+
+
+def test_a_part_that_fails_for_good_aborts_the_upload(server, proxy):
+    rig = Rig(make_agent(server, proxy.endpoint))
+    old, back = pattern(1000, 8), numpy.zeros(1000, numpy.uint8)
+    rig.run("WRITE", old, "kept")
+    proxy.add("PUT", "403")
+    with pytest.raises(nixl.nixlBackendError, match='PUT of object "kept": HTTP 403'):
+        rig.run("WRITE", pattern(70 << 20, 9), "kept")
+    rig.run("READ", back, "kept")
+    assert numpy.array_equal(old, back)
+    deadline = time.monotonic() + TIMEOUT
+    while "DELETE" not in proxy.seen and time.monotonic() < deadline:  # sent after the error was told
+        time.sleep(0.01)
+    assert "DELETE" in proxy.seen
 
 
 @pytest.mark.parametrize("kind, text", [("503", "HTTP 503 SlowDown"), ("truncate", "of the answer"), ("corrupt", "checksum mismatch")])

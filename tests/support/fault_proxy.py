@@ -66,7 +66,7 @@ class FaultProxy:
             reader = client.makefile("rb")
             while self._one(client, reader):
                 pass
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         finally:
             self._sockets.discard(client)
