@@ -1,0 +1,181 @@
+"""The same-host path as agents see it: chosen by itself, told by query_xfer_path, switched off in both ways, and peers that die,
+stop, restart or give their memory back."""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import numpy
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("nixl._native", reason="the nixl package is not built")
+
+import nixl  # noqa: E402
+
+from utils.helper_process import HelperProcess  # noqa: E402
+from utils.memory import HostBuffer, pattern  # noqa: E402
+
+pytestmark = pytest.mark.timeout(90)
+SIZE = 8 << 20
+
+
+class Pair:
+    def __init__(self, name="initiator", prog_thread=True, **config):
+        self.agent = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=prog_thread, backends=["UCX"], **config))
+        self.near = HostBuffer(SIZE)
+        self.registered = self.agent.register_memory([(self.near.address, SIZE, 0, "")], "DRAM")
+        self.restart()
+
+    def restart(self):
+        self.helper = HelperProcess("target")
+        self.address = self.helper.ask(do="allocate", kind="DRAM", size=SIZE)["address"]
+        self.agent.add_remote_agent(self.helper.metadata())
+
+    def request(self, operation="WRITE", size=SIZE, message=b""):
+        local = self.agent.get_xfer_descs([(self.near.address, size, 0)], "DRAM")
+        remote = self.agent.get_xfer_descs([(self.address, size, 0)], "DRAM")
+        return self.agent.initialize_xfer(operation, local, remote, "target", message)
+
+    def run(self, handle, limit_s=20):
+        state, deadline = self.agent.transfer(handle), time.monotonic() + limit_s
+        while state != "DONE":
+            state = self.agent.check_xfer_state(handle)
+            assert time.monotonic() < deadline
+        return state
+
+    def close(self):
+        self.agent.deregister_memory(self.registered)
+        self.helper.close()
+
+
+@pytest.fixture
+def pair():
+    held = Pair()
+    yield held
+    held.close()
+
+
+@pytest.mark.parametrize("operation", ["WRITE", "READ"])
+def test_taken_by_itself_and_told(pair, operation):
+    pair.near.write(pattern(SIZE, 1, 0xBB))
+    pair.helper.ask(do="fill", number=2, fill=0xAA)
+    handle = pair.request(operation)
+    pair.run(handle)
+    assert pair.agent.query_xfer_backend(handle) == "UCX"
+    assert pair.agent.query_xfer_path(handle) == "cma"
+    import zlib
+
+    number, fill = (1, 0xBB) if operation == "WRITE" else (2, 0xAA)
+    wanted = zlib.crc32(pattern(SIZE, number, fill))
+    seen = pair.helper.ask(do="crc", offset=0, size=SIZE)["crc"] if operation == "WRITE" else zlib.crc32(pair.near.read())
+    assert seen == wanted
+    duration, margin, method = pair.agent.estimate_xfer_cost(handle)
+    assert 0 < duration < 1_000_000 and margin > 0 and method == "ANALYTICAL_BACKEND"
+    pair.agent.release_xfer_handle(handle)
+
+
+@pytest.mark.parametrize("how", ["environment", "parameter"])
+def test_switched_off(how, monkeypatch):
+    config = {}
+    if how == "environment":
+        monkeypatch.setenv("NIXL_SAME_HOST", "n")
+    else:
+        config["backend_params"] = {"UCX": {"same_host": "false"}}
+    held = Pair(f"off-by-{how}", **config)
+    handle = held.request()
+    held.run(handle)
+    assert held.agent.query_xfer_path(handle) != "cma"
+    held.agent.release_xfer_handle(handle)
+    held.close()
+
+
+def test_killed_peer_and_its_successor_of_the_same_name(pair):
+    handle = pair.request()
+    pair.run(handle)
+    pair.helper.process.kill()
+    pair.helper.process.wait()
+    with pytest.raises((nixl.nixlRemoteDisconnectError, nixl.nixlNotFoundError)):
+        for _ in range(1000):
+            pair.run(handle)
+    deadline = time.monotonic() + 5
+    while pair.agent.check_remote_metadata("target"):
+        assert time.monotonic() < deadline, "the loss was not noticed"
+    pair.helper.process.stdin.close()
+    pair.helper.process.stdout.close()
+    pair.restart()
+    with pytest.raises(nixl.nixlNotFoundError):
+        pair.agent.transfer(handle)
+    pair.agent.release_xfer_handle(handle)
+    again = pair.request()
+    pair.run(again)
+    assert pair.agent.query_xfer_path(again) == "cma"
+    pair.agent.release_xfer_handle(again)
+
+
+def test_a_stopped_peer_receives_all_the_same(pair):
+    pid = pair.helper.process.pid
+    pair.near.write(pattern(SIZE, 5, 0))
+    handle = pair.request(message=b"while stopped")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        pair.run(handle)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    import zlib
+
+    assert pair.helper.ask(do="crc", offset=0, size=SIZE)["crc"] == zlib.crc32(pattern(SIZE, 5, 0))
+    pair.agent.release_xfer_handle(handle)
+
+
+def test_memory_given_back_is_not_written(pair):
+    handle = pair.request(size=4096)
+    pair.run(handle)
+    pair.helper.ask(do="allocate", kind="DRAM", size=SIZE)  # deregisters the first buffer
+    with pytest.raises(nixl.nixlError, match="deregistered"):
+        pair.run(handle)
+    pair.agent.release_xfer_handle(handle)
+
+
+def test_own_memory_freed_under_a_request_is_an_error(pair):
+    import mmap
+
+    mapping = mmap.mmap(-1, SIZE)
+    array = numpy.frombuffer(mapping, dtype=numpy.uint8)
+    registered = pair.agent.register_memory([(array.ctypes.data, SIZE, 0, "")], "DRAM")
+    local = pair.agent.get_xfer_descs([(array.ctypes.data, SIZE, 0)], "DRAM")
+    remote = pair.agent.get_xfer_descs([(pair.address, SIZE, 0)], "DRAM")
+    handle = pair.agent.initialize_xfer("WRITE", local, remote, "target")
+    pair.run(handle)
+    del array
+    mapping.close()
+    with pytest.raises(nixl.nixlBackendError, match="freed while registered"):
+        pair.run(handle)
+    pair.agent.release_xfer_handle(handle)
+    pair.agent.deregister_memory(registered)
+
+
+def test_descriptors_and_mappings_stay_constant_over_peers():
+    held = Pair("many")
+
+    def footprint():
+        return len(os.listdir("/proc/self/fd")), sum(1 for line in open("/proc/self/maps") if "nixl-samehost" in line)
+
+    before = None
+    for _ in range(6):
+        held.run(request := held.request(size=4096))
+        held.agent.release_xfer_handle(request)
+        held.agent.remove_remote_agent("target")
+        held.helper.close()
+        held.restart()
+        deadline = time.monotonic() + 10
+        while before is not None and footprint() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if before is None:
+            before = footprint()
+    fds, maps = footprint()
+    assert fds <= before[0] + 1 and maps <= before[1]
+    held.close()
