@@ -106,10 +106,11 @@ Result<PeerProcess> PeerProcess::open(const Address& address) {
   std::snprintf(path, sizeof path, "/proc/%u/fd/%u", address.pid, address.segment_fd);
   Fd file(::open(path, O_RDWR | O_CLOEXEC));
   if (!file) {
+    const int error = errno;
     if (!peer.alive(true)) return fail(Code::kPeerLost, "process %u is gone", address.pid);
-    if (errno == ENOENT)
+    if (error == ENOENT)
       return fail(Code::kPeerLost, "process %u is not the one that was announced: %s is missing", address.pid, path);
-    return fail(Code::kUnsupported, "%s: %s", path, forbidden_reason(address.pid, errno).c_str());
+    return fail(Code::kUnsupported, "%s: %s", path, forbidden_reason(address.pid, error).c_str());
   }
   NIXL_ASSIGN(peer.segment_, Segment::map(std::move(file), address.incarnation, address.pid));
   // The same word read across proves both the permission and that pid and segment belong together.

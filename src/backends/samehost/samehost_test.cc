@@ -75,13 +75,14 @@ std::string read_text(int fd) {
 
 // A process with one backend and one region; it does what it is told, one letter at a time.
 struct Target {
-  explicit Target(char* memory, std::size_t bytes = kBytes) {
+  explicit Target(char* memory, std::size_t bytes = kBytes, unsigned user = 0) {
     int ends[2];
     CHECK_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
     pid = ::fork();
     if (pid == 0) {
       ::close(ends[0]);
       ::alarm(100);
+      if (user != 0) CHECK_EQ(::setuid(user), 0);
       serve(ends[1], memory, bytes);
       ::_exit(0);
     }
@@ -476,6 +477,23 @@ TEST(wrong_addresses_are_refused) {
   std::string recycled = address;
   recycled[in.offset() + 16] ^= 1;
   CHECK(code(recycled) == Code::kPeerLost);
+}
+
+TEST(another_user_is_refused_with_the_rule) {
+  if (::getuid() != 0) return;  // only root can start processes of two users
+  Target target(shared_bytes(), kBytes, 4321);
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    CHECK_EQ(::setuid(4322), 0);
+    Side side("initiator");
+    const auto refused = side.backend->connect({"target", 7}, target.address);
+    CHECK(!refused && refused.error().code == Code::kUnsupported);
+    CHECK(refused.error().reason.find("the kernel forbids") != std::string::npos);
+    ::_exit(0);
+  }
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  CHECK_EQ(status, 0);
 }
 
 TEST(two_backends_in_one_process) {
