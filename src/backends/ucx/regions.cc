@@ -73,23 +73,27 @@ Result<ucp_rkey_h> Imported::key_locked(Link& link) {
 
 void ImportedTable::add(std::uint64_t incarnation, Imported& region) {
   const std::lock_guard guard(mutex_);
-  regions_.emplace(std::pair(incarnation, region.id()), &region);
+  auto& list = regions_[incarnation];
+  region.place_ = list.size();
+  list.push_back(&region);
 }
 
 void ImportedTable::remove(std::uint64_t incarnation, Imported& region) {
   const std::lock_guard guard(mutex_);
-  const auto [first, last] = regions_.equal_range(std::pair(incarnation, region.id()));
-  for (auto it = first; it != last; ++it) {
-    if (it->second != &region) continue;
-    regions_.erase(it);
-    return;
-  }
+  const auto found = regions_.find(incarnation);
+  auto& list = found->second;
+  list[region.place_] = list.back();
+  list[region.place_]->place_ = region.place_;
+  list.pop_back();
+  if (list.empty()) regions_.erase(found);
 }
 
 void ImportedTable::revoke(std::uint64_t incarnation, std::uint64_t id) {
   const std::lock_guard guard(mutex_);
-  const auto [first, last] = regions_.equal_range(std::pair(incarnation, id));
-  for (auto it = first; it != last; ++it) it->second->revoked.store(true, std::memory_order_relaxed);
+  const auto found = regions_.find(incarnation);
+  if (found == regions_.end()) return;
+  for (Imported* const region : found->second)
+    if (region->id() == id) region->revoked.store(true, std::memory_order_relaxed);
 }
 
 }  // namespace nixl::core::ucx

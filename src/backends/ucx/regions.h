@@ -4,8 +4,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "backends/ucx/context.h"
@@ -38,7 +38,8 @@ class ExposedTable {
 
 class Imported;
 
-// Imported regions by (incarnation, id), so that a peer's revocation finds them. Thread-safe.
+// Imported regions by peer, so that a peer's revocation finds them. Thread-safe. Adding and removing are what happens
+// by the thousand; a revocation may look at all regions of its peer.
 class ImportedTable {
  public:
   void add(std::uint64_t incarnation, Imported& region);
@@ -47,7 +48,7 @@ class ImportedTable {
 
  private:
   std::mutex mutex_;
-  std::multimap<std::pair<std::uint64_t, std::uint64_t>, Imported*> regions_;
+  std::unordered_map<std::uint64_t, std::vector<Imported*>> regions_;
 };
 
 // A peer's region: its key, unpacked once for each link that uses it.
@@ -64,6 +65,7 @@ class Imported final : public RemoteRegion {
   std::atomic<bool> revoked{false};
 
  private:
+  friend class ImportedTable;
   Imported() = default;
   struct Unpacked {
     Worker* worker = nullptr;
@@ -71,6 +73,7 @@ class Imported final : public RemoteRegion {
     ucp_rkey_h key = nullptr;
   };
   ImportedTable* table_ = nullptr;
+  std::size_t place_ = 0;  // there
   std::uint64_t incarnation_ = 0;
   std::uint64_t id_ = 0;
   std::string packed_;
