@@ -18,7 +18,6 @@ namespace {
 constexpr Nanoseconds kMillisecond = 1'000'000;
 constexpr Nanoseconds kLinger = 300 * kMillisecond;            // for queued messages when a connection is closed
 constexpr Nanoseconds kReadersPatience = 1000 * kMillisecond;  // for reads being served when memory is deregistered
-constexpr Nanoseconds kCancelPatience = 1000 * kMillisecond;   // before a link is reset to get rid of operations
 constexpr Nanoseconds kPatienceWithoutThread = 5 * kMillisecond;
 constexpr std::uint32_t kMaxWorkers = 256;
 constexpr std::size_t kMaxMessageBytes = std::size_t{1} << 30;
@@ -75,6 +74,8 @@ UcxBackend::~UcxBackend() {
     for (auto& [key, link] : desk.answering) link->close_locked(0);
     for (auto& link : desk.ended_links) link->close_locked(0);
     (void)desk.worker->progress_locked();
+    for (auto& service : desk.services)
+      if (!service->ended()) (void)service.release();  // UCX may still complete its operations
     desk.services.clear();
     desk.answering.clear();
     desk.ended_links.clear();
@@ -103,17 +104,14 @@ Result<std::unique_ptr<LocalRegion>> UcxBackend::add_region(const Region& region
 void UcxBackend::release_region(Exposed& region) {
   region.revoked.store(true, std::memory_order_release);
   exposed_.remove(region.id);
+  // Reads under way are let to end. One that an asker has stopped taking goes on to hold the registration, and will
+  // report that the memory went away.
   const Deadline deadline = Deadline::after(kReadersPatience);
-  while (region.readers.load(std::memory_order_acquire) > 0) {
+  while (region.readers.load(std::memory_order_acquire) > 0 && !deadline.passed())
     for (Desk& desk : desks_) {
       const auto guard = desk.worker->lock();
       (void)desk.worker->progress_locked();
-      if (!deadline.passed()) continue;
-      for (std::size_t i = 0; i < desk.services.size(); ++i)  // the asker no longer takes what it asked for
-        if (desk.services[i]->reads(region))
-          desk.services[i]->link().lose_locked(Error{Code::kPeerLost, "memory was deregistered under its read"});
     }
-  }
   if (!region.exported) return;
   const std::string message = encode(Revoke{config_.self.incarnation, region.id});
   for (Desk& desk : desks_) {
@@ -443,7 +441,6 @@ Result<TransferState> UcxTransfer::answer() const {
 
 Result<TransferState> UcxTransfer::submit(std::optional<std::string_view> message) {
   Worker& worker = lane_->link().worker();
-  give_up_ = Deadline::never();
   {
     const auto guard = worker.lock();
     lane_->start_locked(message);
@@ -463,10 +460,7 @@ bool UcxTransfer::cancel() noexcept {
   Worker& worker = lane_->link().worker();
   const auto guard = worker.lock();
   if (lane_->cancel_locked()) return true;
-  if (give_up_.at() == Deadline::never().at()) give_up_ = Deadline::after(kCancelPatience);
-  // A peer that takes nothing any more holds operations for ever; closing the endpoint ends those that we started. What
-  // the peer itself was asked to do (a READ by request) cannot be called back, so that one is waited for.
-  if (give_up_.passed() && lane_->stoppable_by_reset()) lane_->link().reset_locked();
+  // What a stopped peer holds, or was asked to put here, cannot be called back: that is waited for.
   (void)worker.progress_locked();
   return lane_->cancel_locked();
 }

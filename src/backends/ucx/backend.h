@@ -51,7 +51,6 @@ class UcxTransfer final : public Transfer {
   UcxBackend* const backend_;
   const std::unique_ptr<Lane> lane_;
   const std::string path_;
-  Deadline give_up_ = Deadline::never();  // of a cancellation
 };
 
 class UcxBackend final : public Backend, public Notifier, public CostModel, private Receiver {

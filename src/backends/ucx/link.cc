@@ -98,15 +98,17 @@ void Link::on_error(void* data, ucp_ep_h, ucs_status_t status) {
   if (std::find(failed.begin(), failed.end(), link) == failed.end()) failed.push_back(link);
 }
 
-void Link::drop_endpoint_locked(bool flush) {
+// `clean`: nothing is in flight. UCX 1.22 crashes later when an endpoint over TCP is closed by force while its socket
+// is full, so force is for endpoints that are clean or that UCX itself has reported as failed; the others close when
+// their last operation ends, or with the worker.
+void Link::drop_endpoint_locked(bool clean) {
   if (!ep_) return;
-  const Api& api = worker_->api();
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_FLAGS;
   param.cb.send = &on_closed;
   const bool can_force = target_.peer_errors && !target_.is_self;
-  param.flags = can_force && !flush ? unsigned{UCP_EP_CLOSE_FLAG_FORCE} : 0u;
-  (void)api.ep_close_nbx(ep_, &param);  // a request is freed by its callback; errors leave nothing to do
+  param.flags = can_force && (clean || failure_ != UCS_OK) ? unsigned{UCP_EP_CLOSE_FLAG_FORCE} : 0u;
+  (void)worker_->api().ep_close_nbx(ep_, &param);  // a request is freed by its callback; errors leave nothing to do
   ep_ = nullptr;
   std::erase(worker_->failed_, this);
   std::erase(worker_->connecting_, this);
@@ -114,27 +116,31 @@ void Link::drop_endpoint_locked(bool flush) {
 }
 
 void Link::close_locked(Nanoseconds linger) {
-  if (!ep_) {
-    std::erase(worker_->connecting_, this);
-    std::erase(worker_->failed_, this);
-    return;
-  }
   const Api& api = worker_->api();
-  if (state_ == State::kReady && linger > 0) {
+  bool clean = false;
+  if (ep_ && state_ == State::kReady) {
     // What was queued must be out before the endpoint goes; a peer that stopped reading is not waited for.
     ucp_request_param_t param{};
     const ucs_status_ptr_t request = api.ep_flush_nbx(ep_, &param);
+    clean = request == nullptr;
     if (request != nullptr && !UCS_PTR_IS_ERR(request)) {
       const Deadline deadline = Deadline::after(linger);
-      while (api.request_check_status(request) == UCS_INPROGRESS && !deadline.passed())
+      ucs_status_t status = UCS_INPROGRESS;
+      while ((status = api.request_check_status(request)) == UCS_INPROGRESS && !deadline.passed())
         api.worker_progress(worker_->handle_);
+      clean = status == UCS_OK;
       api.request_free(request);
     }
   }
   state_ = State::kLost;
-  drop_endpoint_locked(false);
+  drop_endpoint_locked(clean);
+  std::erase(worker_->connecting_, this);
+  std::erase(worker_->failed_, this);
   for (int round = 0; round < 64 && api.worker_progress(worker_->handle_) != 0; ++round) {
   }
+  for (Job* const job : jobs_) job->abandon_locked();
+  worker_->num_jobs_ -= static_cast<int>(jobs_.size());
+  jobs_.clear();
 }
 
 void Link::acknowledged_locked(const HelloAck& ack) {
@@ -160,7 +166,7 @@ void Link::acknowledged_locked(const HelloAck& ack) {
   for (Job* const job : jobs) job->link_up_locked();
 }
 
-// UCX reported an error of the endpoint, or reset_locked() broke it.
+// UCX reported an error of the endpoint.
 void Link::failed_locked() {
   if (state_ == State::kLost) return;
   const Error why =
@@ -177,12 +183,6 @@ void Link::failed_locked() {
   const std::vector<Job*> jobs = jobs_;
   for (Job* const job : jobs) job->link_down_locked();
   if (auto opened = open_endpoint_locked(caller_->reconnect_ns); !opened) lose_locked(why);
-}
-
-void Link::reset_locked() {
-  if (state_ != State::kReady) return;
-  failure_ = UCS_ERR_CANCELED;
-  failed_locked();
 }
 
 void Link::check_deadline_locked() {

@@ -31,7 +31,8 @@ class Link {
 
   // kIo: no transport reaches that address; the reason names the transports asked for. `caller` outlives the link.
   static Result<std::unique_ptr<Link>> open_locked(Worker& worker, Target target, const Caller& caller);
-  // Drops the endpoint, after sending what is queued when the link is up (bounded by `linger`). No job may be left.
+  // Drops the endpoint, after sending what is queued when the link is up (bounded by `linger`). Jobs that are left,
+  // because a peer that stopped holds their operations, are abandoned.
   void close_locked(Nanoseconds linger);
   ~Link() = default;  // close_locked() first
 
@@ -49,8 +50,6 @@ class Link {
   void failed_locked();
   void check_deadline_locked();
   void lose_locked(Error why);
-  // Breaks and opens the link again, so that nothing in flight touches local memory any more.
-  void reset_locked();
 
   void join_locked(Job& job);
   void leave_locked(Job& job);
@@ -73,7 +72,7 @@ class Link {
 
   Link() = default;
   Result<void> open_endpoint_locked(Nanoseconds patience);
-  void drop_endpoint_locked(bool flush);
+  void drop_endpoint_locked(bool clean);
   void describe();
   void send_history_locked();
   static void on_error(void* link, ucp_ep_h ep, ucs_status_t status);

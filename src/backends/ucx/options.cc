@@ -68,7 +68,7 @@ std::vector<std::pair<std::string, std::string>> own_defaults(const Api& api) {
       {"TCP_CONN_NB", "y"},    // connecting to a host that does not answer must not block the caller
       {"TCP_KEEPIDLE", "5s"},  // a cut cable shows after about 8 s when idle,
       {"TCP_KEEPINTVL", "1s"},
-      {"TCP_USER_TIMEOUT", "20s"},  // and after 20 s with data under way
+      {"TCP_USER_TIMEOUT", "20s"},  // and after about 20 s with data under way
   };
   unsigned major = 0, minor = 0;
   if (std::sscanf(api.get_version_string(), "%u.%u", &major, &minor) == 2) {

@@ -88,6 +88,7 @@ Result<void> ReadService::issue_locked() {
 
 void ReadService::completed_locked(ucs_status_t status) {
   --in_flight_;
+  if (abandoned_) return;
   if (status != UCS_OK && outcome_) outcome_ = fail(operation_error(link_->worker().api(), "put for a read", status));
   link_->worker().queue_locked(*this);
 }
@@ -97,8 +98,16 @@ void ReadService::link_lost_locked(const Error&) {
   link_->worker().queue_locked(*this);
 }
 
+void ReadService::abandon_locked() {
+  abandoned_ = true;
+  link_->worker().forget_locked(*this);
+}
+
 void ReadService::end_locked() {
   ended_ = true;
+  for (const auto& region : regions_)
+    if (outcome_ && region->revoked.load(std::memory_order_acquire))
+      outcome_ = fail(Code::kNotFound, "memory was deregistered while it was read");
   if (!link_gone_) {
     const ReadDone done{request_.request, outcome_ ? 0u : 1u + static_cast<std::uint32_t>(outcome_.error().code),
                         outcome_ ? std::string_view() : std::string_view(outcome_.error().reason)};

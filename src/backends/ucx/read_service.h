@@ -29,6 +29,7 @@ class ReadService final : public Job {
   void link_up_locked() override {}
   void link_down_locked() override {}
   void link_lost_locked(const Error& why) override;
+  void abandon_locked() override;
 
  private:
   Result<void> prepare_locked();
@@ -43,7 +44,7 @@ class ReadService final : public Job {
   std::vector<ucp_rkey_h> keys_;
   std::size_t next_ = 0;
   int in_flight_ = 0;
-  bool flushed_ = false, ended_ = false, link_gone_ = false;
+  bool flushed_ = false, ended_ = false, link_gone_ = false, abandoned_ = false;
   Result<void> outcome_;
 };
 

@@ -160,6 +160,7 @@ void Lane::answered_locked(const ReadDone& done) {
 
 void Lane::completed_locked(ucs_status_t status) {
   --in_flight_;
+  if (abandoned_) return;
   if (status != UCS_OK && !restart_)
     note_locked(operation_error(link_->worker().api(),
                                 "transfer with agent '" + link_->target().name + "' over " + link_->path(), status));
@@ -188,6 +189,13 @@ void Lane::link_lost_locked(const Error& why) {
     error_ = why;
   }
   finish_if_ended_locked();
+}
+
+void Lane::abandon_locked() {
+  abandoned_ = true;
+  link_->worker().forget_locked(*this);
+  for (const std::uint64_t id : request_ids_) (void)requests_->close(id);
+  request_ids_.clear();
 }
 
 void Lane::fail_locked(Error error) {

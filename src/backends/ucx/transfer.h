@@ -42,9 +42,7 @@ class Lane final : public Job {
   const Error& error() const noexcept { return error_; }  // valid once kFailed was seen
 
   void start_locked(std::optional<std::string_view> message);
-  // True when it ended. Otherwise operations are in flight; stoppable_by_reset(): resetting the link ends them.
-  bool cancel_locked();
-  bool stoppable_by_reset() const noexcept { return unanswered_ == 0; }
+  bool cancel_locked();  // true when it ended; otherwise operations are in flight
   Link& link() const noexcept { return *link_; }
   const Plan& plan() const noexcept { return plan_; }
 
@@ -56,6 +54,7 @@ class Lane final : public Job {
   void link_up_locked() override;
   void link_down_locked() override;
   void link_lost_locked(const Error& why) override;
+  void abandon_locked() override;
 
  private:
   void begin_locked();
@@ -78,7 +77,7 @@ class Lane final : public Job {
   PlanCursor cursor_;
   Error error_;
   std::optional<Error> suspect_;
-  bool failed_ = false, restart_ = false, flushed_ = false;
+  bool failed_ = false, restart_ = false, flushed_ = false, abandoned_ = false;
   int in_flight_ = 0;   // operations of UCX
   int unanswered_ = 0;  // read requests
   std::vector<std::uint64_t> request_ids_;

@@ -31,6 +31,8 @@ class Job {
   virtual void link_up_locked() = 0;
   virtual void link_down_locked() = 0;
   virtual void link_lost_locked(const Error& why) = 0;
+  // The link is about to be destroyed with operations of this job in flight: from now on only count them.
+  virtual void abandon_locked() = 0;
 
  private:
   friend class Worker;
