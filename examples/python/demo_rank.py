@@ -144,12 +144,17 @@ class Rank:
 
     # ------------------------------------------------------------------------------------------- inputs, answers
 
-    def prepare(self, phase: int, present) -> None:
-        """Everyone's inputs of this phase, and the right answers while nobody is missing."""
+    def prepare(self, phase: int, present, killed: int | None) -> None:
+        """Everyone's inputs of this phase, and the right answers with and without the rank that will be killed.
+
+        All of it now: while a rank computes answers its peers would wait for it.
+        """
         self.present, self.expected = list(present), {}
         self.inputs = [self._tokens(phase, number) for number in range(INPUTS)]
         for number in range(INPUTS):
             self._expect(number, frozenset())
+            if killed is not None and killed != self.settings.rank:
+                self._expect(number, frozenset([killed]))
         self.tensors = [self._tensors(group[self.settings.rank]) for group in self.inputs]
 
     def _tokens(self, phase: int, number: int) -> dict:
@@ -258,6 +263,7 @@ class Rank:
 
 def main(settings: Settings, board: Board, connection) -> None:
     """Body of a rank process: does what the connection asks; ends with it, or when the parent does."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "error")  # a masked peer is a warning; the demo shows it its own way
     if settings.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = str(settings.rank)
     parent = os.getppid()

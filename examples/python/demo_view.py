@@ -157,8 +157,8 @@ def picture(demo, path: str) -> None:
         lane.set_yticks([])
         name_lane(lane, f"rank {rank}")
     draw_events(demo, axes, start, top)
-    axes[-1].set_xlim(0, end)
-    axes[-1].set_xlabel("seconds")
+    axes[-1].set_xlim(demo.events[0][0] - start - 0.5, end)  # starting the first processes is left out
+    axes[-1].set_xlabel("seconds since the demo began; in the gaps members change and the next right answers are worked out")
     checked, wrong = demo.board.totals()
     told = next((phase.detection_ms() for phase in demo.plan if phase.killed is not None), None)
     figure.suptitle(
@@ -178,7 +178,7 @@ def smooth(values):
 
 def shade_phases(demo, axes, start: float, end: float) -> None:
     edges = [phase.began - start for phase in demo.plan] + [end]
-    edges[0] = 0
+    edges[0] = demo.events[0][0] - start - 0.5
     for number, phase in enumerate(demo.plan):
         for lane in axes:
             lane.axvspan(edges[number], edges[number + 1], color="#f6f8fa" if number % 2 else "#ffffff", zorder=-2)

@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent / "tests" / "python")]
 import demo_rank
 import demo_view
 
-TIMEOUT_MS = 300  # limit of every wait for a peer: what a dead rank costs, once
+TIMEOUT_MS = 500  # limit of every wait for a peer: what a dead rank costs, once
 CALL_LIMIT_S = 30  # no step of the plan may take longer
 AHEAD = 64  # operations granted beyond the slowest rank
 
@@ -168,8 +168,8 @@ class Demo:
             self.ask(staying, "connect", phase.joins)
         self.answers(phase.joins + (staying if phase.joins else []))
         self.mark(phase.joins, "return" if number and number == len(self.plan) - 1 else "join")
-        self.call(phase.present, "prepare", number, phase.present)
         phase.change_ms = 1000 * (time.monotonic() - began)
+        self.call(phase.present, "prepare", number, phase.present, phase.killed)
 
     def serve(self, number: int, phase: Phase) -> None:
         """Grants operations until the phase's time is over; kills the victim in the middle."""
@@ -240,7 +240,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=6, help="most ranks at one time (4 to 16)")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each of the five phases")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a rank and operation")
-    parser.add_argument("--hidden", type=int, default=2048, help="channels of a token")
+    parser.add_argument("--hidden", type=int, default=1024, help="channels of a token")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--picture", default="demo.png", help="where the timeline goes")
     options = parser.parse_args()

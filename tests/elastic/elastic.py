@@ -122,7 +122,8 @@ class Worker:
 
     def _leave(self) -> None:
         self.buffer.destroy()
-        release_rank(self.address, self.options.rank_server_port, self.rank, self.phase)
+        if self.phase < len(self.plan):  # after the last phase nobody asks for ids, and the servers may be gone
+            release_rank(self.address, self.options.rank_server_port, self.rank, self.phase)
 
     def _phase(self) -> None:
         from checks import Checked, Setting, kernel_times, measure
