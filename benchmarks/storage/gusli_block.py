@@ -69,9 +69,10 @@ class GusliBlock(Benchmark):
                                 "max_num_simultaneous_requests": options.gusli_max_simultaneous_requests,
                                 "try_use_uring": str(options.try_use_uring).lower()})
         self.stores = []
+        for (number, kind, path), offset in zip(devices, offsets):
+            if kind != "N":
+                self.stores.append((Volume(number, path), offset))
         self.agent = make_agent("initiator", options)
-        for (number, _, path), offset in zip(devices, offsets):
-            self.stores.append((Volume(number, path), offset))
         self.registered = self.agent.register_memory([(0, 0, store.number, "") for store, _ in self.stores], "BLOCK")
 
     def devices(self):

@@ -65,6 +65,19 @@ def test_objects(tmp_path):
         assert b"nixlbench" not in server.request("GET", f"/{server.bucket}")[1]
 
 
+@pytest.mark.timeout(200)
+def test_blocks(tmp_path):
+    arguments = ("--buffer_sizes", "4KB,64KB", "--iterations", 5, "--batch_size", 2)
+    out = run("storage/gusli_block.py", "--device_list", f"11:F:{tmp_path}/a,14:F:{tmp_path}/b", "--num_threads", 2, *arguments)
+    assert out.count("PASS") == 2 and "DRAM -> Block" in out
+    file = tmp_path / "c"
+    file.write_bytes(bytes(2 << 20))
+    text = f"version=1\n3 F W N {file} sec=0x3\n"
+    assert run("storage/gusli_block.py", "--gusli_config_file", text, "--operation", "READ", *arguments).count("PASS") == 2
+    assert file.exists()
+    run("storage/gusli_block.py", "--device_list", "3:N:t10.0.0.1", *arguments, code=1)
+
+
 def test_usage(tmp_path):
     run(POSIX, code=2)
     run(POSIX, "--file_path", tmp_path / "f", "--api_type", "FAST", code=2)
