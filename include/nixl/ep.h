@@ -98,8 +98,8 @@ struct Dispatch {
   std::int32_t* recv_count = nullptr;     // [L]
   std::int32_t* src_info = nullptr;       // [L, T] token index at the source
   std::int64_t* layout_range = nullptr;   // [L, R] first row << 32 | count
-  // Both or neither, only with topk_weights: the weight of each row and its place in its token's top-k. Handed to combine
-  // they let a reduced combine sum rows in its send phase, without asking the owners for their weights first.
+  // Optional: the place of each row in its token's top-k, and (only with places and topk_weights) its weight. Handed to
+  // combine, places let it send rows without asking the owners first; weights let it sum them in its send phase.
   float* recv_weights = nullptr;          // [L, T]
   std::uint8_t* recv_places = nullptr;    // [L, T]
   std::int32_t* recv_stats = nullptr;     // optional [L], counts are added

@@ -29,6 +29,7 @@ struct PathOptions {
   Nanoseconds timeout_ns = 30'000'000'000;
   std::uint32_t incarnation = 0;  // of this rank; travels in every flag
   bool nvlink = true;
+  int max_blocks = 0;  // most blocks of a kernel (CUDA: multiprocessors used); 0: all
 };
 
 struct Capacity {

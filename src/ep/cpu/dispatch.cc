@@ -128,9 +128,10 @@ void Dispatcher::place_block(const Dispatch& args, const Part& part, int local, 
     std::uint32_t* column = static_cast<std::uint32_t*>(args.recv_scales) + (local * words + word) * rows + first_row;
     for (std::int32_t i = 0; i < count; ++i) column[i] = scales[info[i] * words + word];
   }
-  if (!args.recv_weights) return;
-  std::memcpy(args.recv_weights + out_row, at<float>(part.base, part.stage.weights) + begin,
-              static_cast<std::size_t>(count) * sizeof(float));
+  if (args.recv_weights)
+    std::memcpy(args.recv_weights + out_row, at<float>(part.base, part.stage.weights) + begin,
+                static_cast<std::size_t>(count) * sizeof(float));
+  if (!args.recv_places) return;
   for (std::int32_t i = 0; i < count; ++i)
     args.recv_places[out_row + i] = static_cast<std::uint8_t>(place_of(entries[i]));
 }
@@ -171,9 +172,8 @@ Result<void> check_dispatch(const Dispatch& args) {
   if (args.hidden % hidden_step(payload) != 0)
     return fail(Code::kInvalidArgument, "hidden size %lld: must be a multiple of %lld for this payload",
                 static_cast<long long>(args.hidden), static_cast<long long>(hidden_step(payload)));
-  if ((args.recv_weights == nullptr) != (args.recv_places == nullptr) ||
-      (args.recv_weights && !args.topk_weights && args.num_tokens > 0))
-    return fail(Code::kInvalidArgument, "recv_weights and recv_places go together, and with topk_weights");
+  if (args.recv_weights && (!args.recv_places || (!args.topk_weights && args.num_tokens > 0)))
+    return fail(Code::kInvalidArgument, "recv_weights needs recv_places and topk_weights");
   if (args.num_tokens > 0 && (!args.x || !args.topk_idx))
     return fail(Code::kInvalidArgument, "x or topk_idx is missing for %lld tokens",
                 static_cast<long long>(args.num_tokens));

@@ -1,0 +1,476 @@
+#include "ep/cuda/cuda_path.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/bytes.h"
+#include "base/env.h"
+#include "base/log.h"
+#include "ep/layout/layout.h"
+
+namespace nixl::core::ep {
+namespace {
+
+using gpu::Change;
+using gpu::PeerChange;
+using gpu::PeerStatus;
+using gpu::PeerVersion;
+using gpu::State;
+using nixl::ep::Combine;
+using nixl::ep::Phase;
+
+constexpr std::uint32_t kExportMagic = 0x31706567;  // "gep1"
+constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
+
+// 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.
+Result<int> lanes_from_environment() {
+  NIXL_ASSIGN(const auto bytes, env_int("NIXL_EP_LINE_BYTES"));
+  if (!bytes || *bytes == 128) return 8;
+  if (*bytes == 16) return 1;
+  return fail(Code::kInvalidArgument, "NIXL_EP_LINE_BYTES is %lld; 128 (NVLink) and 16 (anything) are allowed",
+              static_cast<long long>(*bytes));
+}
+
+}  // namespace
+
+std::string cuda_unavailable_reason() {
+  auto driver = cuda_driver();
+  return driver ? "" : driver.error().reason;
+}
+
+Result<std::unique_ptr<Path>> open_cuda_path(const PathOptions& options) {
+  return CudaPath::open(options);
+}
+
+Result<std::unique_ptr<Path>> CudaPath::open(const PathOptions& options) {
+  NIXL_TRY(cuda_driver().map([](const auto&) {}));
+  if (!options.nvlink)
+    return fail(Code::kUnsupported, "NVLink is disabled for this buffer and there is no path over a network in this build");
+  std::unique_ptr<CudaPath> path(new CudaPath(options));
+  NIXL_ASSIGN(path->lanes_, lanes_from_environment());
+  NIXL_TRY(cuda_check(cudaGetDevice(&path->device_), "current CUDA device"));
+  return path;
+}
+
+CudaPath::~CudaPath() {
+  (void)close();
+  const DeviceScope scope(device_);
+  peers_.clear();
+  if (state_) (void)cudaFree(state_);
+  if (page_) (void)cudaFreeHost(page_);
+  if (zero_copy_) (void)cudaFree(zero_copy_);
+  if (event_) (void)cudaEventDestroy(event_);
+  if (stream_) (void)cudaStreamDestroy(stream_);
+}
+
+Result<void> CudaPath::reserve(const Capacity& capacity) {
+  const std::lock_guard lock(mutex_);
+  if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
+  const std::int64_t experts = std::int64_t{capacity.num_ranks} * capacity.experts_per_rank;
+  if (state_) {
+    const PushLayout wanted = make_push_layout(capacity.num_bytes, experts, capacity.num_ranks);
+    if (max_elements(capacity.num_bytes, experts) > max_elements(capacity_.num_bytes, std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank) &&
+        wanted.slot_bytes > layout_.slot_bytes)
+      return fail(Code::kNotAllowed, "more bytes for each token need a new buffer: slots of %lld bytes are there, %lld are needed",
+                  static_cast<long long>(layout_.slot_bytes), static_cast<long long>(wanted.slot_bytes));
+    const DeviceScope scope(device_);
+    NIXL_TRY(data_.grow(layout_.total(capacity.num_ranks)));
+    capacity_ = capacity;
+    return {};
+  }
+  if (options_.rank >= capacity.num_ranks)
+    return fail(Code::kInvalidArgument, "num_ranks is %d; rank %d needs more", capacity.num_ranks, options_.rank);
+  NIXL_TRY(cuda_check(cudaGetDevice(&device_), "current CUDA device"));
+  capacity_ = capacity;
+  const DeviceScope scope(device_);
+  return allocate();
+}
+
+Result<void> CudaPath::allocate() {
+  const std::int64_t experts = std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank;
+  layout_ = make_push_layout(capacity_.num_bytes, experts, capacity_.num_ranks);
+  words_ = make_push_control(capacity_.experts_per_rank, kMaxRanks);
+  NIXL_ASSIGN(control_, DeviceSpan::reserve(device_, words_.total));
+  NIXL_TRY(control_.grow(words_.total));
+  NIXL_ASSIGN(data_, DeviceSpan::reserve(device_, layout_.total(kMaxRanks)));
+  NIXL_TRY(data_.grow(layout_.total(capacity_.num_ranks)));
+  NIXL_TRY(cuda_check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "allocate the state of a rank"));
+  auto initial = std::make_unique<State>();
+  std::memset(static_cast<void*>(initial.get()), 0, sizeof(State));
+  for (auto& versions : initial->peers) versions[0] = versions[1] = PeerVersion{};
+  PeerVersion& own = initial->peers[options_.rank][0];
+  own.from = 0;
+  own.data = data_.data();
+  own.control = control_.data();
+  own.status = PeerStatus::kActive;
+  own.incarnation = options_.incarnation;
+  own.sent = own.expected = 1;
+  NIXL_TRY(cuda_check(cudaMemcpy(state_, initial.get(), sizeof(State), cudaMemcpyHostToDevice), "write the state of a rank"));
+  NIXL_TRY(cuda_check(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(gpu::HostPage), cudaHostAllocMapped | cudaHostAllocPortable),
+                      "allocate pinned memory for faults"));
+  std::memset(static_cast<void*>(page_), 0, sizeof(gpu::HostPage));
+  NIXL_TRY(cuda_check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&page_on_device_), page_, 0), "map pinned memory"));
+  NIXL_TRY(cuda_check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "create a stream"));
+  NIXL_TRY(cuda_check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "create an event"));
+  int processors = 0, most_shared = 0;
+  NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_), "number of multiprocessors"));
+  NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "shared memory of a block"));
+  num_blocks_ = options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors;
+  for (const void* kernel : {gpu::dispatch_kernel(lanes_), gpu::combine_kernel(lanes_), gpu::barrier_kernel()}) {
+    cudaFuncAttributes found;
+    NIXL_TRY(cuda_check(cudaFuncGetAttributes(&found, kernel), "kernels for this GPU (sm_90 and newer are built)"));
+    NIXL_TRY(cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             most_shared - static_cast<int>(found.sharedSizeBytes)),
+                        "shared memory of a kernel"));
+  }
+  // Loads the small kernels too: the first launch of a kernel may not happen while another stream is captured.
+  const gpu::PeerChange nothing{Change::kUnmask, options_.rank};
+  NIXL_TRY(change_peers({&nothing, 1}, stream_));
+  return cuda_check(cudaStreamSynchronize(stream_), "start of a rank");
+}
+
+Result<Export> CudaPath::export_memory() {
+  const std::lock_guard lock(mutex_);
+  if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory to export yet", options_.rank);
+  const DeviceScope scope(device_);
+  cudaDeviceProp properties;
+  NIXL_TRY(cuda_check(cudaGetDeviceProperties(&properties, device_), "properties of the GPU"));
+  ByteWriter out;
+  out.put(kExportMagic);
+  out.put(static_cast<std::uint32_t>(lanes_));
+  out.put_text(std::string_view(properties.uuid.bytes, sizeof(properties.uuid.bytes)));
+  out.put(static_cast<std::uint64_t>(layout_.slot_bytes));
+  out.put(static_cast<std::uint64_t>(layout_.exact_bytes));
+  out.put(static_cast<std::uint32_t>(words_.cells));
+  Export result;
+  for (const DeviceSpan* span : {&control_, &data_}) {
+    const auto bytes = span->chunk_bytes();
+    out.put(static_cast<std::uint32_t>(bytes.size()));
+    for (std::int64_t size : bytes) out.put(static_cast<std::uint64_t>(size));
+    NIXL_ASSIGN(auto descriptors, span->export_chunks());
+    for (Fd& descriptor : descriptors) result.descriptors.push_back(std::move(descriptor));
+  }
+  result.description = out.take();
+  return result;
+}
+
+Result<void> CudaPath::attach(const PeerIdentity& peer, Export memory) {
+  const std::lock_guard lock(mutex_);
+  if (!state_ || closed_) return fail(Code::kNotAllowed, "rank %d has no memory", options_.rank);
+  if (peer.rank < 0 || peer.rank >= capacity_.num_ranks || peer.rank == options_.rank)
+    return fail(Code::kInvalidArgument, "rank %d cannot be attached to rank %d of %d", peer.rank, options_.rank, capacity_.num_ranks);
+  if (peers_.count(peer.rank)) return fail(Code::kNotAllowed, "rank %d is attached already", peer.rank);
+  const DeviceScope scope(device_);
+  cudaDeviceProp properties;
+  NIXL_TRY(cuda_check(cudaGetDeviceProperties(&properties, device_), "properties of the GPU"));
+  ByteReader in(memory.description);
+  NIXL_ASSIGN(const auto magic, in.get<std::uint32_t>());
+  if (magic != kExportMagic) return fail(Code::kMismatch, "rank %d is on another kind of device or another version", peer.rank);
+  NIXL_ASSIGN(const auto lanes, in.get<std::uint32_t>());
+  NIXL_ASSIGN(const auto uuid, in.get_text(64));
+  NIXL_ASSIGN(const auto slot_bytes, in.get<std::uint64_t>());
+  NIXL_ASSIGN(const auto exact_bytes, in.get<std::uint64_t>());
+  NIXL_ASSIGN(const auto cells, in.get<std::uint32_t>());
+  if (lanes != static_cast<std::uint32_t>(lanes_) || slot_bytes != static_cast<std::uint64_t>(layout_.slot_bytes) ||
+      exact_bytes != static_cast<std::uint64_t>(layout_.exact_bytes) || cells != static_cast<std::uint32_t>(words_.cells))
+    return fail(Code::kMismatch,
+                "rank %d has lines of %u lanes and slots of %llu bytes, rank %d of %d and %lld: all ranks need the same "
+                "NIXL_EP_LINE_BYTES, experts per rank and num_rdma_bytes",
+                peer.rank, lanes, static_cast<unsigned long long>(slot_bytes), options_.rank, lanes_,
+                static_cast<long long>(layout_.slot_bytes));
+  if (lanes_ != 1 && uuid == std::string_view(properties.uuid.bytes, sizeof(properties.uuid.bytes)))
+    return fail(Code::kUnsupported, "ranks %d and %d share one GPU: set NIXL_EP_LINE_BYTES=16 on all ranks", peer.rank, options_.rank);
+  PeerMapping mapping;
+  std::size_t next = 0;
+  for (DeviceSpan* span : {&mapping.control, &mapping.data}) {
+    NIXL_ASSIGN(const auto count, in.get<std::uint32_t>());
+    if (count > kMaxRanks) return fail(Code::kMismatch, "rank %d announces %u chunks", peer.rank, count);
+    std::vector<std::int64_t> bytes;
+    std::int64_t total = 0;
+    for (std::uint32_t i = 0; i < count; ++i) {
+      NIXL_ASSIGN(const auto size, in.get<std::uint64_t>());
+      if (size > (1ull << 44)) return fail(Code::kMismatch, "rank %d announces a chunk of %llu bytes", peer.rank, static_cast<unsigned long long>(size));
+      bytes.push_back(static_cast<std::int64_t>(size));
+      total += bytes.back();
+    }
+    const std::int64_t needed = span == &mapping.control ? words_.total : layout_.total(options_.rank + 1);
+    if (total < needed)
+      return fail(Code::kMismatch, "rank %d has %lld bytes where rank %d needs %lld: has it grown to the same number of ranks?",
+                  peer.rank, static_cast<long long>(total), options_.rank, static_cast<long long>(needed));
+    NIXL_ASSIGN(*span, DeviceSpan::reserve(device_, total));
+    for (std::int64_t size : bytes) {
+      if (next >= memory.descriptors.size()) return fail(Code::kMismatch, "rank %d sent %zu descriptors, more are announced", peer.rank, next);
+      NIXL_TRY(span->map(std::move(memory.descriptors[next++]), size));
+    }
+  }
+  const PeerChange change{Change::kAttach, peer.rank, mapping.data.data(), mapping.control.data(), peer.incarnation};
+  NIXL_TRY(change_apart({&change, 1}));
+  peers_.emplace(peer.rank, std::move(mapping));
+  return {};
+}
+
+Result<void> CudaPath::detach(int rank) {
+  const std::lock_guard lock(mutex_);
+  const auto found = peers_.find(rank);
+  if (found == peers_.end()) return fail(Code::kNotFound, "rank %d is not attached", rank);
+  const DeviceScope scope(device_);
+  const PeerChange change{Change::kDetach, rank};
+  NIXL_TRY(change_apart({&change, 1}));
+  // Operations that began before the change may still write to the peer.
+  gpu::IdleOp idle{state_, 4 * options_.timeout_ns + 5'000'000'000};
+  NIXL_TRY(launch(gpu::idle_kernel(), 1, 1, 0, &idle, stream_));
+  NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "operations that may use a peer's memory"));
+  peers_.erase(found);
+  return {};
+}
+
+// Changes without a stream take effect after the operations that were queued so far, as far as this can be told.
+Result<void> CudaPath::follow_operations() {
+  if (!has_last_stream_) return {};
+  const auto last = static_cast<cudaStream_t>(last_stream_);
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(last, &capturing) != cudaSuccess || capturing != cudaStreamCaptureStatusNone) {
+    (void)cudaGetLastError();
+    return {};
+  }
+  NIXL_TRY(cuda_check(cudaEventRecord(event_, last), "record an event behind the operations"));
+  return cuda_check(cudaStreamWaitEvent(stream_, event_, 0), "wait for an event");
+}
+Result<void> CudaPath::change_apart(std::span<const PeerChange> changes) {
+  NIXL_TRY(change_peers(changes, stream_));
+  return cuda_check(cudaStreamSynchronize(stream_), "change of peers");
+}
+
+Result<void> CudaPath::change_peers(std::span<const PeerChange> changes, cudaStream_t stream) {
+  for (std::size_t begin = 0; begin < changes.size(); begin += gpu::kChangesInLaunch) {
+    gpu::ChangeOp op;
+    op.state = state_;
+    op.control = control_.data();
+    op.words = words_;
+    op.count = static_cast<int>(std::min<std::size_t>(gpu::kChangesInLaunch, changes.size() - begin));
+    std::copy_n(changes.begin() + static_cast<std::ptrdiff_t>(begin), op.count, op.changes);
+    NIXL_TRY(launch(gpu::change_kernel(), 1, 1, 0, &op, stream));
+  }
+  return {};
+}
+
+Result<void> CudaPath::set_mask(std::span<const int> ranks, bool masked, void* stream) {
+  const std::lock_guard lock(mutex_);
+  if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory", options_.rank);
+  const DeviceScope scope(device_);
+  std::vector<PeerChange> changes;
+  for (int rank : ranks) {
+    if (rank == options_.rank) continue;
+    if (!peers_.count(rank)) {
+      if (masked) continue;
+      return fail(Code::kNotAllowed, "rank %d is not connected; connect it first", rank);
+    }
+    changes.push_back({masked ? Change::kMask : Change::kUnmask, rank});
+  }
+  if (stream) return change_peers(changes, static_cast<cudaStream_t>(stream));
+  NIXL_TRY(follow_operations());
+  return change_apart(changes);
+}
+
+Result<void> CudaPath::query_masks(std::int32_t* out, void* stream) const {
+  if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory", options_.rank);
+  const DeviceScope scope(device_);
+  gpu::QueryOp op{state_, out, options_.rank, capacity_.num_ranks};
+  return const_cast<CudaPath*>(this)->launch(gpu::query_kernel(), 1, 256, 0, &op, stream);
+}
+
+Result<void> CudaPath::launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream) {
+  void* pointers[] = {args};
+  return cuda_check(cudaLaunchKernel(kernel, dim3(grid), dim3(threads), pointers, static_cast<std::size_t>(shared),
+                                     static_cast<cudaStream_t>(stream)),
+                    "launch of a kernel");
+}
+
+int CudaPath::grid_for(std::int64_t items) const {
+  return static_cast<int>(std::clamp<std::int64_t>(items, 1, num_blocks_));
+}
+
+Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
+  if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory yet", options_.rank);
+  if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
+  if (num_ranks <= options_.rank || num_ranks > capacity_.num_ranks)
+    return fail(Code::kInvalidArgument, "the call covers %d ranks; %d to %d are allowed", num_ranks, options_.rank + 1, capacity_.num_ranks);
+  gpu::Op op;
+  op.state = state_;
+  op.page = page_on_device_;
+  op.data = data_.data();
+  op.control = control_.data();
+  op.layout = layout_;
+  op.words = words_;
+  op.timeout_ns = options_.timeout_ns;
+  op.incarnation = options_.incarnation;
+  op.rank = options_.rank;
+  op.ranks = num_ranks;
+  op.experts = capacity_.experts_per_rank;
+  op.phase = static_cast<int>(phase);
+  op.parts = parts;
+  return op;
+}
+
+// Short pieces where latency counts, long ones where the link is full; both sides choose from the same numbers.
+Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words, int meta_words) const {
+  const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : tokens <= 128 ? std::min(7, wanted_per) : wanted_per;
+  for (int per : {first, wanted_per}) {
+    const RowShape shape = make_row_shape(row_bytes, per, chunk_words, meta_words, lanes_);
+    if (shape.row_bytes * tokens + 16 * kMaxTopk * tokens <= layout_.slot_bytes) return shape;
+    if (per == wanted_per && shape.row_bytes * tokens <= layout_.slot_bytes) return shape;
+  }
+  return fail(Code::kInvalidArgument, "%lld tokens of %lld bytes do not fit slots of %lld bytes: give update_memory more bytes",
+              static_cast<long long>(tokens), static_cast<long long>(row_bytes), static_cast<long long>(layout_.slot_bytes));
+}
+
+Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
+  const DeviceScope scope(device_);
+  gpu::DispatchOp a;
+  NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kDispatch, parts));
+  const int payload = static_cast<int>(args.payload);
+  a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
+  a.x = static_cast<const std::uint16_t*>(args.x);
+  a.weights = args.recv_weights ? args.topk_weights : nullptr;
+  a.hidden = static_cast<int>(args.hidden);
+  a.payload = payload;
+  a.row_bytes = static_cast<int>(row_bytes(payload, args.hidden));
+  a.chunk_words = payload == kPayloadBf16 ? 0 : payload == kPayloadFp8Ue8m0 ? 1 : 4;
+  const int meta_words = 2 + args.topk * (a.weights ? 3 : 2);
+  NIXL_ASSIGN(a.shape, shape_of(a.row_bytes, args.max_tokens, 8, a.chunk_words, meta_words));
+  a.recv_x = static_cast<std::uint8_t*>(args.recv_x);
+  a.recv_scales = static_cast<std::uint32_t*>(args.recv_scales);
+  a.recv_count = args.recv_count;
+  a.src_info = args.src_info;
+  a.layout_range = args.layout_range;
+  a.recv_weights = args.recv_weights;
+  a.recv_places = args.recv_places;
+  a.recv_stats = args.recv_stats;
+  a.wait_cost = args.wait_cost;
+  const int grid = grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4));
+  const auto shared = gpu::make_dispatch_shared(a, grid);
+  last_stream_ = args.stream;
+  has_last_stream_ = true;
+  return launch(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
+}
+
+Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
+  const DeviceScope scope(device_);
+  gpu::CombineOp a;
+  NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kCombine, parts));
+  a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
+  a.hidden = static_cast<int>(args.hidden);
+  a.exact = options_.combine == Combine::kExact || (args.sends_only && !args.recv_weights);
+  a.partials = !a.exact && !args.sends_only && args.max_tokens > kSmallBatch;
+  a.places = a.partials ? nullptr : args.recv_places;
+  NIXL_ASSIGN(a.shape, shape_of(2 * args.hidden, args.max_tokens, 14, 0, 0));
+  a.entries = args.max_tokens * a.shape.row_bytes;
+  if (a.entries + args.max_tokens * args.topk * 16 > layout_.slot_bytes)
+    return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit slots of %lld bytes: give update_memory more bytes",
+                static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.slot_bytes));
+  if (!a.partials && args.max_tokens * args.topk * a.shape.row_bytes > layout_.exact_bytes)
+    return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit the %lld bytes for unsummed rows: give update_memory more bytes",
+                static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.exact_bytes));
+  a.x = static_cast<const std::uint16_t*>(args.zero_copy ? zero_copy_ : args.x);
+  a.x_stride = args.zero_copy ? zero_copy_row_stride(args.hidden) : args.hidden;
+  if (!a.x) return fail(Code::kNotAllowed, "a combine without copy needs next_combine_buffer first");
+  a.weights = args.topk_weights;
+  a.src_info = args.src_info;
+  a.layout_range = args.layout_range;
+  a.out = static_cast<std::uint16_t*>(args.out);
+  a.wait_cost = args.wait_cost;
+  const std::int64_t rows = args.max_tokens * (a.partials ? args.num_ranks : args.topk);
+  const int grid = grid_for(std::max<std::int64_t>(args.num_tokens, rows * a.shape.pieces / 4));
+  const auto shared = gpu::make_combine_shared(a, grid);
+  last_stream_ = args.stream;
+  has_last_stream_ = true;
+  return launch(gpu::combine_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
+}
+
+Result<void> CudaPath::dispatch(const Dispatch& args) { return dispatch_parts(args, gpu::kSends | gpu::kReceives); }
+Result<void> CudaPath::dispatch_send(const Dispatch& args) { return dispatch_parts(args, gpu::kSends); }
+Result<void> CudaPath::dispatch_recv(const Dispatch& args) { return dispatch_parts(args, gpu::kReceives); }
+Result<void> CudaPath::combine(const CombineArgs& args) { return combine_parts(args, gpu::kSends | gpu::kReceives); }
+Result<void> CudaPath::combine_send(const CombineArgs& args) { return combine_parts(args, gpu::kSends); }
+Result<void> CudaPath::combine_recv(const CombineArgs& args) { return combine_parts(args, gpu::kReceives); }
+
+Result<void> CudaPath::barrier(void* stream) {
+  const DeviceScope scope(device_);
+  NIXL_ASSIGN(gpu::Op op, op_of(capacity_.num_ranks, Phase::kBarrier, gpu::kSends | gpu::kReceives));
+  last_stream_ = stream;
+  has_last_stream_ = true;
+  return launch(gpu::barrier_kernel(), 1, 128, gpu::kPeerBytes * std::int64_t{op.ranks}, &op, stream);
+}
+
+Result<View> CudaPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
+  const std::lock_guard lock(mutex_);
+  const DeviceScope scope(device_);
+  const std::int64_t rows = max_tokens * num_ranks, stride = zero_copy_row_stride(hidden);
+  const std::int64_t bytes = 2 * capacity_.experts_per_rank * rows * stride;
+  if (bytes > zero_copy_bytes_) {
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    if (has_last_stream_) (void)cudaStreamIsCapturing(static_cast<cudaStream_t>(last_stream_), &capturing);
+    if (capturing != cudaStreamCaptureStatusNone)
+      return fail(Code::kNotAllowed, "the memory for a combine without copy is made at the first request, which cannot be inside a graph "
+                                     "capture: ask for it once before");
+    void* memory = nullptr;
+    NIXL_TRY(cuda_check(cudaMalloc(&memory, bytes), "allocate memory for a combine without copy"));
+    if (zero_copy_) NIXL_TRY(cuda_check(cudaFree(zero_copy_), "free memory for a combine without copy"));
+    zero_copy_ = memory;
+    zero_copy_bytes_ = bytes;
+  }
+  return View{zero_copy_, {capacity_.experts_per_rank, rows, hidden}, {rows * stride, stride, 1}};
+}
+
+View CudaPath::data_memory() const {
+  const std::lock_guard lock(mutex_);
+  return View{data_.data(), {std::min(data_.size(), capacity_.num_bytes), 0, 0}, {1, 0, 0}};
+}
+View CudaPath::fault_view() const {
+  return View{state_ ? state_->fault_view : nullptr, {capacity_.num_ranks, 0, 0}, {1, 0, 0}};
+}
+
+std::vector<Fault> CudaPath::take_faults() {
+  const std::lock_guard lock(mutex_);
+  std::vector<Fault> faults;
+  if (!page_) return faults;
+  const unsigned long long written = __atomic_load_n(&page_->faults, __ATOMIC_ACQUIRE);
+  if (written - faults_taken_ > gpu::kFaultRing) faults_taken_ = written - gpu::kFaultRing;  // the oldest are lost
+  for (; faults_taken_ < written; ++faults_taken_) {
+    const gpu::FaultRecord& record = page_->ring[faults_taken_ % gpu::kFaultRing];
+    faults.push_back({record.rank, record.operation, static_cast<Phase>(record.phase), record.expected, record.seen});
+    NIXL_WARN("NIXL-EP timeout: rank %d waited for rank %d in operation %llu (phase %d) and masked it", options_.rank, record.rank,
+              static_cast<unsigned long long>(record.operation), record.phase);
+  }
+  return faults;
+}
+
+std::string CudaPath::take_input_error() {
+  const std::lock_guard lock(mutex_);
+  if (!page_) return "";
+  const unsigned long long found = __atomic_exchange_n(&page_->input_error, 0ull, __ATOMIC_ACQ_REL);
+  if (found == 0) return "";
+  const unsigned long long what = found - 1;
+  char text[200];
+  std::snprintf(text, sizeof(text),
+                (what & 255) == gpu::kOutsideId ? "top-k id %llu is outside the experts of the call; its entry was dropped"
+                                                : "expert %llu was selected more often than a rank may send tokens; rows past that were dropped",
+                what >> 8);
+  return text;
+}
+
+Result<void> CudaPath::close() {
+  const std::lock_guard lock(mutex_);
+  if (closed_) return {};
+  closed_ = true;
+  if (!state_) return {};
+  const DeviceScope scope(device_);
+  std::vector<PeerChange> changes;
+  for (const auto& peer : peers_) changes.push_back({Change::kMask, peer.first});
+  NIXL_TRY(change_apart(changes));
+  NIXL_TRY(cuda_check(cudaDeviceSynchronize(), "operations of a closing rank"));
+  peers_.clear();
+  return {};
+}
+
+}  // namespace nixl::core::ep

@@ -1,0 +1,362 @@
+// The frame of every operation: which one it is, who takes part, waiting with a deadline, what happens when a peer fails.
+//
+// All blocks of an operation see the same peers in the same state: the version valid from an operation on is fixed before
+// that operation's first ticket is drawn (protocol.h).
+#pragma once
+#include "ep/cuda/device/line.cuh"
+#include "ep/cuda/protocol.h"
+
+namespace nixl::core::ep::gpu {
+
+// A peer as this operation sees it, in shared memory.
+struct Peer {
+  std::uint8_t* remote;        // the slot this operation writes in the peer's data memory
+  std::uint8_t* exact;         // the peer's exact areas
+  std::uint8_t* control;       // its control memory
+  const std::uint8_t* local;   // the slot it writes in ours
+  std::uint32_t tag_out, tag_in;
+  std::uint32_t incarnation, sent, expected;
+  std::uint32_t session, peer_session;
+  std::uint32_t rejoining;
+  int messages;                // that it sent in this operation
+  std::uint32_t parity;        // of its operation number
+  std::uint32_t active;        // takes part; 0 once it failed here
+};
+
+static_assert(sizeof(Peer) <= 88);
+
+struct Block {
+  std::uint64_t number;  // of this operation
+  std::uint64_t start;   // wall clock
+  int failed;            // a wait of this block ran out
+  std::uint64_t fault_op;  // as the operation found it
+  int cursor;            // next item of this block
+  int rejoin;            // a peer may be found one operation back: nothing of it is looked at before its header
+  int most_messages;
+  int first_token, end_token;
+};
+
+__device__ __forceinline__ unsigned long long load_strong(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.acquire.gpu.global.u64 %0,[%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ PeerVersion load_version(const PeerVersion* at) {
+  union {
+    unsigned long long words[8];
+    PeerVersion version;
+  } copy{};
+#pragma unroll
+  for (int i = 0; i < 8; i += 2)
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1},[%2];"
+                 : "=l"(copy.words[i]), "=l"(copy.words[i + 1])
+                 : "l"(reinterpret_cast<const unsigned long long*>(at) + i)
+                 : "memory");
+  return copy.version;
+}
+// The version that holds for an operation. Of two, one at least is not being written.
+__device__ __forceinline__ PeerVersion version_at(const PeerVersion (&versions)[2], std::uint64_t number) {
+  const PeerVersion a = load_version(&versions[0]), b = load_version(&versions[1]);
+  if (a.from > number) return b;
+  if (b.from > number) return a;
+  return a.from > b.from ? a : b;
+}
+
+// Changes of peers happen while no operation is between its first and its last ticket.
+__device__ inline std::uint64_t lock_state(State& state) {
+  for (;;) {
+    const unsigned long long seen = load_strong(&state.ticket);
+    if (seen % kTicket == 0 && !(seen & kLocked) && atomicCAS(&state.ticket, seen, seen | kLocked) == seen) {
+      __threadfence();
+      return seen / kTicket;
+    }
+    __nanosleep(200);
+  }
+}
+__device__ inline void unlock_state(State& state) {
+  __threadfence();
+  atomicAnd(&state.ticket, ~kLocked);
+}
+// The newest version, advanced to operation `next`.
+__device__ inline PeerVersion latest_version(const PeerVersion (&versions)[2], std::uint64_t next) {
+  PeerVersion now = version_at(versions, ~0ull - 1);
+  if (now.status == PeerStatus::kActive) {
+    now.sent += static_cast<std::uint32_t>(next - now.from);
+    now.expected += static_cast<std::uint32_t>(next - now.from);
+  }
+  now.from = next;
+  return now;
+}
+__device__ inline void write_version(PeerVersion (&versions)[2], const PeerVersion& version) {
+  const unsigned long long a = versions[0].from, b = versions[1].from;
+  const int place = a == version.from ? 0 : b == version.from ? 1 : a == ~0ull ? 0 : b == ~0ull ? 1 : a < b ? 0 : 1;
+  auto* from = reinterpret_cast<unsigned long long*>(&versions[place].from);
+  atomicExch(from, ~0ull);
+  __threadfence();
+  PeerVersion copy = version;
+  copy.from = ~0ull;
+  versions[place] = copy;
+  __threadfence();
+  atomicExch(from, version.from);
+}
+
+// Fills in `peer` for operation `number`.
+__device__ inline void see_peer(const Op& op, std::uint64_t number, int rank, Peer& peer) {
+  const PeerVersion now = version_at(op.state->peers[rank], number);
+  const auto past = static_cast<std::uint32_t>(number - now.from);
+  peer.active = now.status == PeerStatus::kActive;
+  peer.incarnation = now.incarnation;
+  peer.sent = now.sent + past;
+  peer.expected = now.expected + past;
+  peer.session = now.session;
+  peer.peer_session = now.peer_session;
+  peer.rejoining = now.rejoining;
+  peer.remote = now.data + op.layout.slot_of(op.rank, flag_slot(peer.sent));
+  peer.exact = now.data;
+  peer.control = now.control;
+  peer.local = op.data + op.layout.slot_of(rank, flag_slot(peer.expected));
+  peer.tag_out = make_tag(op.incarnation, peer.sent);
+  peer.tag_in = make_tag(peer.incarnation, peer.expected);
+  peer.messages = 0;
+  peer.parity = 0;
+}
+
+// A block's part of kTicket.
+__device__ __forceinline__ unsigned long long share_of_block() {
+  return kTicket / gridDim.x + (blockIdx.x == 0 ? kTicket % gridDim.x : 0);
+}
+__device__ __forceinline__ unsigned long long draw_ticket(unsigned long long* at, unsigned long long share) {
+  unsigned long long before;
+  asm volatile("atom.add.acquire.gpu.global.u64 %0,[%1],%2;" : "=l"(before) : "l"(at), "l"(share) : "memory");
+  return before;
+}
+// Nobody waits for it, and nothing is ordered by it: who needs what lies before adds a pause (finish_operation).
+__device__ __forceinline__ void add_share(unsigned long long* at) {
+  asm volatile("red.add.relaxed.gpu.global.u64 [%0],%1;" ::"l"(at), "l"(share_of_block()) : "memory");
+}
+// Draws this block's ticket and looks at the peers; one warp.
+// `parities`: also finds out what the parity of each peer's operation is, from its header of the one before; kUnknownParity
+// where there is none.
+constexpr std::uint32_t kUnknownParity = 2;
+__device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, bool parities = false) {
+  const int lane = threadIdx.x % 32;
+  uint4 headers[2];  // of the lane's first rank, under way while the ticket is
+  if (parities && lane < op.ranks)
+    for (int slot = 0; slot < 2; ++slot) headers[slot] = load_cell(op.control + op.words.header_of(lane, slot));
+  std::uint64_t number = 0;
+  if (lane == 0) {
+    block.start = wall_ns();
+    block.cursor = 0;
+    block.failed = 0;
+    block.rejoin = 0;
+    unsigned long long fault_op;
+    asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(fault_op) : "l"(&op.state->fault_op) : "memory");
+    unsigned long long seen = op.parts & kSends ? draw_ticket(&op.state->ticket, share_of_block()) : load_strong(&op.state->ticket);
+    block.fault_op = fault_op;
+    number = (seen & ~kLocked) / kTicket - (op.parts & kSends ? 0 : 1);
+    if (op.parts & kSends)
+      while (seen & kLocked) seen = load_strong(&op.state->ticket);
+    block.number = number;
+  }
+  number = __shfl_sync(~0u, number, 0);
+  for (int rank = lane; rank < op.ranks; rank += 32) {
+    see_peer(op, number, rank, peers[rank]);
+    const Peer& peer = peers[rank];
+    if (peer.active && peer.rejoining) block.rejoin = 1;
+    if (!parities) continue;
+    const int slot = flag_slot(peer.expected - 1);
+    uint4 last = slot ? headers[1] : headers[0];
+    if (rank >= 32) last = load_cell(op.control + op.words.header_of(rank, slot));
+    const bool known = !peer.rejoining && last.x == peer.incarnation && last.y == peer.expected - 1;
+    peers[rank].parity = known ? last.w >> 31 ^ 1 : kUnknownParity;
+  }
+}
+
+// While a rank waits it says for whom, and shows by a changing beat that it is alive: whoever waits for this rank meanwhile
+// is patient up to twice the limit instead of taking it for dead.
+struct Held {
+  std::uint32_t beat;
+  std::uint32_t rank;  // + 1; 0: nobody
+};
+struct Patience {
+  std::uint64_t next_look = 0;
+  std::uint64_t limit = 0;
+  std::uint32_t beat = 0;
+  std::uint32_t polls = 0;
+};
+
+// Whether to go on waiting for `rank`. Called again and again while something of it is missing.
+static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& block, int rank, Patience& patience) {
+  const std::uint64_t now = wall_ns();
+  const std::uint64_t timeout = op.timeout_ns;
+  const std::uint64_t waited = now - block.start;
+  if (patience.limit == 0) patience.limit = timeout == 0 ? 1 : timeout;
+  if (timeout == 0) return false;
+  if (now < patience.next_look) return true;
+  patience.next_look = now + timeout / 32;
+  if (load_strong(&op.state->failed[rank]) == block.number + 1) return false;
+  const PeerVersion latest = version_at(op.state->peers[rank], ~0ull - 1);
+  if (latest.status != PeerStatus::kActive) return false;
+  if (waited < timeout / 4) return true;
+  auto* own = reinterpret_cast<volatile unsigned long long*>(op.control);
+  *own = static_cast<unsigned long long>(rank + 1) << 32 | static_cast<std::uint32_t>(now >> 10);
+  if (waited >= timeout / 2 && rank != op.rank) {
+    const unsigned long long held = *reinterpret_cast<volatile unsigned long long*>(latest.control);
+    const auto beat = static_cast<std::uint32_t>(held);
+    const auto by = static_cast<std::uint32_t>(held >> 32);
+    if (patience.beat != 0 && beat != patience.beat && by != 0 && by != static_cast<std::uint32_t>(op.rank) + 1) {
+      const std::uint64_t longer = waited + timeout / 8;
+      patience.limit = longer > 2 * timeout ? 2 * timeout : longer > patience.limit ? longer : patience.limit;
+    }
+    patience.beat = beat == 0 ? 1 : beat;
+  }
+  return waited < patience.limit;
+}
+// For loops of any thread: mostly a counter, now and then a look at the clock.
+__device__ __forceinline__ bool patient(const Op& op, const Block& block, int rank, Patience& patience) {
+  if (++patience.polls % 64 != 0 && op.timeout_ns != 0) return true;
+  return keep_waiting(op, block, rank, patience);
+}
+
+__device__ inline void fail_peer(const Op& op, Block& block, Peer& peer, int rank) {
+  atomicMax(&op.state->failed[rank], block.number + 1);
+  peer.active = 0;
+  block.failed = 1;
+  __threadfence();
+}
+
+// The header of a source: its flag, how many messages it sent, the parity of its operation. One thread.
+__device__ inline bool accept_header(const Op& op, Peer& peer, int rank) {
+  const auto take = [&](std::uint32_t count) {
+    const uint4 cell = load_cell(op.control + op.words.header_of(rank, flag_slot(count)));
+    if (cell.x != peer.incarnation || cell.y != count) return false;
+    if (count != peer.expected && !later(cell.z, peer.peer_session)) return false;
+    peer.expected = count;
+    peer.peer_session = cell.z;
+    peer.tag_in = make_tag(peer.incarnation, count);
+    peer.local = op.data + op.layout.slot_of(rank, flag_slot(count));
+    peer.messages = static_cast<int>(cell.w & 0x7fffffff);
+    peer.parity = cell.w >> 31;
+    return true;
+  };
+  // An unmasked peer may have sent its message of this operation before we unmasked it. That word is looked at first: it
+  // stays until our next operation, while the other slot may be overwritten as soon as the peer has ours.
+  if (peer.rejoining && peer.expected != 1 && take(peer.expected - 1)) return true;
+  return take(peer.expected);
+}
+__device__ inline bool await_header(const Op& op, Block& block, Peer& peer, int rank, std::int64_t* wait_cost) {
+  Patience patience;
+  const long long begin = clock64();
+  while (!accept_header(op, peer, rank)) {
+    if (!patient(op, block, rank, patience)) {
+      fail_peer(op, block, peer, rank);
+      peer.messages = 0;
+      break;
+    }
+  }
+  if (wait_cost && blockIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(wait_cost + rank), clock64() - begin);
+  return peer.active;
+}
+__device__ inline void send_header(const Op& op, const Block& block, const Peer& peer, int messages) {
+  store_cell(peer.control + op.words.header_of(op.rank, flag_slot(peer.sent)),
+             make_uint4(op.incarnation, peer.sent, peer.session,
+                        static_cast<std::uint32_t>(messages) | static_cast<std::uint32_t>(block.number & 1) << 31));
+}
+
+// Peers that rejoined in this operation are in step from the next one on. One block, after all headers were judged.
+__device__ inline void settle_rejoined(const Op& op, const Block& block, const Peer* peers) {
+  for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x) {
+    const Peer& peer = peers[rank];
+    if (!peer.rejoining || !peer.active || rank == op.rank) continue;
+    lock_state(*op.state);
+    PeerVersion next = latest_version(op.state->peers[rank], block.number + 1);
+    if (next.status == PeerStatus::kActive && next.incarnation == peer.incarnation) {
+      next.expected = peer.expected + 1;
+      next.peer_session = peer.peer_session;
+      next.rejoining = 0;
+      write_version(op.state->peers[rank], next);
+    }
+    unlock_state(*op.state);
+  }
+}
+
+// Masks the sources that failed in this operation and tells the host. One thread of the grid.
+__device__ inline void report_failed(const Op& op, const Block& block) {
+  State& state = *op.state;
+  lock_state(state);
+  for (int rank = 0; rank < kMaxRanks; ++rank) state.fault_view[rank] = 0;
+  for (int rank = 0; rank < op.ranks; ++rank) {
+    if (load_strong(&state.failed[rank]) != block.number + 1) continue;
+    state.fault_view[rank] = 1;
+    const PeerVersion then = version_at(state.peers[rank], block.number);
+    const std::uint32_t expected = then.expected + static_cast<std::uint32_t>(block.number - then.from);
+    PeerVersion next = latest_version(state.peers[rank], block.number + 1);
+    if (next.status == PeerStatus::kActive && next.incarnation == then.incarnation) {
+      next.status = PeerStatus::kMasked;
+      write_version(state.peers[rank], next);
+    }
+    const uint4 seen = load_cell(op.control + op.words.header_of(rank, flag_slot(expected)));
+    const unsigned long long index = op.page->faults;
+    FaultRecord& record = op.page->ring[index % kFaultRing];
+    record.operation = block.number;
+    record.expected = make_flag(then.incarnation, expected);
+    record.seen = make_flag(seen.x, seen.y);
+    record.rank = rank;
+    record.phase = op.phase;
+    record.sequence = index + 1;
+    __threadfence_system();
+    *reinterpret_cast<volatile unsigned long long*>(&op.page->faults) = index + 1;
+  }
+  state.fault_op = block.number + 1;
+  unlock_state(state);
+}
+
+// End of a block that only sends, all threads.
+__device__ inline void finish_sending(const Op& op) {
+  __syncthreads();
+  if (threadIdx.x == 0) add_share(&op.state->sent);
+}
+
+// End of a receiving block, all threads. True in exactly one block when a source failed: it repairs the outputs, alone, after
+// all others have ended, leaving the failed sources out, so that a source is there completely or not at all.
+__device__ inline bool finish_operation(const Op& op, Block& block, Peer* peers) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    State& state = *op.state;
+    if (blockIdx.x == 0 && block.fault_op != 0 && !block.failed) {
+      // Clears what an earlier operation left; a failure of this one writes it anew.
+      for (int rank = 0; rank < op.ranks; ++rank)
+        if (load_strong(&state.failed[rank]) != block.number + 1) state.fault_view[rank] = 0;
+      state.fault_op = 0;
+    }
+    if (op.parts & kSends) add_share(&state.sent);
+    add_share(&state.done);
+    int elected = 0;
+    if (block.failed) {
+      elected = atomicMax(&state.redo, block.number + 1) < block.number + 1;
+      if (elected) {
+        const std::uint64_t limit = wall_ns() + 4 * op.timeout_ns + 2'000'000'000ull;
+        while (load_strong(&state.done) / kTicket <= block.number && wall_ns() < limit) __nanosleep(500);
+        for (int i = 0; i < 100; ++i) __nanosleep(1000);  // what those blocks wrote last has landed
+        __threadfence();
+        report_failed(op, block);
+      }
+    }
+    block.failed = elected;
+  }
+  __syncthreads();
+  if (!block.failed) return false;
+  for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x) {
+    if (load_strong(&op.state->failed[rank]) == block.number + 1) {
+      peers[rank].active = 0;
+      peers[rank].messages = 0;
+    } else if (peers[rank].active && rank != op.rank) {
+      accept_header(op, peers[rank], rank);
+    }
+  }
+  __syncthreads();
+  return true;
+}
+
+}  // namespace nixl::core::ep::gpu

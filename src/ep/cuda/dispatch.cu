@@ -1,0 +1,445 @@
+// Dispatch. A block sends the tokens of its range, once to every rank that holds one of their experts, as lines; all blocks
+// together receive what others sent and put every row in its expert-major places. Where a source's rows begin follows from
+// the counts that every source sends first.
+#include "ep/cuda/device/op.cuh"
+#include "ep/cuda/device/quantize_chunk.cuh"
+#include "ep/cuda/device/route.cuh"
+#include "ep/cuda/launch.h"
+
+namespace nixl::core::ep {
+namespace gpu {
+namespace {
+
+constexpr int kSendThreads = kSenders * 32;
+constexpr int kRestThreads = kThreads - kSendThreads;
+constexpr int kMaxPer = 8;  // data chunks of a piece, held in registers while their row's places are written
+enum Barrier { kAll, kSending, kResting, kBasesKnown };
+
+struct Shared {
+  Block* block;
+  Peer* peers;
+  Routes routes;
+  int* base;            // [ranks][experts] first row of a source
+  std::uint8_t* stage;  // two rows in the payload's form, each followed by its scale words
+  std::uint32_t* scratch;  // of this warp
+  int stage_bytes;
+};
+
+__device__ Shared carve(const DispatchOp& a, std::uint8_t* memory) {
+  __shared__ Block block;
+  const DispatchShared at = make_dispatch_shared(a, gridDim.x);
+  Shared s;
+  s.block = &block;
+  s.peers = reinterpret_cast<Peer*>(memory + at.peers);
+  s.base = reinterpret_cast<int*>(memory + at.base);
+  s.routes.per_expert = reinterpret_cast<int*>(memory + at.per_expert);
+  s.routes.per_rank = reinterpret_cast<int*>(memory + at.per_rank);
+  s.routes.index = reinterpret_cast<int*>(memory + at.index);
+  s.routes.message = reinterpret_cast<int*>(memory + at.message);
+  s.stage = memory + at.stage;
+  s.stage_bytes = at.stage_bytes;
+  s.scratch = reinterpret_cast<std::uint32_t*>(memory + at.scratch) + threadIdx.x / 32 * at.scratch_words;
+  return s;
+}
+
+__device__ __forceinline__ uint4 load_chunk(const DispatchOp& a, const std::uint16_t* row, int chunk, int lane, std::uint32_t* scales) {
+  if (a.payload == kPayloadBf16) return load_bf16(row, chunk, a.hidden, lane);
+  const Quantized done = quantize(load_channels(row, chunk, a.hidden, lane), a.payload != kPayloadFp8);
+  *scales = scale_word(done.scale, a.payload, lane);
+  return done.bytes;
+}
+
+// The sending warps bring one token into the payload's form.
+__device__ void stage_token(const DispatchOp& a, const Shared& s, int token, std::uint8_t* stage) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
+  auto* scales = reinterpret_cast<std::uint32_t*>(stage + a.shape.chunks * kChunkBytes);
+#pragma unroll 2
+  for (int chunk = warp; chunk < a.shape.chunks; chunk += kSenders) {
+    std::uint32_t word = 0;
+    reinterpret_cast<uint4*>(stage + chunk * kChunkBytes)[lane] = load_chunk(a, row, chunk, lane, &word);
+    if (lane < a.chunk_words) scales[chunk * a.chunk_words + lane] = word;
+  }
+}
+
+// What tells the receiver where the row belongs: token, number of entries, then for each the expert and place, the index
+// inside (source, expert), and the weight when weights travel. One warp; into its scratch.
+__device__ int write_meta(const DispatchOp& a, const Shared& s, int token, int rank) {
+  const int lane = threadIdx.x % 32, topk = a.route.topk;
+  const int entry_words = a.weights ? 3 : 2;
+  const long long id = lane < topk ? load_id(a.route, std::int64_t{token} * topk + lane) : -1;
+  const int index = lane < topk ? s.routes.index[(token - s.block->first_token) * topk + lane] : -1;
+  const bool mine = index >= 0 && static_cast<int>(id) / a.op.experts == rank;
+  const unsigned all = __ballot_sync(~0u, mine);
+  if (mine) {
+    std::uint32_t* words = s.scratch + 2 + __popc(all & ((1u << lane) - 1)) * entry_words;
+    words[0] = static_cast<std::uint32_t>(static_cast<int>(id) - rank * a.op.experts) | lane << 16;
+    words[1] = index;
+    if (a.weights) words[2] = bits_of(a.weights[std::int64_t{token} * topk + lane]);
+  }
+  if (lane == 0) {
+    s.scratch[0] = token;
+    s.scratch[1] = __popc(all);
+  }
+  __syncwarp();
+  return 2 + __popc(all) * entry_words;
+}
+
+// One piece of a staged token to one rank. One warp.
+template <int kLanes>
+__device__ void push_piece(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage, int rank, int message, int piece) {
+  using Line = Lines<kLanes>;
+  const int lane = threadIdx.x % 32;
+  const Peer& peer = s.peers[rank];
+  const int first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
+  std::uint8_t* to = peer.remote + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
+  const int meta_words = write_meta(a, s, token, rank);
+#pragma unroll 4
+  for (int c = 0; c < chunks; ++c)
+    Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane], peer.tag_out);
+  const int displaced = chunks * Line::kPerChunk, scale_words = chunks * a.chunk_words;
+  const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
+  for (int t = 0; t < a.shape.tails; ++t) {
+    std::uint32_t w[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      int i = t * Line::kWords + Line::first_word(lane) + q;
+      w[q] = 0;
+      if (i < displaced) {
+        const int at = first + i / Line::kPerChunk, line = i % Line::kPerChunk;
+        w[q] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
+      } else if ((i -= displaced) < scale_words) {
+        w[q] = scales[i];
+      } else if ((i -= scale_words) < meta_words) {
+        w[q] = s.scratch[i];
+      }
+    }
+    Line::store(to + (a.shape.per + t) * kChunkBytes, lane, make_uint4(w[0], w[1], w[2], w[3]), peer.tag_out);
+  }
+  __syncwarp();
+}
+
+template <int kLanes>
+__device__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
+  const int message = lane < topk ? s.routes.message[(token - s.block->first_token) * topk + lane] : -1;
+  const int rank = message >= 0 ? static_cast<int>(load_id(a.route, std::int64_t{token} * topk + lane)) / a.op.experts : 0;
+  unsigned left = __ballot_sync(~0u, message >= 0 && rank != a.op.rank && s.peers[rank].active);
+  for (int unit = 0; left; left &= left - 1) {
+    const int place = __ffs(left) - 1;
+    const int to = __shfl_sync(~0u, rank, place), number = __shfl_sync(~0u, message, place);
+    for (int piece = 0; piece < a.shape.pieces; ++piece, ++unit)
+      if (unit % kSenders == warp) push_piece<kLanes>(a, s, token, stage, to, number, piece);
+  }
+}
+
+// The counts of all of this rank's tokens, and its header, to every rank. The sending warps of the last block.
+__device__ void send_counts(const DispatchOp& a, const Shared& s) {
+  const Op& op = a.op;
+  for (int i = threadIdx.x; i < op.ranks * op.words.cells; i += kSendThreads) {
+    const int rank = i / op.words.cells, cell = i % op.words.cells;
+    const Peer& peer = s.peers[rank];
+    if (!peer.active) continue;
+    std::uint32_t w[3];
+#pragma unroll
+    for (int q = 0; q < 3; ++q) {
+      const int expert = cell * 3 + q;
+      const int count = expert < op.experts ? s.routes.per_expert[rank * op.experts + expert] : 0;
+      w[q] = count < a.route.max_tokens ? count : a.route.max_tokens;
+    }
+    store_cell(peer.control + op.words.counts_of(op.rank, flag_slot(peer.sent)) + cell * 16, make_uint4(w[0], w[1], w[2], peer.tag_out));
+  }
+  for (int rank = threadIdx.x; rank < op.ranks; rank += kSendThreads)
+    if (s.peers[rank].active) send_header(op, *s.block, s.peers[rank], rank == op.rank ? 0 : s.routes.per_rank[rank]);
+}
+
+// Headers and counts of all sources: what came, and where each source's rows begin. `threads` of the block from `first` on.
+__device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, int threads, int name) {
+  const Op& op = a.op;
+  const int tid = static_cast<int>(threadIdx.x) - first;
+  for (int rank = tid; rank < op.ranks; rank += threads)
+    if (s.peers[rank].active) await_header(op, *s.block, s.peers[rank], rank, a.wait_cost);
+  if (s.block->rejoin) sync_some(name, threads);
+  for (int i = threads - 1 - tid; i < op.ranks * op.words.cells; i += threads) {
+    const int rank = i / op.words.cells, cell = i % op.words.cells;
+    Peer& peer = s.peers[rank];
+    const void* at = op.control + op.words.counts_of(rank, flag_slot(peer.expected)) + cell * 16;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (peer.active) {
+      Patience patience;
+      const std::uint32_t tag = peer.tag_in;
+      while ((v = load_cell(at)).w != tag)
+        if (!patient(op, *s.block, rank, patience)) {
+          fail_peer(op, *s.block, peer, rank);
+          v = make_uint4(0, 0, 0, 0);
+          break;
+        }
+    }
+    const std::uint32_t w[3] = {v.x, v.y, v.z};
+#pragma unroll
+    for (int q = 0; q < 3; ++q) {
+      const int expert = cell * 3 + q;
+      const auto most = static_cast<std::uint32_t>(a.route.max_tokens);
+      if (expert < op.experts) s.base[rank * op.experts + expert] = static_cast<int>(w[q] < most ? w[q] : most);
+    }
+  }
+  sync_some(name, threads);
+  for (int expert = tid; expert < op.experts; expert += threads) {
+    int sum = 0;
+    for (int rank = 0; rank < op.ranks; ++rank) {
+      const int count = s.peers[rank].active ? s.base[rank * op.experts + expert] : 0;  // after the barrier: failed anywhere in the block
+      s.base[rank * op.experts + expert] = sum;
+      sum += count;
+    }
+  }
+  if (tid == 0) {
+    int most = 0;
+    for (int rank = 0; rank < op.ranks; ++rank)
+      if (s.peers[rank].active && s.peers[rank].messages > most) most = s.peers[rank].messages;
+    s.block->most_messages = most < a.route.max_tokens ? most : a.route.max_tokens;
+    s.block->cursor = 0;
+  }
+  sync_some(name, threads);
+}
+
+// What the caller learns about counts; `threads` as above, of one block. A repair adds to the statistics what changed.
+__device__ void write_ranges(const DispatchOp& a, const Shared& s, int first, int threads, bool repair) {
+  const Op& op = a.op;
+  for (int i = static_cast<int>(threadIdx.x) - first; i < op.experts * op.ranks; i += threads) {
+    const int expert = i / op.ranks, rank = i % op.ranks;
+    const int begin = s.base[rank * op.experts + expert];
+    int end;
+    if (rank + 1 < op.ranks) {
+      end = s.base[(rank + 1) * op.experts + expert];
+    } else {
+      int last = 0;
+      if (s.peers[rank].active) {
+        const uint4 v = load_cell(op.control + op.words.counts_of(rank, flag_slot(s.peers[rank].expected)) + expert / 3 * 16);
+        last = static_cast<int>(expert % 3 == 0 ? v.x : expert % 3 == 1 ? v.y : v.z);
+        last = last < a.route.max_tokens ? last : a.route.max_tokens;
+      }
+      end = begin + last;
+      if (a.recv_stats) atomicAdd(a.recv_stats + expert, end - (repair ? a.recv_count[expert] : 0));
+      a.recv_count[expert] = end;
+    }
+    a.layout_range[std::int64_t{expert} * op.ranks + rank] = make_range(begin, end - begin);
+  }
+}
+
+struct Place {
+  int expert = -1;  // local
+  int row = 0;
+};
+__device__ __forceinline__ void write_row_info(const DispatchOp& a, Place to, int token, int place, std::uint32_t weight) {
+  const std::int64_t at = std::int64_t{to.expert} * a.op.ranks * a.route.max_tokens + to.row;
+  a.src_info[at] = token;
+  if (a.recv_places) a.recv_places[at] = static_cast<std::uint8_t>(place);
+  if (a.recv_weights) a.recv_weights[at] = float_from_bits(weight);
+}
+__device__ __forceinline__ void write_chunk(const DispatchOp& a, Place to, int chunk, int lane, uint4 bytes) {
+  const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
+  const int at = chunk * kChunkBytes + lane * 16;
+  if (at < a.row_bytes) __stcs(reinterpret_cast<uint4*>(a.recv_x + (to.expert * rows + to.row) * a.row_bytes + at), bytes);
+}
+__device__ __forceinline__ void write_scale(const DispatchOp& a, Place to, int word, std::uint32_t value) {
+  const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
+  const int words = a.payload == kPayloadFp8Ue8m0 ? a.hidden / 512 : a.hidden / 128;
+  if (word < words) a.recv_scales[(std::int64_t{to.expert} * words + word) * rows + to.row] = value;
+}
+
+// One piece of one message: waits for its lines, writes them wherever the row belongs. One warp.
+template <int kLanes>
+__device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, int message, int piece) {
+  using Line = Lines<kLanes>;
+  const int lane = threadIdx.x % 32;
+  Peer& peer = s.peers[rank];
+  const std::uint8_t* from = peer.local + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
+  const int chunks = a.shape.chunks_of(piece), first = piece * a.shape.per;
+  const std::uint32_t tag = peer.tag_in;
+  const bool eager = a.shape.per <= 2;  // few pieces are under way: look at everything at once
+  uint4 data[kMaxPer];
+  Patience patience;
+  for (;;) {  // tails are sent last, so when they are here the rest mostly is
+    bool fresh = true;
+    if (eager) {
+#pragma unroll
+      for (int c = 0; c < kMaxPer; ++c)
+        if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
+    }
+    for (int t = 0; t < a.shape.tails; ++t) {
+      const uint4 v = Line::load(from + (a.shape.per + t) * kChunkBytes, lane);
+      fresh = fresh && Line::fresh(v, lane, tag);
+      std::uint32_t* words = s.scratch + t * Line::kWords + Line::first_word(lane);
+      words[0] = v.x;
+      words[1] = v.y;
+      words[2] = v.z;
+      if (!Line::holds_tag(lane)) words[3] = v.w;
+    }
+    if (__all_sync(~0u, fresh)) {
+#pragma unroll
+      for (int c = 0; c < kMaxPer; ++c)
+        if (c < chunks && !eager) data[c] = Line::load(from + c * kChunkBytes, lane);
+#pragma unroll
+      for (int c = 0; c < kMaxPer; ++c)
+        if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
+      if (__all_sync(~0u, fresh)) break;
+    }
+    const bool on = lane != 0 || patient(a.op, *s.block, rank, patience);
+    if (!__all_sync(~0u, on)) {
+      if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
+      return;
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int c = 0; c < kMaxPer; ++c)
+    if (c < chunks && Line::holds_tag(lane)) data[c].w = s.scratch[c * Line::kPerChunk + lane / kLanes];
+  const std::uint32_t* scales = s.scratch + chunks * Line::kPerChunk;
+  const int num_scales = chunks * a.chunk_words;
+  const std::uint32_t* meta = scales + num_scales;
+  const int entry_words = a.weights ? 3 : 2;
+  const int token = meta[0], entries = meta[1];
+  for (int e = 0; e < entries; ++e) {
+    const std::uint32_t* entry = meta + 2 + e * entry_words;
+    const Place to{static_cast<int>(entry[0] & 0xffff), s.base[rank * a.op.experts + (entry[0] & 0xffff)] + static_cast<int>(entry[1])};
+#pragma unroll
+    for (int c = 0; c < kMaxPer; ++c)
+      if (c < chunks) write_chunk(a, to, first + c, lane, data[c]);
+    for (int w = lane; w < num_scales; w += 32) write_scale(a, to, first * a.chunk_words + w, scales[w]);
+    if (piece == 0 && lane == 0) write_row_info(a, to, token, entry[0] >> 16, a.weights ? entry[2] : 0);
+  }
+  __syncwarp();
+}
+
+// Tokens that stay on this rank never touch a line: read again, straight to their places. Warps [0, warps).
+__device__ void place_own(const DispatchOp& a, const Shared& s, int warps) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
+  for (int token = s.block->first_token; token < s.block->end_token; ++token) {
+    const long long id = lane < topk ? load_id(a.route, std::int64_t{token} * topk + lane) : -1;
+    const int index = lane < topk ? s.routes.index[(token - s.block->first_token) * topk + lane] : -1;
+    const bool mine = index >= 0 && static_cast<int>(id) / a.op.experts == a.op.rank;
+    Place own;
+    if (mine) {
+      own.expert = static_cast<int>(id) - a.op.rank * a.op.experts;
+      own.row = s.base[a.op.rank * a.op.experts + own.expert] + index;
+      if (warp == 0) write_row_info(a, own, token, lane, a.weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
+    }
+    const unsigned all = __ballot_sync(~0u, mine);
+    if (!all) continue;
+    const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
+    for (int chunk = warp; chunk < a.shape.chunks; chunk += warps) {
+      std::uint32_t word = 0;
+      const uint4 bytes = load_chunk(a, row, chunk, lane, &word);
+      for (unsigned left = all; left; left &= left - 1) {
+        const int place = __ffs(left) - 1;
+        const Place to{__shfl_sync(~0u, own.expert, place), __shfl_sync(~0u, own.row, place)};
+        write_chunk(a, to, chunk, lane, bytes);
+        if (lane < a.chunk_words) write_scale(a, to, chunk * a.chunk_words + lane, word);
+      }
+    }
+  }
+}
+
+// Takes pieces of messages until none is left: item i of the grid is (message, source, piece), sources in turn. One warp at a
+// time; `begin` and `stride` spread the items over blocks.
+template <int kLanes>
+__device__ void receive_messages(const DispatchOp& a, const Shared& s, int begin, int stride) {
+  const int lane = threadIdx.x % 32;
+  const int others = a.op.ranks - 1;
+  const std::int64_t items = std::int64_t{s.block->most_messages} * others * a.shape.pieces;
+  for (;;) {
+    int turn = 0;
+    if (lane == 0) turn = atomicAdd(&s.block->cursor, 1);
+    const std::int64_t item = begin + std::int64_t{__shfl_sync(~0u, turn, 0)} * stride;
+    if (item >= items) return;
+    const int piece = static_cast<int>(item % a.shape.pieces);
+    const int which = static_cast<int>(item / a.shape.pieces % others);
+    const int message = static_cast<int>(item / a.shape.pieces / others);
+    int rank = a.op.rank + 1 + which;
+    if (rank >= a.op.ranks) rank -= a.op.ranks;
+    if (s.peers[rank].active && message < s.peers[rank].messages) receive_piece<kLanes>(a, s, rank, message, piece);
+  }
+}
+
+// One block writes everything again without the sources that failed.
+template <int kLanes>
+__device__ void repair(const DispatchOp& a, const Shared& s) {
+  receive_counts(a, s, 0, kThreads, kAll);
+  write_ranges(a, s, 0, kThreads, true);
+  receive_messages<kLanes>(a, s, 0, 1);
+  __syncthreads();
+  const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
+  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, const_cast<Routes&>(s.routes), 0, kSendThreads, kSending);
+  for (int token = 0; token < a.route.num_tokens; token += span) {
+    const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      s.block->first_token = token;
+      s.block->end_token = end;
+    }
+    if (threadIdx.x < 32) count_own(a.op, a.route, const_cast<Routes&>(s.routes), token, end, nullptr);
+    __syncthreads();
+    place_own(a, s, kWarps);
+  }
+}
+
+}  // namespace
+}  // namespace gpu
+
+template <int kLanes>
+__global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_constant__ gpu::DispatchOp a) {
+  using namespace gpu;
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  Shared s = carve(a, memory);
+  const int warp = threadIdx.x / 32;
+  const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
+  const int begin = static_cast<int>(std::int64_t{a.route.num_tokens} * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(std::int64_t{a.route.num_tokens} * (blockIdx.x + 1) / gridDim.x);
+  if (warp < kSenders) {
+    if (sends && begin < end) stage_token(a, s, begin, s.stage);
+    count_before(a.op, a.route, s.routes, begin, kSendThreads, kSending);
+    if (warp == 0) count_own(a.op, a.route, s.routes, begin, end, blockIdx.x == gridDim.x - 1 || begin < end ? a.op.page : nullptr);
+  } else if (warp == kSenders) {
+    if (threadIdx.x % 32 == 0) {
+      s.block->first_token = begin;
+      s.block->end_token = end;
+    }
+    begin_operation(a.op, *s.block, s.peers);
+  }
+  __syncthreads();
+  if (warp < kSenders) {
+    if (sends) {
+      if (blockIdx.x == gridDim.x - 1) send_counts(a, s);
+      for (int token = begin; token < end; ++token) {
+        std::uint8_t* stage = s.stage + (token - begin) % 2 * s.stage_bytes;
+        if (token != begin) {
+          stage_token(a, s, token, stage);
+          sync_some(kSending, kSendThreads);
+        }
+        push_token<kLanes>(a, s, token, stage);
+      }
+    }
+    if (receives) {
+      sync_some(kBasesKnown, kThreads);
+      place_own(a, s, kSenders);
+    }
+  } else if (receives) {
+    receive_counts(a, s, kSendThreads, kRestThreads, kResting);
+    arrive_some(kBasesKnown, kThreads);
+    if (blockIdx.x == 0) write_ranges(a, s, kSendThreads, kRestThreads, false);
+  }
+  if (!receives) return finish_sending(a.op);
+  receive_messages<kLanes>(a, s, blockIdx.x, gridDim.x);
+  if (blockIdx.x == 0 && s.block->rejoin) {
+    __syncthreads();
+    settle_rejoined(a.op, *s.block, s.peers);
+  }
+  if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes>(a, s);
+}
+
+namespace gpu {
+const void* dispatch_kernel(int lanes) {
+  return lanes == 1 ? reinterpret_cast<const void*>(dispatch<1>) : reinterpret_cast<const void*>(dispatch<8>);
+}
+}  // namespace gpu
+}  // namespace nixl::core::ep

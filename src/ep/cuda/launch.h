@@ -1,0 +1,89 @@
+// Kernels by address, and the shared memory that a launch of each needs. Host code includes this; so do the kernels, which
+// find their parts of shared memory by the same walk.
+#pragma once
+#include "ep/cuda/protocol.h"
+
+namespace nixl::core::ep::gpu {
+
+inline constexpr int kPeerBytes = 88;  // of Peer in device/op.cuh
+
+struct DispatchShared {
+  std::int64_t peers = 0, base = 0, per_expert = 0, per_rank = 0, index = 0, message = 0, stage = 0, scratch = 0, total = 0;
+  int stage_bytes = 0, scratch_words = 0;
+};
+NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid) {
+  DispatchShared at;
+  Walk walk;
+  const std::int64_t experts = std::int64_t{a.op.ranks} * a.op.experts;
+  const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
+  at.stage_bytes = static_cast<int>(align_up<std::int64_t>(a.shape.chunks * (kChunkBytes + 4 * a.chunk_words), 128));
+  at.scratch_words = a.shape.tails * 128;
+  at.stage = walk.take(2 * at.stage_bytes, 128);
+  at.scratch = walk.take(4 * at.scratch_words * kWarps, 16);
+  at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
+  at.base = walk.take(4 * experts, 16);
+  at.per_expert = walk.take(4 * experts, 16);
+  at.per_rank = walk.take(4 * a.op.ranks, 16);
+  at.index = walk.take(4 * own * a.route.topk, 16);
+  at.message = walk.take(4 * own * a.route.topk, 16);
+  at.total = walk.total(16);
+  return at;
+}
+
+struct CombineShared {
+  std::int64_t peers = 0, first = 0, count = 0, starts = 0, per_expert = 0, per_rank = 0, index = 0, message = 0, total = 0;
+};
+NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
+  CombineShared at;
+  Walk walk;
+  const std::int64_t experts = std::int64_t{a.op.ranks} * a.op.experts;
+  const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
+  at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
+  at.first = walk.take(4 * experts, 16);
+  at.count = walk.take(4 * experts, 16);
+  at.starts = walk.take(4 * (experts + 1), 16);
+  at.per_expert = walk.take(4 * experts, 16);
+  at.per_rank = walk.take(4 * a.op.ranks, 16);
+  at.index = walk.take(4 * own * a.route.topk, 16);
+  at.message = walk.take(4 * own * a.route.topk, 16);
+  at.total = walk.total(16);
+  return at;
+}
+
+// lanes: 1 or 8 (ep/layout/push.h). Each takes its Op struct by value.
+const void* dispatch_kernel(int lanes);
+const void* combine_kernel(int lanes);
+const void* barrier_kernel();
+
+// What a change of peers does, for the ranks listed in pinned host memory.
+enum class Change : int { kMask, kUnmask, kAttach, kDetach };
+struct PeerChange {
+  Change change = Change::kMask;
+  int rank = 0;
+  std::uint8_t* data = nullptr;     // kAttach
+  std::uint8_t* control = nullptr;
+  std::uint32_t incarnation = 0;
+};
+inline constexpr int kChangesInLaunch = 32;
+struct ChangeOp {
+  State* state = nullptr;
+  std::uint8_t* control = nullptr;
+  PushControl words;
+  int count = 0;
+  PeerChange changes[kChangesInLaunch];
+};
+struct QueryOp {
+  const State* state = nullptr;
+  std::int32_t* out = nullptr;
+  int rank = 0;
+  int num_ranks = 0;
+};
+struct IdleOp {  // waits until the operations that have begun have written to peers what they will
+  State* state = nullptr;
+  std::int64_t limit_ns = 0;
+};
+const void* change_kernel();
+const void* query_kernel();
+const void* idle_kernel();
+
+}  // namespace nixl::core::ep::gpu

@@ -1,0 +1,134 @@
+// What host and kernels of the CUDA path share: the state in device memory and the arguments of a launch.
+#pragma once
+#include <cstdint>
+
+#include "ep/layout/push.h"
+#include "ep/layout/route.h"
+#include "ep/layout/wire.h"
+
+namespace nixl::core::ep::gpu {
+
+inline constexpr int kThreads = 512;
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kSenders = 8;  // warps that send first; the others receive from the start
+
+enum class PeerStatus : std::uint32_t { kActive = 0, kMasked = 1, kAbsent = 2 };
+
+// What is known of a peer from operation `from` on. Two versions exist: the one that a running operation uses stays
+// untouched while a change for the next operation is written to the other.
+struct alignas(64) PeerVersion {
+  std::uint64_t from = ~0ull;       // ~0: not in use
+  std::uint8_t* data = nullptr;     // its data memory, mapped here
+  std::uint8_t* control = nullptr;  // its control memory
+  PeerStatus status = PeerStatus::kAbsent;
+  std::uint32_t incarnation = 0;
+  std::uint32_t sent = 0;           // count that operation `from` sends
+  std::uint32_t expected = 0;       // count that operation `from` waits for
+  std::uint32_t session = 0;        // times it was unmasked here
+  std::uint32_t peer_session = 0;   // its session in the last accepted operation
+  std::uint32_t rejoining = 0;      // unmasked, nothing accepted since
+  std::uint32_t unused[3] = {};
+};
+static_assert(sizeof(PeerVersion) == 64);
+
+// Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket, whatever
+// their number, so the first ticket of the next operation follows without anybody resetting anything.
+inline constexpr std::uint64_t kTicket = 1 << 16;
+inline constexpr std::uint64_t kLocked = 1ull << 63;
+struct State {
+  unsigned long long ticket;
+  unsigned long long sent;      // the same, at the end of blocks that wrote to peers
+  unsigned long long done;      // the same, at the end of receiving blocks
+  unsigned long long redo;      // last operation + 1 that was repaired
+  unsigned long long fault_op;  // operation + 1 that fault_view speaks of
+  unsigned long long failed[kMaxRanks];  // operation + 1 in which this source failed
+  std::int32_t fault_view[kMaxRanks];
+  PeerVersion peers[kMaxRanks][2];
+};
+
+struct FaultRecord {
+  std::uint64_t operation;
+  std::uint64_t expected;
+  std::uint64_t seen;
+  std::int32_t rank;
+  std::int32_t phase;
+  unsigned long long sequence;  // written last: index + 1
+};
+// In pinned host memory: written by kernels, read by any host thread.
+inline constexpr int kFaultRing = 1024;
+struct HostPage {
+  unsigned long long faults;       // records written so far
+  unsigned long long input_error;  // (expert id << 8 | kind) + 1; 0: none
+  FaultRecord ring[kFaultRing];
+};
+inline constexpr int kOutsideId = 1;
+inline constexpr int kTooManyRows = 2;
+
+inline constexpr int kSends = 1;
+inline constexpr int kReceives = 2;
+
+// Common to every operation.
+struct Op {
+  State* state = nullptr;
+  HostPage* page = nullptr;       // by its device address
+  std::uint8_t* data = nullptr;   // own data memory
+  std::uint8_t* control = nullptr;
+  PushLayout layout;
+  PushControl words;
+  std::int64_t timeout_ns = 0;
+  std::uint32_t incarnation = 0;
+  int rank = 0;
+  int ranks = 0;    // of the call
+  int experts = 0;  // of a rank
+  int phase = 0;    // nixl::ep::Phase
+  int parts = kSends | kReceives;
+};
+
+struct RouteArgs {
+  const void* topk_idx = nullptr;
+  int index_bytes = 4;
+  int num_tokens = 0;
+  int topk = 0;
+  int max_tokens = 0;
+};
+
+struct DispatchOp {
+  Op op;
+  RouteArgs route;
+  RowShape shape;
+  const std::uint16_t* x = nullptr;
+  const float* weights = nullptr;
+  int hidden = 0;
+  int payload = 0;
+  int row_bytes = 0;    // of an output row
+  int chunk_words = 0;  // scale words of a chunk
+  std::uint8_t* recv_x = nullptr;
+  std::uint32_t* recv_scales = nullptr;
+  std::int32_t* recv_count = nullptr;
+  std::int32_t* src_info = nullptr;
+  std::int64_t* layout_range = nullptr;
+  float* recv_weights = nullptr;
+  std::uint8_t* recv_places = nullptr;
+  std::int32_t* recv_stats = nullptr;
+  std::int64_t* wait_cost = nullptr;
+};
+
+struct CombineOp {
+  Op op;
+  RouteArgs route;
+  RowShape shape;
+  std::int64_t entries = 0;   // offset of entry cells in a slot
+  const std::uint16_t* x = nullptr;
+  std::int64_t x_stride = 0;  // elements between rows
+  int hidden = 0;
+  const float* weights = nullptr;
+  const std::int32_t* src_info = nullptr;
+  const std::int64_t* layout_range = nullptr;
+  const std::uint8_t* places = nullptr;  // null: owners send entries first
+  bool exact = false;
+  bool partials = false;                 // rows of a token are summed before they travel
+  std::uint16_t* out = nullptr;
+  std::int64_t* wait_cost = nullptr;
+};
+
+}  // namespace nixl::core::ep::gpu
