@@ -47,6 +47,7 @@ __device__ __forceinline__ uint4 load_row(const CombineOp& a, const std::uint16_
 // Ranges that the caller's tensors cannot hold count as empty. Threads [from, kThreads).
 __device__ void load_ranges(const CombineOp& a, const Shared& s, int from) {
   const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) - from; i < a.op.experts * a.op.ranks; i += kThreads - from) {
     const std::int64_t range = a.layout_range[i];
     s.first[i] = range_first(range);
@@ -135,6 +136,7 @@ template <int kLanes>
 __device__ __forceinline__ void send_row(const CombineOp& a, const std::uint16_t* row, Batch head, int piece, std::uint8_t* to, std::uint32_t tag) {
   const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
   PieceSender<kLanes> out(to + piece * a.shape.piece_bytes, tag);
+#pragma unroll 1
   for (int c = 0; c < chunks; c += kBatch) {
     Batch next;
     if (c + kBatch < chunks) next.load(a, row, first + c + kBatch, first + chunks, lane);
@@ -154,8 +156,10 @@ __device__ __forceinline__ void send_sum(const CombineOp& a, const std::uint16_t
   const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
   PieceSender<kLanes> out(to + piece * a.shape.piece_bytes, tag);
   const auto address = reinterpret_cast<unsigned long long>(row);
+#pragma unroll 1
   for (int c = 0; c < chunks; c += kBatch) {
     float sum[kBatch][8] = {};
+#pragma unroll 1
     for (unsigned left = held; left; left &= left - 1) {  // two entries at a time, their loads together
       const int e = __ffs(left) - 1;
       left &= left - 1;
@@ -185,6 +189,7 @@ __device__ __forceinline__ std::uint8_t* exact_row(const CombineOp& a, std::uint
 // token, tag}, topk cells apart. A message whose entries were all cut off is one cell without entries. The sending warps.
 __device__ void send_entries(const CombineOp& a, const Shared& s) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
+#pragma unroll 1
   for (int token = s.block->first_token + warp; token < s.block->end_token; token += kSenders) {
     const std::int64_t at = std::int64_t{token} * topk + lane;
     const int local = (token - s.block->first_token) * topk;
@@ -212,13 +217,13 @@ __device__ void serve_message(const CombineOp& a, const Shared& s, int rank, int
   uint4 cell;
   int entries;
   Patience patience;
+#pragma unroll 1
   for (;;) {
     cell = lane < topk ? load_cell(cells + lane * 16) : make_uint4(0, 0, 0, 0);
     const bool first = __shfl_sync(~0u, cell.w, 0) == peer.tag_in;
     entries = static_cast<int>(__shfl_sync(~0u, cell.x, 0) >> 18);
     if (__all_sync(~0u, first && (lane >= entries || cell.w == peer.tag_in))) break;
-    const bool on = lane != 0 || patient(a.op, *s.block, rank, patience);
-    if (!__all_sync(~0u, on)) {
+    if (!warp_patient(a.op, *s.block, rank, patience)) {
       if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
       return;
     }
@@ -230,6 +235,7 @@ __device__ void serve_message(const CombineOp& a, const Shared& s, int rank, int
     return;
   }
   const auto address = reinterpret_cast<unsigned long long>(row);
+#pragma unroll 1
   for (int e = 0; e < entries; ++e) {
     const int token = __shfl_sync(~0u, cell.z, e), place = __shfl_sync(~0u, cell.x, e) >> 13 & 31;
     const auto* from = reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e));
@@ -242,6 +248,7 @@ template <int kLanes>
 __device__ void serve_messages(const CombineOp& a, const Shared& s) {
   const int others = a.op.ranks - 1;
   const std::int64_t items = std::int64_t{s.block->most_messages} * others * a.shape.pieces;
+#pragma unroll 1
   for (std::int64_t item = blockIdx.x + std::int64_t{threadIdx.x / 32} * gridDim.x; item < items; item += std::int64_t{kWarps} * gridDim.x) {
     const int piece = static_cast<int>(item % a.shape.pieces);
     const int message = static_cast<int>(item / a.shape.pieces / others);
@@ -259,11 +266,13 @@ __device__ void send_rows(const CombineOp& a, const Shared& s) {
   const int lane = threadIdx.x % 32, blocks = op.experts * op.ranks;
   const std::int64_t rows = std::int64_t{op.ranks} * a.route.max_tokens;
   if (threadIdx.x < 32) {
+#pragma unroll 1
     for (int rank = lane; rank < op.ranks; rank += 32)
       if (s.peers[rank].active && rank != op.rank && s.peers[rank].parity == kUnknownParity)
         await_header(op, *s.block, s.peers[rank], rank, nullptr);
     __syncwarp();
     int sum = 0;
+#pragma unroll 1
     for (int begin = 0; begin < blocks; begin += 32) {
       const int block = begin + lane, rank = block % op.ranks;
       const int own = block < blocks && rank != op.rank && s.peers[rank].active ? s.count[block] : 0;
@@ -280,9 +289,11 @@ __device__ void send_rows(const CombineOp& a, const Shared& s) {
   }
   __syncthreads();
   const std::int64_t items = std::int64_t{s.starts[blocks]} * a.shape.pieces;
+#pragma unroll 1
   for (std::int64_t item = blockIdx.x + std::int64_t{threadIdx.x / 32} * gridDim.x; item < items; item += std::int64_t{kWarps} * gridDim.x) {
     const int ordinal = static_cast<int>(item / a.shape.pieces), piece = static_cast<int>(item % a.shape.pieces);
     int low = 0, high = blocks;  // the last block that starts at or before `ordinal`
+#pragma unroll 1
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       (s.starts[middle] <= ordinal ? low : high) = middle;
@@ -376,6 +387,7 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
   const unsigned all = __ballot_sync(~0u, valid);
   int place = 0;
   bool last = true;
+#pragma unroll 1
   for (unsigned left = all; left; left &= left - 1) {
     const int other = __ffs(left) - 1;
     const int other_rank = __shfl_sync(~0u, rank, other);
@@ -386,6 +398,7 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
   // Hands every contribution to the lane of its turn.
   Contribution mine;
   *count = __popc(all);
+#pragma unroll 1
   for (int turn = 0; turn < *count; ++turn) {
     const int holder = __ffs(__ballot_sync(~0u, valid && place == turn)) - 1;
     const auto from = __shfl_sync(~0u, own.from, holder);
@@ -409,8 +422,10 @@ __device__ void sum_token(const CombineOp& a, const Shared& s, int token, int fi
   int count;
   const Contribution turn = contribution_of(a, s, token, &count);
   const int bits = turn.lines << 2 | turn.partial << 1 | static_cast<int>(turn.last);
+#pragma unroll 1
   for (int chunk = first; chunk < a.shape.chunks; chunk += step) {
     float total[8] = {}, group[8] = {};
+#pragma unroll 1
     for (int begin = 0; begin < count; begin += kBatch) {
       Arriving<kLanes> in[kBatch];
       const std::uint8_t* from[kBatch];
@@ -429,6 +444,7 @@ __device__ void sum_token(const CombineOp& a, const Shared& s, int token, int fi
         }
       }
       Patience patience;
+#pragma unroll 1
       while (missing) {
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
@@ -438,8 +454,7 @@ __device__ void sum_token(const CombineOp& a, const Shared& s, int token, int fi
             missing &= ~(1u << u);
             continue;
           }
-          const bool on = lane != 0 || patient(a.op, *s.block, rank, patience);
-          if (!__all_sync(~0u, on)) {
+          if (!warp_patient(a.op, *s.block, rank, patience)) {
             if (lane == 0) fail_peer(a.op, *s.block, s.peers[rank], rank);
             missing &= ~(1u << u);
             what[u] = 8;
@@ -472,9 +487,10 @@ __device__ void sum_token(const CombineOp& a, const Shared& s, int token, int fi
 
 // One block adds everything up again without the ranks that failed.
 template <int kLanes>
-__device__ void repair(const CombineOp& a, Shared& s) {
+__device__ __noinline__ void repair(const CombineOp& a, Shared& s) {
   const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
   if (threadIdx.x < kSendThreads) count_before(a.op, a.route, s.routes, 0, kSendThreads, kSending);
+#pragma unroll 1
   for (int token = 0; token < a.route.num_tokens; token += span) {
     const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
     __syncthreads();
@@ -484,6 +500,7 @@ __device__ void repair(const CombineOp& a, Shared& s) {
     }
     if (threadIdx.x < 32) count_own(a.op, a.route, s.routes, token, end, nullptr);
     __syncthreads();
+#pragma unroll 1
     for (int t = token; t < end; ++t) sum_token<kLanes>(a, s, t, threadIdx.x / 32, kWarps);
   }
 }
@@ -492,6 +509,7 @@ __device__ void repair(const CombineOp& a, Shared& s) {
 __device__ void await_headers(const CombineOp& a, const Shared& s) {
   const int lane = threadIdx.x % 32;
   int most = 0;
+#pragma unroll 1
   for (int rank = lane; rank < a.op.ranks; rank += 32) {
     if (!s.peers[rank].active || rank == a.op.rank) continue;
     await_header(a.op, *s.block, s.peers[rank], rank, a.wait_cost);
@@ -538,6 +556,7 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
   __syncthreads();
   if (sends && warp < kSenders) {
     if (blockIdx.x == gridDim.x - 1)
+#pragma unroll 1
       for (int rank = threadIdx.x; rank < a.op.ranks; rank += kSendThreads)
         if (s.peers[rank].active && rank != a.op.rank)
           send_header(a.op, *s.block, s.peers[rank], a.places ? 0 : s.routes.per_rank[rank]);
@@ -550,6 +569,7 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
     __syncthreads();
     if (!a.places) serve_messages<kLanes>(a, s);
   }
+#pragma unroll 1
   for (int token = begin; token < end; ++token) sum_token<kLanes>(a, s, token, part * kWarps + warp, parts * kWarps);
   if (a.places && !s.block->rejoin && blockIdx.x == 0 && warp == kSenders) await_headers(a, s);
   if (blockIdx.x == 0 && s.block->rejoin) {

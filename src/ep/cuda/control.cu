@@ -12,9 +12,11 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) barrier(const __grid_constan
   auto* peers = reinterpret_cast<Peer*>(memory);
   if (threadIdx.x < 32) begin_operation(op, block, peers);
   __syncthreads();
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x)
     if (peers[rank].active && rank != op.rank) send_header(op, block, peers[rank], 0);
   __threadfence_system();
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x)
     if (peers[rank].active && rank != op.rank) await_header(op, block, peers[rank], rank, nullptr);
   __syncthreads();
@@ -60,11 +62,13 @@ __device__ void apply_change(const ChangeOp& a, const PeerChange& what, std::uin
 }
 __global__ void change_peers(const __grid_constant__ ChangeOp a) {
   const std::uint64_t next = lock_state(*a.state);
+#pragma unroll 1
   for (int i = 0; i < a.count; ++i) apply_change(a, a.changes[i], next);
   unlock_state(*a.state);
 }
 
 __global__ void query_peers(const __grid_constant__ QueryOp a) {
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < a.num_ranks; rank += blockDim.x) {
     const PeerStatus status = version_at(a.state->peers[rank], ~0ull - 1).status;
     a.out[rank] = rank == a.rank || status == PeerStatus::kActive ? 0 : status == PeerStatus::kMasked ? 1 : -1;
@@ -74,6 +78,7 @@ __global__ void query_peers(const __grid_constant__ QueryOp a) {
 __global__ void await_idle(const __grid_constant__ IdleOp a) {
   const std::uint64_t begun = (load_strong(&a.state->ticket) & ~kLocked) / kTicket;
   const std::uint64_t limit = wall_ns() + a.limit_ns;
+#pragma unroll 1
   while (load_strong(&a.state->sent) / kTicket < begun && wall_ns() < limit) __nanosleep(2000);
   __nanosleep(100000);  // a receiver that looked at the peer just before the change has ended its look
 }

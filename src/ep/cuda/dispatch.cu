@@ -99,6 +99,7 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
     Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane], peer.tag_out);
   const int displaced = chunks * Line::kPerChunk, scale_words = chunks * a.chunk_words;
   const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
+#pragma unroll 1
   for (int t = 0; t < a.shape.tails; ++t) {
     std::uint32_t w[4];
 #pragma unroll
@@ -125,9 +126,11 @@ __device__ void push_token(const DispatchOp& a, const Shared& s, int token, cons
   const int message = lane < topk ? s.routes.message[(token - s.block->first_token) * topk + lane] : -1;
   const int rank = message >= 0 ? static_cast<int>(load_id(a.route, std::int64_t{token} * topk + lane)) / a.op.experts : 0;
   unsigned left = __ballot_sync(~0u, message >= 0 && rank != a.op.rank && s.peers[rank].active);
+#pragma unroll 1
   for (int unit = 0; left; left &= left - 1) {
     const int place = __ffs(left) - 1;
     const int to = __shfl_sync(~0u, rank, place), number = __shfl_sync(~0u, message, place);
+#pragma unroll 1
     for (int piece = 0; piece < a.shape.pieces; ++piece, ++unit)
       if (unit % kSenders == warp) push_piece<kLanes>(a, s, token, stage, to, number, piece);
   }
@@ -136,6 +139,7 @@ __device__ void push_token(const DispatchOp& a, const Shared& s, int token, cons
 // The counts of all of this rank's tokens, and its header, to every rank. The sending warps of the last block.
 __device__ void send_counts(const DispatchOp& a, const Shared& s) {
   const Op& op = a.op;
+#pragma unroll 1
   for (int i = threadIdx.x; i < op.ranks * op.words.cells; i += kSendThreads) {
     const int rank = i / op.words.cells, cell = i % op.words.cells;
     const Peer& peer = s.peers[rank];
@@ -149,6 +153,7 @@ __device__ void send_counts(const DispatchOp& a, const Shared& s) {
     }
     store_cell(peer.control + op.words.counts_of(op.rank, flag_slot(peer.sent)) + cell * 16, make_uint4(w[0], w[1], w[2], peer.tag_out));
   }
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < op.ranks; rank += kSendThreads)
     if (s.peers[rank].active) send_header(op, *s.block, s.peers[rank], rank == op.rank ? 0 : s.routes.per_rank[rank]);
 }
@@ -157,9 +162,11 @@ __device__ void send_counts(const DispatchOp& a, const Shared& s) {
 __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, int threads, int name) {
   const Op& op = a.op;
   const int tid = static_cast<int>(threadIdx.x) - first;
+#pragma unroll 1
   for (int rank = tid; rank < op.ranks; rank += threads)
     if (s.peers[rank].active) await_header(op, *s.block, s.peers[rank], rank, a.wait_cost);
   if (s.block->rejoin) sync_some(name, threads);
+#pragma unroll 1
   for (int i = threads - 1 - tid; i < op.ranks * op.words.cells; i += threads) {
     const int rank = i / op.words.cells, cell = i % op.words.cells;
     Peer& peer = s.peers[rank];
@@ -168,6 +175,7 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
     if (peer.active) {
       Patience patience;
       const std::uint32_t tag = peer.tag_in;
+#pragma unroll 1
       while ((v = load_cell(at)).w != tag)
         if (!patient(op, *s.block, rank, patience)) {
           fail_peer(op, *s.block, peer, rank);
@@ -184,8 +192,10 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
     }
   }
   sync_some(name, threads);
+#pragma unroll 1
   for (int expert = tid; expert < op.experts; expert += threads) {
     int sum = 0;
+#pragma unroll 1
     for (int rank = 0; rank < op.ranks; ++rank) {
       const int count = s.peers[rank].active ? s.base[rank * op.experts + expert] : 0;  // after the barrier: failed anywhere in the block
       s.base[rank * op.experts + expert] = sum;
@@ -194,6 +204,7 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
   }
   if (tid == 0) {
     int most = 0;
+#pragma unroll 1
     for (int rank = 0; rank < op.ranks; ++rank)
       if (s.peers[rank].active && s.peers[rank].messages > most) most = s.peers[rank].messages;
     s.block->most_messages = most < a.route.max_tokens ? most : a.route.max_tokens;
@@ -205,6 +216,7 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
 // What the caller learns about counts; `threads` as above, of one block. A repair adds to the statistics what changed.
 __device__ void write_ranges(const DispatchOp& a, const Shared& s, int first, int threads, bool repair) {
   const Op& op = a.op;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) - first; i < op.experts * op.ranks; i += threads) {
     const int expert = i / op.ranks, rank = i % op.ranks;
     const int begin = s.base[rank * op.experts + expert];
@@ -259,6 +271,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const bool eager = a.shape.per <= 2;  // few pieces are under way: look at everything at once
   uint4 data[kMaxPer];
   Patience patience;
+#pragma unroll 1
   for (;;) {  // tails are sent last, so when they are here the rest mostly is
     bool fresh = true;
     if (eager) {
@@ -266,6 +279,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
       for (int c = 0; c < kMaxPer; ++c)
         if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
     }
+#pragma unroll 1
     for (int t = 0; t < a.shape.tails; ++t) {
       const uint4 v = Line::load(from + (a.shape.per + t) * kChunkBytes, lane);
       fresh = fresh && Line::fresh(v, lane, tag);
@@ -284,8 +298,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
         if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
       if (__all_sync(~0u, fresh)) break;
     }
-    const bool on = lane != 0 || patient(a.op, *s.block, rank, patience);
-    if (!__all_sync(~0u, on)) {
+    if (!warp_patient(a.op, *s.block, rank, patience)) {
       if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
       return;
     }
@@ -299,12 +312,14 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const std::uint32_t* meta = scales + num_scales;
   const int entry_words = a.weights ? 3 : 2;
   const int token = meta[0], entries = meta[1];
+#pragma unroll 1
   for (int e = 0; e < entries; ++e) {
     const std::uint32_t* entry = meta + 2 + e * entry_words;
     const Place to{static_cast<int>(entry[0] & 0xffff), s.base[rank * a.op.experts + (entry[0] & 0xffff)] + static_cast<int>(entry[1])};
 #pragma unroll
     for (int c = 0; c < kMaxPer; ++c)
       if (c < chunks) write_chunk(a, to, first + c, lane, data[c]);
+#pragma unroll 1
     for (int w = lane; w < num_scales; w += 32) write_scale(a, to, first * a.chunk_words + w, scales[w]);
     if (piece == 0 && lane == 0) write_row_info(a, to, token, entry[0] >> 16, a.weights ? entry[2] : 0);
   }
@@ -314,6 +329,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
 // Tokens that stay on this rank never touch a line: read again, straight to their places. Warps [0, warps).
 __device__ void place_own(const DispatchOp& a, const Shared& s, int warps) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
+#pragma unroll 1
   for (int token = s.block->first_token; token < s.block->end_token; ++token) {
     const long long id = lane < topk ? load_id(a.route, std::int64_t{token} * topk + lane) : -1;
     const int index = lane < topk ? s.routes.index[(token - s.block->first_token) * topk + lane] : -1;
@@ -327,9 +343,11 @@ __device__ void place_own(const DispatchOp& a, const Shared& s, int warps) {
     const unsigned all = __ballot_sync(~0u, mine);
     if (!all) continue;
     const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
+#pragma unroll 1
     for (int chunk = warp; chunk < a.shape.chunks; chunk += warps) {
       std::uint32_t word = 0;
       const uint4 bytes = load_chunk(a, row, chunk, lane, &word);
+#pragma unroll 1
       for (unsigned left = all; left; left &= left - 1) {
         const int place = __ffs(left) - 1;
         const Place to{__shfl_sync(~0u, own.expert, place), __shfl_sync(~0u, own.row, place)};
@@ -347,6 +365,7 @@ __device__ void receive_messages(const DispatchOp& a, const Shared& s, int begin
   const int lane = threadIdx.x % 32;
   const int others = a.op.ranks - 1;
   const std::int64_t items = std::int64_t{s.block->most_messages} * others * a.shape.pieces;
+#pragma unroll 1
   for (;;) {
     int turn = 0;
     if (lane == 0) turn = atomicAdd(&s.block->cursor, 1);
@@ -363,13 +382,14 @@ __device__ void receive_messages(const DispatchOp& a, const Shared& s, int begin
 
 // One block writes everything again without the sources that failed.
 template <int kLanes>
-__device__ void repair(const DispatchOp& a, const Shared& s) {
+__device__ __noinline__ void repair(const DispatchOp& a, const Shared& s) {
   receive_counts(a, s, 0, kThreads, kAll);
   write_ranges(a, s, 0, kThreads, true);
   receive_messages<kLanes>(a, s, 0, 1);
   __syncthreads();
   const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
   if (threadIdx.x < kSendThreads) count_before(a.op, a.route, const_cast<Routes&>(s.routes), 0, kSendThreads, kSending);
+#pragma unroll 1
   for (int token = 0; token < a.route.num_tokens; token += span) {
     const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
     __syncthreads();
@@ -410,6 +430,7 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   if (warp < kSenders) {
     if (sends) {
       if (blockIdx.x == gridDim.x - 1) send_counts(a, s);
+#pragma unroll 1
       for (int token = begin; token < end; ++token) {
         std::uint8_t* stage = s.stage + (token - begin) % 2 * s.stage_bytes;
         if (token != begin) {

@@ -45,12 +45,15 @@ struct Lines {
   // The first of the (four, or three beside a tag) words of a tail chunk that this lane carries.
   static __device__ __forceinline__ int first_word(int lane) { return lane / kLanes * kLineWords + lane % kLanes * 4; }
 
+  // Both are one instruction of the whole warp: a line whose lanes diverged would neither leave nor be seen as a whole.
   static __device__ __forceinline__ uint4 load(const void* chunk, int lane) {
+    __syncwarp();
     const auto* p = static_cast<const std::uint8_t*>(chunk) + lane * 16;
     return kLanes == 1 ? load_cell(p) : load_line(p);
   }
   static __device__ __forceinline__ void store(void* chunk, int lane, uint4 v, std::uint32_t tag) {
     if (holds_tag(lane)) v.w = tag;
+    __syncwarp();
     auto* p = static_cast<std::uint8_t*>(chunk) + lane * 16;
     if (kLanes == 1)
       store_cell(p, v);

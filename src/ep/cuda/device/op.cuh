@@ -65,6 +65,7 @@ __device__ __forceinline__ PeerVersion version_at(const PeerVersion (&versions)[
 
 // Changes of peers happen while no operation is between its first and its last ticket.
 __device__ inline std::uint64_t lock_state(State& state) {
+#pragma unroll 1
   for (;;) {
     const unsigned long long seen = load_strong(&state.ticket);
     if (seen % kTicket == 0 && !(seen & kLocked) && atomicCAS(&state.ticket, seen, seen | kLocked) == seen) {
@@ -143,6 +144,7 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
   const int lane = threadIdx.x % 32;
   uint4 headers[2];  // of the lane's first rank, under way while the ticket is
   if (parities && lane < op.ranks)
+#pragma unroll 1
     for (int slot = 0; slot < 2; ++slot) headers[slot] = load_cell(op.control + op.words.header_of(lane, slot));
   std::uint64_t number = 0;
   if (lane == 0) {
@@ -156,10 +158,12 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
     block.fault_op = fault_op;
     number = (seen & ~kLocked) / kTicket - (op.parts & kSends ? 0 : 1);
     if (op.parts & kSends)
+#pragma unroll 1
       while (seen & kLocked) seen = load_strong(&op.state->ticket);
     block.number = number;
   }
   number = __shfl_sync(~0u, number, 0);
+#pragma unroll 1
   for (int rank = lane; rank < op.ranks; rank += 32) {
     see_peer(op, number, rank, peers[rank]);
     const Peer& peer = peers[rank];
@@ -219,7 +223,13 @@ __device__ __forceinline__ bool patient(const Op& op, const Block& block, int ra
   return keep_waiting(op, block, rank, patience);
 }
 
-__device__ inline void fail_peer(const Op& op, Block& block, Peer& peer, int rank) {
+// The same for a warp, all of whose lanes call it and get the same answer.
+__device__ __forceinline__ bool warp_patient(const Op& op, const Block& block, int rank, Patience& patience) {
+  if (++patience.polls % 64 != 0 && op.timeout_ns != 0) return true;
+  return __all_sync(~0u, keep_waiting(op, block, rank, patience));
+}
+
+static __device__ __noinline__ void fail_peer(const Op& op, Block& block, Peer& peer, int rank) {
   atomicMax(&op.state->failed[rank], block.number + 1);
   peer.active = 0;
   block.failed = 1;
@@ -245,9 +255,10 @@ __device__ inline bool accept_header(const Op& op, Peer& peer, int rank) {
   if (peer.rejoining && peer.expected != 1 && take(peer.expected - 1)) return true;
   return take(peer.expected);
 }
-__device__ inline bool await_header(const Op& op, Block& block, Peer& peer, int rank, std::int64_t* wait_cost) {
+static __device__ __noinline__ bool await_header(const Op& op, Block& block, Peer& peer, int rank, std::int64_t* wait_cost) {
   Patience patience;
   const long long begin = clock64();
+#pragma unroll 1
   while (!accept_header(op, peer, rank)) {
     if (!patient(op, block, rank, patience)) {
       fail_peer(op, block, peer, rank);
@@ -265,7 +276,8 @@ __device__ inline void send_header(const Op& op, const Block& block, const Peer&
 }
 
 // Peers that rejoined in this operation are in step from the next one on. One block, after all headers were judged.
-__device__ inline void settle_rejoined(const Op& op, const Block& block, const Peer* peers) {
+static __device__ __noinline__ void settle_rejoined(const Op& op, const Block& block, const Peer* peers) {
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x) {
     const Peer& peer = peers[rank];
     if (!peer.rejoining || !peer.active || rank == op.rank) continue;
@@ -282,10 +294,12 @@ __device__ inline void settle_rejoined(const Op& op, const Block& block, const P
 }
 
 // Masks the sources that failed in this operation and tells the host. One thread of the grid.
-__device__ inline void report_failed(const Op& op, const Block& block) {
+static __device__ __noinline__ void report_failed(const Op& op, const Block& block) {
   State& state = *op.state;
   lock_state(state);
+#pragma unroll 1
   for (int rank = 0; rank < kMaxRanks; ++rank) state.fault_view[rank] = 0;
+#pragma unroll 1
   for (int rank = 0; rank < op.ranks; ++rank) {
     if (load_strong(&state.failed[rank]) != block.number + 1) continue;
     state.fault_view[rank] = 1;
@@ -318,37 +332,36 @@ __device__ inline void finish_sending(const Op& op) {
   if (threadIdx.x == 0) add_share(&op.state->sent);
 }
 
-// End of a receiving block, all threads. True in exactly one block when a source failed: it repairs the outputs, alone, after
-// all others have ended, leaving the failed sources out, so that a source is there completely or not at all.
-__device__ inline bool finish_operation(const Op& op, Block& block, Peer* peers) {
-  __syncthreads();
+// Clears what an earlier operation left in the fault view; a failure of this one writes it anew.
+static __device__ __noinline__ void clear_faults(const Op& op, const Block& block) {
+#pragma unroll 1
+  for (int rank = 0; rank < kMaxRanks; ++rank)
+    if (load_strong(&op.state->failed[rank]) != block.number + 1) op.state->fault_view[rank] = 0;
+  op.state->fault_op = 0;
+}
+
+// After a wait of this block ran out, all threads. Exactly one block of the grid gets true: it repairs the outputs, alone,
+// after all others have ended, leaving the failed sources out, so that a source is there completely or not at all.
+static __device__ __noinline__ bool elect_repair(const Op& op, Block& block, Peer* peers) {
+  State& state = *op.state;
   if (threadIdx.x == 0) {
-    State& state = *op.state;
-    if (blockIdx.x == 0 && block.fault_op != 0 && !block.failed) {
-      // Clears what an earlier operation left; a failure of this one writes it anew.
-      for (int rank = 0; rank < op.ranks; ++rank)
-        if (load_strong(&state.failed[rank]) != block.number + 1) state.fault_view[rank] = 0;
-      state.fault_op = 0;
-    }
-    if (op.parts & kSends) add_share(&state.sent);
-    add_share(&state.done);
-    int elected = 0;
-    if (block.failed) {
-      elected = atomicMax(&state.redo, block.number + 1) < block.number + 1;
-      if (elected) {
-        const std::uint64_t limit = wall_ns() + 4 * op.timeout_ns + 2'000'000'000ull;
-        while (load_strong(&state.done) / kTicket <= block.number && wall_ns() < limit) __nanosleep(500);
-        for (int i = 0; i < 100; ++i) __nanosleep(1000);  // what those blocks wrote last has landed
-        __threadfence();
-        report_failed(op, block);
-      }
+    const bool elected = atomicMax(&state.redo, block.number + 1) < block.number + 1;
+    if (elected) {
+      const std::uint64_t limit = wall_ns() + 4 * op.timeout_ns + 2'000'000'000ull;
+#pragma unroll 1
+      while (load_strong(&state.done) / kTicket <= block.number && wall_ns() < limit) __nanosleep(500);
+#pragma unroll 1
+      for (int i = 0; i < 100; ++i) __nanosleep(1000);  // what those blocks wrote last has landed
+      __threadfence();
+      report_failed(op, block);
     }
     block.failed = elected;
   }
   __syncthreads();
   if (!block.failed) return false;
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x) {
-    if (load_strong(&op.state->failed[rank]) == block.number + 1) {
+    if (load_strong(&state.failed[rank]) == block.number + 1) {
       peers[rank].active = 0;
       peers[rank].messages = 0;
     } else if (peers[rank].active && rank != op.rank) {
@@ -357,6 +370,16 @@ __device__ inline bool finish_operation(const Op& op, Block& block, Peer* peers)
   }
   __syncthreads();
   return true;
+}
+// End of a receiving block, all threads.
+__device__ __forceinline__ bool finish_operation(const Op& op, Block& block, Peer* peers) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (blockIdx.x == 0 && block.fault_op != 0 && !block.failed) clear_faults(op, block);
+    if (op.parts & kSends) add_share(&op.state->sent);
+    add_share(&op.state->done);
+  }
+  return block.failed != 0 && elect_repair(op, block, peers);
 }
 
 }  // namespace nixl::core::ep::gpu

@@ -22,12 +22,16 @@ __device__ __forceinline__ long long load_id(const RouteArgs& route, std::int64_
 __device__ inline void count_before(const Op& op, const RouteArgs& route, Routes& routes, int end, int threads, int name) {
   const int tid = threadIdx.x;
   const int num_experts = op.ranks * op.experts;
+#pragma unroll 1
   for (int i = tid; i < num_experts; i += threads) routes.per_expert[i] = 0;
+#pragma unroll 1
   for (int i = tid; i < op.ranks; i += threads) routes.per_rank[i] = 0;
   sync_some(name, threads);
   const int topk = route.topk;
+#pragma unroll 1
   for (int token = tid; token < end; token += threads) {
     unsigned long long seen = 0;
+#pragma unroll 1
     for (int first = 0; first < topk; first += 8) {
       int ids[8];
 #pragma unroll
@@ -46,6 +50,7 @@ __device__ inline void count_before(const Op& op, const RouteArgs& route, Routes
           seen |= 1ull << rank;
         } else {
           again = false;
+#pragma unroll 1
           for (int j = 0; j < first + q && !again; ++j) {
             const long long id = load_id(route, std::int64_t{token} * topk + j);
             again = id >= 0 && id < num_experts && static_cast<int>(id) / op.experts == rank;
@@ -62,6 +67,7 @@ __device__ inline void count_before(const Op& op, const RouteArgs& route, Routes
 __device__ inline void count_own(const Op& op, const RouteArgs& route, Routes& routes, int begin, int end, HostPage* page) {
   const int lane = threadIdx.x % 32;
   const int num_experts = op.ranks * op.experts;
+#pragma unroll 1
   for (int token = begin; token < end; ++token) {
     const long long id = lane < route.topk ? load_id(route, std::int64_t{token} * route.topk + lane) : -1;
     const bool valid = id >= 0 && id < num_experts;
