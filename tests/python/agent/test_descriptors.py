@@ -4,7 +4,7 @@ import pickle
 import nixl
 import numpy as np
 import pytest
-from conftest import agent
+from agents import agent
 
 torch = pytest.importorskip("torch")
 XFER, REG, REMOTE = nixl.nixlXferDList, nixl.nixlRegDList, nixl.nixlRemoteDList

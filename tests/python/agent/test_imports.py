@@ -8,7 +8,7 @@ import nixl
 import nixl._api as api
 import nixl._bindings as bindings
 import pytest
-from conftest import agent
+from agents import agent
 
 EXCEPTIONS = ("NotPosted InvalidParam Backend NotFound Mismatch NotAllowed RepostActive Unknown NotSupported RemoteDisconnect "
               "Cancelled NoTelemetry").split()

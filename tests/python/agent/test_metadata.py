@@ -7,7 +7,7 @@ import time
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done, introduce, until
+from agents import agent, done, introduce, until
 from nixl._api import nixl_agent, nixl_agent_config
 
 

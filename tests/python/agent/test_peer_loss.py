@@ -9,7 +9,7 @@ import time
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done, until
+from agents import agent, done, until
 
 PEER = textwrap.dedent("""
     import sys, time

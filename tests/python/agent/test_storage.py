@@ -4,7 +4,7 @@ import os
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done
+from agents import agent, done
 
 
 @pytest.fixture

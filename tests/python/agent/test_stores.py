@@ -12,7 +12,7 @@ import urllib.request
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done, until
+from agents import agent, done, until
 
 
 def free_port():

@@ -7,7 +7,7 @@ import urllib.request
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done
+from agents import agent, done
 
 
 def run_one(one, op="WRITE", size=64, count=2):

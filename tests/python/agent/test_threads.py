@@ -9,7 +9,7 @@ import time
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done, introduce
+from agents import agent, done, introduce
 
 
 @pytest.mark.parametrize("mode", list(nixl.nixl_thread_sync_t))

@@ -7,7 +7,7 @@ import select
 import nixl
 import numpy as np
 import pytest
-from conftest import agent, done, introduce
+from agents import agent, done, introduce
 
 
 def xfer(a, b, op="WRITE", here=slice(0, 1024), there=slice(0, 1024), notif=b""):
