@@ -1,5 +1,6 @@
 #include "descs.h"
 
+#include <algorithm>
 #include <nanobind/stl/string.h>
 
 #include <cstdio>
@@ -98,6 +99,18 @@ void add_tuple(Descs& descs, PyObject* item, Arity arity) {
   descs.add(addr, len, dev, tuple.size() == 4 ? tuple.text() : std::string());
 }
 
+// A long list of tuples lies scattered over memory: without this every row waits for its tuple and then for its numbers.
+void fetch_ahead(PyObject** rows, std::size_t i, std::size_t count) {
+  constexpr std::size_t kTuples = 24, kNumbers = 12;
+  if (i + kTuples >= count) return;
+  __builtin_prefetch(rows[i + kTuples]);
+  __builtin_prefetch(reinterpret_cast<char*>(rows[i + kTuples]) + 64);
+  PyObject* const near = rows[i + kNumbers];
+  if (!PyTuple_CheckExact(near)) return;
+  const Py_ssize_t size = std::min<Py_ssize_t>(PyTuple_GET_SIZE(near), 2);
+  for (Py_ssize_t k = 0; k < size; ++k) __builtin_prefetch(PyTuple_GET_ITEM(near, k));
+}
+
 template <typename List>
 Descs read(MemType type, nb::handle content) {
   Descs descs(type);
@@ -126,6 +139,7 @@ Descs read(MemType type, nb::handle content) {
   PyObject** const rows = PySequence_Fast_ITEMS(items.ptr());
   Column::Values addr(count), len(count), dev(count);
   for (std::size_t i = 0; i < count; ++i) {
+    fetch_ahead(rows, i, count);
     const Tuple tuple(rows[i], kArity<List>);
     addr[i] = tuple.number(0);
     len[i] = tuple.number(1);
