@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# ./run gpu test | gpu bench ep|local [arguments]: what needs CUDA GPUs.
+#
+# Builds what is missing. On a machine without the system packages of the build, NIXL_PREBUILT names a folder with
+# libnixl.so.1, plugins/ and the native programs from elsewhere; then only the small Python modules are compiled.
+# NIXL_GPU_PYTHON: an interpreter whose torch has CUDA (default python3).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '[gpu] %s\n' "$*" >&2; }
+die() { printf '[gpu] %s\n' "$*" >&2; exit 1; }
+
+python=${NIXL_GPU_PYTHON:-python3}
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+((gpus > 0)) || die "nvidia-smi lists no GPU on this machine; ./run test covers what runs without one"
+"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
+  die "$python has no torch with CUDA; set NIXL_GPU_PYTHON to an interpreter that has"
+
+prepare() {
+  if [ -n "${NIXL_PREBUILT:-}" ]; then
+    library=$(realpath "$NIXL_PREBUILT/libnixl.so.1") || die "NIXL_PREBUILT=$NIXL_PREBUILT holds no libnixl.so.1"
+    say "compiling the Python modules against $library"
+    cmake -S python -B build/gpu -G Ninja -DNIXL_LIBRARY="$library" -DPython_EXECUTABLE="$(command -v "$python")" >build-gpu.log 2>&1 &&
+      cmake --build build/gpu >>build-gpu.log 2>&1 || { tail -n 40 build-gpu.log >&2; die "the Python modules do not build"; }
+    rm -f build-gpu.log
+    export PYTHONPATH=$PWD/build/gpu/python
+  else
+    ./run build dev || exit 1
+    export PYTHONPATH=$PWD/build/dev/python
+  fi
+}
+
+native() {  # the path of a native program, empty when it was not built
+  if [ -n "${NIXL_PREBUILT:-}" ]; then
+    [ -f "$NIXL_PREBUILT/$1" ] && chmod +x "$NIXL_PREBUILT/$1" && printf '%s' "$NIXL_PREBUILT/$1"
+  else
+    find build/dev -name "$1" -type f -perm -u+x | head -n 1
+  fi
+}
+
+failed=()
+step() {  # step LIMIT_S NAME command...
+  local limit=$1 name=$2
+  shift 2
+  say "== $name"
+  timeout -k 10 "$limit" "$@"
+  local code=$?
+  case $code in 0) ;; 77) say "skipped: $name" ;; *) failed+=("$name (exit $code)") ;; esac
+}
+
+gpu_test() {
+  local program
+  program=$(native ep_cuda_test) && [ -n "$program" ] && step 300 "kernels, native" "$program" "$gpus" "$gpus"
+  program=$(native samehost_vram_test) && [ -n "$program" ] && step 200 "same-host transfers of GPU memory" "$program"
+  step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q -x --timeout 120 \
+    tests/conformance/ep "$@"
+  step 400 "faults" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --timeout 200 tests/faults/ep "$@"
+}
+
+gpu_bench() {
+  local name=${1:-} program
+  shift
+  case $name in
+    ep)
+      program=$(native ep_cuda_bench) && [ -n "$program" ] || die "ep_cuda_bench was not built (no nvcc?)"
+      step 300 "ours" "$program" "$gpus" "$@"
+      program=$(native ep_floor) && [ -n "$program" ] && step 100 "the probe, in the same call" "$program" "$gpus" draft2
+      ;;
+    local)
+      program=$(native samehost_vram_bench) && [ -n "$program" ] || die "samehost_vram_bench was not built (no nvcc?)"
+      step 200 "ours" "$program" "$@"
+      program=$(native list_copy_floor) && [ -n "$program" ] && step 100 "one kernel for the list, in the same call" "$program" 64
+      ;;
+    *) die "gpu bench: '$name' is unknown; known: ep local" ;;
+  esac
+}
+
+command=${1:-}
+shift || true
+case $command in
+  test) prepare; gpu_test "$@" ;;
+  bench) [ -n "${NIXL_PREBUILT:-}" ] || ./run build dev || exit 1; gpu_bench "$@" ;;
+  *) die "usage: ./run gpu test | ./run gpu bench ep|local" ;;
+esac
+for name in "${failed[@]}"; do say "FAILED $name"; done
+((${#failed[@]} == 0))
