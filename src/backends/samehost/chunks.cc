@@ -41,7 +41,8 @@ std::vector<Position> cut(const Plan& plan) {
       }
       const std::uint64_t left = kMaxChunkBytes - bytes;
       if (offset == 0 && length <= left) {
-        const std::uint64_t taken = std::min({blocks - block, kMaxPieces - pieces, left / length});
+        // One block fits; how many of a run do takes a division, which plain rows need not pay.
+        const std::uint64_t taken = blocks == 1 ? 1 : std::min({blocks - block, kMaxPieces - pieces, left / length});
         block += taken;
         pieces += taken;
         bytes += taken * length;
