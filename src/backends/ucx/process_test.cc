@@ -298,8 +298,8 @@ TEST(killed_peer_is_lost_in_time) {
       const Nanoseconds start = now_ns();
       const auto state = pair.finish();
       if (!state) CHECK(state.error().code == Code::kPeerLost);
-      CHECK(now_ns() - start < 4'000'000'000);
-      while (pair.node.lost.count == 0) CHECK(now_ns() - start < 4'000'000'000);
+      CHECK(now_ns() - start < 10'000'000'000);
+      while (pair.node.lost.count == 0) CHECK(now_ns() - start < 10'000'000'000);
       CHECK(pair.run().error().code == Code::kPeerLost);
       CHECK_EQ(pair.node.lost.count.load(), 1);
       CHECK(pair.node.backend->notifier()->send(*pair.line, "x").error().code == Code::kPeerLost);

@@ -216,7 +216,7 @@ TEST(many_threads_share_one_backend) {
     plan.total_bytes = kShare;
     transfers.push_back(std::move(*CHECK_OK(here.backend->prepare(std::move(plan)))));
   }
-  const Deadline deadline = Deadline::after(60'000'000'000);
+  const Deadline deadline = Deadline::after(100'000'000'000);
   std::vector<std::thread> users;
   for (int i = 0; i < kThreads; ++i)
     users.emplace_back([&, i] {
