@@ -6,6 +6,12 @@ namespace nixl::core::ep {
 
 namespace {
 
+// Deadlines are sums of a few timeouts: far from overflowing.
+constexpr Nanoseconds kLongestTimeoutNs = 1'000'000'000'000'000'000;
+Timing timing_of(const PathOptions& options) {
+  return {std::min(options.timeout_ns, kLongestTimeoutNs)};
+}
+
 using nixl::ep::Phase;
 
 bool same_call(const Dispatch& a, const Dispatch& b) {
@@ -48,9 +54,9 @@ CpuPath::CpuPath(const PathOptions& options)
     : options_(options),
       fault_words_(kMaxRanks, 0),
       peers_(options.rank, own_),
-      exchange_(Channel::kOperations, options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_,
+      exchange_(Channel::kOperations, options.rank, options.incarnation, timing_of(options), own_, peers_,
                 fault_words_.data()),
-      barrier_(Channel::kBarriers, options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_,
+      barrier_(Channel::kBarriers, options.rank, options.incarnation, timing_of(options), own_, peers_,
                fault_words_.data()),
       combiner_(options.combine) {}
 
