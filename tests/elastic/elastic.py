@@ -268,6 +268,9 @@ class Launcher:
             self.problems.append(f"{who} ended with exit code {process.exitcode}")
         elif told is not None and told["start"] is not None:
             left = self._left_at(told)
+            for phase in range(told["start"], len(self.plan) if left is None else left):
+                if not any(report["rank"] == told["rank"] for report in self.phases[phase]):
+                    self.problems.append(f"rank {told['rank']} ended without a report of phase {phase}")
             if left is not None and self.plan.starts_at(told["rank"], left) is not None:
                 self._start(address)
 
@@ -299,10 +302,6 @@ class Launcher:
         for server in self.servers:
             if isinstance(server, RankServer):
                 server.close()
-        if not self.options.tcp_server:
-            for number, phase in enumerate(self.plan.phases):
-                if not self.phases[number] and not self.problems:
-                    self.problems.append(f"no rank reported phase {number} {list(phase)}")
         print_table(self.plan, self.phases)
         for problem in self.problems:
             print(f"FAILED: {problem}", flush=True)

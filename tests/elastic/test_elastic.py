@@ -127,7 +127,7 @@ def run_plan(plan, device, tmp_path, *arguments):
 def test_every_plan_runs(name, device, tmp_path):
     plan = Plan.load(str(HERE / f"{name}.json"))
     need_gpus(device, plan.max_num_ranks)
-    output, reports = run_plan(name, device, tmp_path, *SMALL, "--validate-phase-failures", "--timeout-ms", "5000")
+    output, reports = run_plan(name, device, tmp_path, *SMALL, "--validate-phase-failures", "--timeout-ms", "2000")
     seen = {(report["phase"], report["rank"]) for report in reports}
     assert seen == {(phase, rank) for phase in range(len(plan)) for rank in plan.active(phase)}
     for report in reports:
