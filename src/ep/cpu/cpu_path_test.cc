@@ -106,12 +106,12 @@ TEST(one_rank_serves_itself) {
 
 TEST(a_silent_rank_is_masked_and_named) {
   const Shape shape{3, 2, 4, 128, 2};
-  auto group = make_group(shape, 100'000'000);
+  auto group = make_group(shape, 400'000'000);
   on_threads(group, [&](TestRank& rank) {
     if (rank.rank == 1) return;
     const Nanoseconds start = now_ns();
     run_round(rank, 5, {0, 2}, Combine::kExact, false, false, false);
-    CHECK(now_ns() - start >= 100'000'000);
+    CHECK(now_ns() - start >= 400'000'000);
     const std::vector<Fault> faults = rank.path->take_faults();
     CHECK_EQ(faults.size(), std::size_t{1});
     CHECK_EQ(faults[0].rank, 1);
@@ -123,10 +123,10 @@ TEST(a_silent_rank_is_masked_and_named) {
     CHECK(rank.path->take_faults().empty());
   });
   // Rank 1 wakes: it finds both messages taken back, ends without waiting, and keeps its own tokens.
-  const Nanoseconds start = now_ns();
   run_round(*group[1], 5, {1}, Combine::kExact, false, false, false);
-  CHECK(now_ns() - start < 90'000'000);
-  CHECK_EQ(group[1]->path->take_faults().size(), std::size_t{2});
+  const std::vector<Fault> faults = group[1]->path->take_faults();
+  CHECK_EQ(faults.size(), std::size_t{2});
+  for (const Fault& fault : faults) CHECK_EQ(fault.seen, fault.expected);  // the words were there, the messages not
   // Unmasked everywhere, without a connect and in any order, they are in step again.
   for (std::uint32_t round = 6; round < 10; ++round)
     on_threads(group, [&](TestRank& rank) {

@@ -94,7 +94,7 @@ TEST(killed_ranks_are_masked_in_time_and_alone) {
   std::vector<Nanoseconds> delays;
   for (int trial = 0; trial < 12; ++trial) {
     Board& board = make_board();
-    Processes processes(shape, 300 * kMs, [&](TestRank& rank) { serve(rank, board, 40); });
+    Processes processes(shape, 500 * kMs, [&](TestRank& rank) { serve(rank, board, 40); });
     while (board.round[1] < 2 + trial) sleep_ms(1);
     std::this_thread::sleep_for(std::chrono::microseconds(137 * trial));
     const int victim = trial % 4;
@@ -109,16 +109,16 @@ TEST(killed_ranks_are_masked_in_time_and_alone) {
     }
   }
   std::sort(delays.begin(), delays.end());
-  std::fprintf(stderr, "timeout 300 ms; detected after %.0f (least), %.0f (median), %.0f (most) ms\n",
+  std::fprintf(stderr, "timeout 500 ms; detected after %.0f (least), %.0f (median), %.0f (most) ms\n",
                delays.front() / 1e6, delays[delays.size() / 2] / 1e6, delays.back() / 1e6);
-  CHECK(delays.back() < 1300 * kMs);
+  CHECK(delays.back() < 3000 * kMs);
 }
 
 TEST(a_stopped_rank_wakes_to_find_itself_masked) {
   const Shape shape{3, 2, 4, 512, 2};
   for (int trial = 0; trial < 4; ++trial) {
     Board& board = make_board();
-    Processes processes(shape, 150 * kMs, [&](TestRank& rank) { serve(rank, board, 40, rank.rank == 1 ? 2 : -1); });
+    Processes processes(shape, 400 * kMs, [&](TestRank& rank) { serve(rank, board, 40, rank.rank == 1 ? 2 : -1); });
     while (board.round[1] < 1 + 3 * trial) sleep_ms(1);
     std::this_thread::sleep_for(std::chrono::microseconds(211 * trial));
     processes.signal(1, SIGSTOP);
@@ -136,7 +136,7 @@ TEST(a_stopped_rank_is_unmasked_without_a_connect) {
   const Shape shape{3, 2, 4, 512, 2};
   for (int trial = 0; trial < 4; ++trial) {
     Board& board = make_board();
-    Processes processes(shape, 150 * kMs, [&](TestRank& rank) {
+    Processes processes(shape, 400 * kMs, [&](TestRank& rank) {
       serve(rank, board, 1000, rank.rank == 1 ? 1 : 5 + rank.rank + trial);  // they do not even stop at the same round
       ++board.phase;
       while (board.phase < 3) sleep_ms(1);
@@ -161,7 +161,7 @@ TEST(a_stopped_rank_is_unmasked_without_a_connect) {
 // held up by the victim. Nobody but the victim may be masked.
 TEST(masks_do_not_cascade) {
   const Shape shape{3, 1, 4, 256, 2};
-  auto group = make_group(shape, 300 * kMs);
+  auto group = make_group(shape, 600 * kMs);
   CHECK_OK(group[1]->path->set_mask(std::vector<int>{2}, true, nullptr));  // rank 1 will not send to rank 2
   std::thread victim([&] { CHECK_OK(group[1]->path->dispatch(group[1]->dispatch_args(1))); });
   const auto survive = [&](TestRank& rank) {
@@ -171,7 +171,7 @@ TEST(masks_do_not_cascade) {
     CHECK_EQ(faults[0].rank, 1);
   };
   std::thread first([&] { survive(*group[0]); });
-  sleep_ms(100);  // rank 0 is well into its wait when rank 2's begins, which then ends later
+  sleep_ms(200);  // rank 0 is well into its wait when rank 2's begins, which then ends later
   std::thread second([&] { survive(*group[2]); });
   for (std::thread* thread : {&victim, &first, &second}) thread->join();
 }
@@ -182,7 +182,7 @@ TEST(every_wait_site_expires) {
   for (WaitSite site : {WaitSite::kDispatch, WaitSite::kCombineWeights, WaitSite::kCombineRows, WaitSite::kBarrier}) {
     for (Combine mode : {Combine::kExact, Combine::kReduced}) {
       if (site == WaitSite::kCombineWeights && mode == Combine::kExact) continue;
-      auto group = make_group(shape, 40 * kMs, mode);
+      auto group = make_group(shape, 250 * kMs, mode);
       if (site != WaitSite::kDispatch && site != WaitSite::kBarrier)
         on_threads(group, [&](TestRank& rank) { CHECK_OK(rank.path->dispatch(rank.dispatch_args(1))); });
       const Nanoseconds start = now_ns();
@@ -203,7 +203,7 @@ TEST(every_wait_site_expires) {
         group[0]->check_combine({0}, mode);
       }
       const Nanoseconds took = now_ns() - start;
-      CHECK(took >= 40 * kMs && took < 1040 * kMs);
+      CHECK(took >= 250 * kMs && took < 3000 * kMs);
       const std::vector<Fault> faults = group[0]->path->take_faults();
       CHECK_EQ(faults.size(), std::size_t{1});
       CHECK_EQ(faults[0].rank, 1);
