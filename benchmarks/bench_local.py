@@ -5,6 +5,7 @@ were checked. Musts and goals are kept as ratios to a neighbour of the same run:
 memory, the copy engine for GPUs; the table shows them multiplied out. Exit code 0 only if every must is met.
 """
 
+import base64
 import json
 import os
 import pathlib
@@ -166,9 +167,8 @@ def host_copies(figures):
 def third_process(figures, pair, count, piece):
     """64 B transfers of a third process to the same peer while a long list runs."""
     third = HelperProcess("third")
-    third.ask(do="allocate", kind=pair.kind, size=4096)
-    import base64
-
+    # On a GPU of its own as far as there are any: processes that share one take turns on it.
+    third.ask(do="allocate", kind=pair.kind, size=4096, device=min(2, num_gpus() - 1) if pair.kind == "VRAM" else 0)
     third.ask(do="load", blob=base64.b64encode(pair.helper.metadata()).decode())
     handle, _, _ = pair.request("WRITE", count, piece)
     request = {"do": "small_transfers", "peer": "target", "address": pair.far_address, "device": pair.far_device,
@@ -188,8 +188,6 @@ def third_process(figures, pair, count, piece):
 def notifications(figures):
     for prog_thread, must, goal, what in ((True, 20, 8, "default"), (False, 4, 1.5, "both polling")):
         pair = Pair("DRAM", 4096, prog_thread)
-        import base64
-
         pair.helper.ask(do="load", blob=base64.b64encode(pair.agent.get_agent_metadata()).decode())
         agent, best, first = pair.agent, [], []
         for _ in range(5):

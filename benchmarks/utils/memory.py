@@ -31,7 +31,8 @@ class HostBuffer:
     kind, device = "DRAM", 0
 
     def __init__(self, size):
-        self._map = mmap.mmap(-1, max(size, 1))
+        # Private pages, as malloc, numpy and torch have them.
+        self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.array = numpy.frombuffer(self._map, dtype=numpy.uint8, count=size)
         self.array[:] = 0
         self.address, self.size = self.array.ctypes.data, size

@@ -47,13 +47,13 @@ JobTransfer::JobTransfer(const Plan& plan, std::shared_ptr<TransferJob> job, std
     : SizedTransfer(plan), job_(std::move(job)), threads_(std::move(threads)), path_(std::move(path)) {}
 
 Result<TransferState> JobTransfer::submit(std::optional<std::string_view> message) {
-  NIXL_TRY(job_->ending.peer().check_alive());
   job_->ending.set_message(message);
-  if (!threads_) {
+  if (!threads_) {  // the chunk asks for itself whether the peer lives
     auto done = job_->run_alone();
     alone_ = done ? std::nullopt : std::optional<Error>(std::move(done).error());
     return outcome();
   }
+  NIXL_TRY(job_->ending.peer().check_alive());
   job_->start();
   threads_->add(job_);
   return TransferState::kRunning;
