@@ -193,7 +193,9 @@ def before_memory(rank):
     import nixl_ep
     import torch
 
-    buffer = nixl_ep.Buffer(rank=rank.rank, explicitly_destroy=True, tcp_store_group=rank.store(), device=rank.device)
+    buffer = nixl_ep.Buffer(
+        rank=rank.rank, explicitly_destroy=True, tcp_store_group=rank.store(), device=rank.device, combine="exact"
+    )
     problems = []
     for name, call in {
         "dispatch": lambda: buffer.dispatch(**good_dispatch(torch, rank.device)),
@@ -221,7 +223,9 @@ def too_small(rank):
     """EP-21: memory of another shape is refused before anything is sent."""
     import nixl_ep
 
-    buffer = nixl_ep.Buffer(rank=rank.rank, explicitly_destroy=True, tcp_store_group=rank.store(), device=rank.device)
+    buffer = nixl_ep.Buffer(
+        rank=rank.rank, explicitly_destroy=True, tcp_store_group=rank.store(), device=rank.device, combine="exact"
+    )
     buffer.update_memory_buffers(2, 2, nixl_ep.Buffer.get_rdma_size_hint(2, 128, 2, 4))
     buffer.connect_ranks([0, 1])
     problems = []
