@@ -303,7 +303,7 @@ def store_use(rank):
     import nixl_ep
 
     store = StoreOfFour(rank.store())
-    buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device)
+    buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
     buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
     try:
         buffer.connect_ranks([r for r in range(2) if r != rank.rank] or [0])
