@@ -49,8 +49,11 @@ SCALE = {"us": 1e6, "ms": 1e3}
 
 def floor(program, *arguments):
     """Figures of a floor program beside this script's build, or None where it was not built."""
-    for preset in ("dev", "release", "cpu"):
-        path = ROOT / "build" / preset / "benchmarks" / "floor" / program
+    folders = [ROOT / "build" / preset / "benchmarks" / "floor" for preset in ("dev", "release", "cpu")]
+    if os.environ.get("NIXL_PREBUILT"):
+        folders.insert(0, pathlib.Path(os.environ["NIXL_PREBUILT"]))
+    for folder in folders:
+        path = folder / program
         if path.exists():
             done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120, check=True)
             return json.loads(done.stdout)

@@ -67,9 +67,9 @@ gpu_bench() {
       program=$(native ep_floor) && [ -n "$program" ] && step 100 "the probe, in the same call" "$program" "$gpus" draft2
       ;;
     local)
-      program=$(native samehost_vram_bench) && [ -n "$program" ] || die "samehost_vram_bench was not built (no nvcc?)"
-      step 200 "ours" "$program" "$@"
-      program=$(native list_copy_floor) && [ -n "$program" ] && step 100 "one kernel for the list, in the same call" "$program" 64
+      prepare
+      step 300 "through agents, musts beside floors of the same call" "$python" benchmarks/bench_local.py --memory vram "$@"
+      program=$(native samehost_vram_bench) && [ -n "$program" ] && step 100 "the backend alone" "$program"
       ;;
     *) die "gpu bench: '$name' is unknown; known: ep local" ;;
   esac

@@ -17,10 +17,19 @@ std::uint64_t blocks_of(const Plan& plan, std::size_t row) {
   return plan.has_runs() ? plan.count[row] : 1;
 }
 
-std::uint64_t num_items(const Plan& plan, std::uint64_t item) {
-  std::uint64_t count = 0;
-  for (std::size_t row = 0; row < plan.num_rows(); ++row)
-    count += (plan.length[row] + item - 1) / item * blocks_of(plan, row);
+// How many pieces of at most `item` bytes the plan makes, and whether every row is one of them.
+struct Count {
+  std::uint64_t items = 0;
+  bool one_a_row = true;
+};
+Count count_items(const Plan& plan, std::uint64_t item) {
+  Count count;
+  count.one_a_row = !plan.has_runs();
+  for (std::size_t row = 0; row < plan.num_rows(); ++row) {
+    const bool small = plan.length[row] <= item;  // a division a row would cost more than everything else here
+    count.items += (small ? 1 : (plan.length[row] + item - 1) / item) * blocks_of(plan, row);
+    count.one_a_row &= small;
+  }
   return count;
 }
 
@@ -95,6 +104,18 @@ void PinnedList::add(std::uint64_t destination, std::uint64_t source, std::uint3
   length_[at] = length;
 }
 
+void PinnedList::add_rows(const Plan& plan, const std::vector<std::uint64_t>& deltas) noexcept {
+  const bool write = plan.op == Op::kWrite;
+  std::uint64_t* const near = (write ? source_ : destination_) + copy_.num_items;
+  std::uint64_t* const far = (write ? destination_ : source_) + copy_.num_items;
+  for (std::size_t row = 0; row < plan.num_rows(); ++row) {
+    near[row] = plan.local_address[row];
+    far[row] = plan.remote_address[row] + deltas[plan.remote_region[row]];
+    length_[copy_.num_items + row] = static_cast<std::uint32_t>(plan.length[row]);
+  }
+  copy_.num_items += plan.num_rows();
+}
+
 Result<void> PinnedList::launch(cudaStream_t stream) {
   constexpr std::uint64_t kWarps = kThreadsPerBlock / 32;
   copy_.num_blocks =
@@ -130,15 +151,19 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
   const std::uint64_t item =
       engine ? ~std::uint64_t{0}
              : std::clamp((plan.total_bytes / shares + kMinItem - 1) / kMinItem * kMinItem, kMinItem, kMaxItem);
-  const std::uint64_t most = engine ? 0 : num_items(plan, item);
+  const Count count = engine ? Count{0, false} : count_items(plan, item);
   path_ = span_of(plan.remote_regions[0]).how;
   for (const int ordinal : ordinals) {
     NIXL_ASSIGN(const auto deltas, deltas_of(plan, ordinal));
     NIXL_ASSIGN(auto device, devices.at(ordinal));
     const cudaStream_t stream = device->next_stream();
-    NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), most));
+    NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), count.items));
     parts_.push_back(Part{std::move(list), {}, stream});
     Part& part = parts_.back();
+    if (count.one_a_row && ordinals.size() == 1) {
+      part.list.add_rows(plan, deltas);
+      continue;
+    }
     for (PlanCursor cursor(plan); !cursor.at_end();) {
       const Piece piece = cursor.next(item);
       if (ordinals.size() > 1 && device_of[piece.local_region] != ordinal) continue;

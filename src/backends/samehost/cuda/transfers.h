@@ -35,6 +35,8 @@ class PinnedList {
 
   void clear() noexcept { copy_.num_items = 0; }
   void add(std::uint64_t destination, std::uint64_t source, std::uint32_t length) noexcept;
+  // Every row as one item; `deltas` by remote region as in deltas_of.
+  void add_rows(const Plan& plan, const std::vector<std::uint64_t>& deltas) noexcept;
   std::uint64_t size() const noexcept { return copy_.num_items; }
   // Starts the copy on a stream of its device. One at a time.
   Result<void> launch(cudaStream_t stream);
