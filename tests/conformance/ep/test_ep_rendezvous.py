@@ -110,7 +110,7 @@ def meet_in_etcd(rank, endpoint):
 
     os.environ["NIXL_ETCD_ENDPOINTS"] = endpoint
     try:
-        buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
+        buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device)
         buffer.update_memory_buffers(SHAPE.ranks, SHAPE.experts_per_rank, memory_bytes(SHAPE))
         buffer.connect_ranks(list(range(SHAPE.ranks)))
         combine = {"cpu": "exact", "cuda": "reduced"}[rank.device]
