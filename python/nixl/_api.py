@@ -89,6 +89,7 @@ class nixl_agent:
         self.nixl_mems = dict(_descs.MEMS)
         self.nixl_ops = {"WRITE": nixlBind.NIXL_WRITE, "READ": nixlBind.NIXL_READ}
         self._leaked_xfer_handles = []
+        self._skipped = {}  # backend: why it could not be created
         self._event_fd = None
         self._num_threads = getattr(conf, "num_threads", 0)
         self._backend_params = {_native.canonical_backend(name): params
@@ -130,7 +131,8 @@ class nixl_agent:
             if _native.canonical_backend(name) in listed:
                 self.create_backend(name)
             else:
-                logger.warning("backend %s is skipped: %s", name, _why_missing(name))
+                self._skipped[name] = _why_missing(name)
+                logger.warning("backend %s is skipped: %s", name, self._skipped[name])
 
     def _create_all(self):
         for name in self.plugin_list:
@@ -227,7 +229,13 @@ class nixl_agent:
         """Registers with `backends`, or with every created backend that supports the kind. Returns the nixlRegDList."""
         numbers = self._numbers(backends)
         regs = self._reg_list(reg_list, mem_type)
-        self.agent.registerMem(regs, numbers)
+        try:
+            self.agent.registerMem(regs, numbers)
+        except nixlBind.nixlNotFoundError as error:
+            if not self._skipped:
+                raise
+            skipped = "; ".join(f"{name} was skipped: {reason}" for name, reason in self._skipped.items())
+            raise nixlBind.nixlNotFoundError(f"{error.reason}; {skipped}") from None
         return regs
 
     def deregister_memory(self, dereg_list, backends=[]):

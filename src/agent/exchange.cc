@@ -20,6 +20,7 @@ namespace {
 constexpr Nanoseconds kConnectTime = 1'000'000'000;
 constexpr Nanoseconds kBodyTime = 5'000'000'000;
 constexpr Nanoseconds kSlice = 200'000'000;  // how soon a waiting job notices that the agent goes
+constexpr Nanoseconds kOperationTime = 3'000'000'000;  // an agent is gone within five seconds, also beside a dead store
 constexpr Nanoseconds kLease = 10'000'000'000;
 constexpr Nanoseconds kWarnEvery = 10'000'000'000;
 constexpr const char* kFullLabel = "metadata";
@@ -61,6 +62,7 @@ Result<StoreChoice> open_store(const Settings& settings, std::optional<bool> use
   config.endpoint = choice.endpoint;
   if (etcd) {
     config.lease_ns = kLease;
+    config.timeout_ns = kOperationTime;
   } else {
     NIXL_ASSIGN(const auto connect_ms, settings.number("NIXL_TCPSTORE_TIMEOUT_MS"));
     NIXL_ASSIGN(const auto op_ms, settings.number("NIXL_TCPSTORE_OP_TIMEOUT_MS"));
@@ -231,10 +233,9 @@ class ExchangeImpl final : public Exchange {
       labels.swap(published_);
       pending_.clear();
     }
-    Result<void> first;
-    for (const std::string& label : labels)
-      if (auto done = store_.store->withdraw(store_.key(hooks_.agent, label)); !done && first) first = done;
-    return first;
+    for (const std::string& label : labels)  // a store that fails once is not waited for again
+      NIXL_TRY(store_.store->withdraw(store_.key(hooks_.agent, label)));
+    return {};
   }
 
   Result<std::string> fetch_value(const std::string& agent, const std::string& label) {

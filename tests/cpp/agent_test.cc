@@ -111,7 +111,7 @@ TEST(handles_outlive_their_agent) {
 }
 
 TEST(repost_while_running_and_cancel) {
-  Agent a("a", loopback({{"delay_us", "200000"}}));
+  Agent a("a", loopback({{"delay_us", "1000000"}}));
   std::vector<char> buffer(64, 'x');
   std::vector<MemDescriptor> from = {{buffer.data(), 32, 0}}, to = {{buffer.data() + 32, 32, 0}}, all = {{buffer.data(), 64, 0}};
   auto reg = a.registerMemory(all);

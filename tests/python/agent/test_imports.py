@@ -177,6 +177,8 @@ def test_unavailable_backend_is_skipped_with_its_reason(caplog):
                for record in caplog.records if record.levelname == "WARNING")
     with pytest.raises(nixl.nixlNotFoundError, match="not available"):
         one.create_backend(missing)
+    with pytest.raises(nixl.nixlNotFoundError, match=f"{missing} was skipped: "):
+        one.register_memory([(0, 64, 1)], "VRAM")
 
 
 def test_backend_creation_errors():

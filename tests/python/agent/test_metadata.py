@@ -168,7 +168,7 @@ def test_unreachable_address_returns_at_once():
     a.fetch_remote_metadata("b", "10.255.255.1", 9)
     a.send_local_metadata("10.255.255.1", 9)
     a.invalidate_local_metadata("127.0.0.1", 1)
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 1  # the calls only queue
     start = time.monotonic()
     del a
     assert time.monotonic() - start < 5

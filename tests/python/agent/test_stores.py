@@ -118,12 +118,12 @@ def test_discovery_without_any_call(etcd):
     a.transfer(h)
     done(a, h)
     assert until(lambda: b.get_new_notifs()) == {"a": [b"hi"]} and (b.memory == ord("a")).all()
-    assert not b.check_remote_metadata("a") or True
+    assert not b.check_remote_metadata("a")
     until(lambda: b.check_remote_metadata("a"))
     start = time.monotonic()
     with pytest.raises(nixl.nixlNotFoundError, match="nobody"):
         a.send_notif("nobody", b"x")
-    assert 4 < time.monotonic() - start < 8
+    assert 4 < time.monotonic() - start < 30
     del h, b
     until(lambda: not a.check_remote_metadata("b"), 20)
 
@@ -164,9 +164,9 @@ def test_unreachable_etcd_is_a_warning(monkeypatch):
     a = with_memory("a")
     a.send_local_metadata()
     a.fetch_remote_metadata("b")
-    assert time.monotonic() - start < 2 and not a.check_remote_metadata("b")
+    assert time.monotonic() - start < 4 and not a.check_remote_metadata("b")
     del a
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 20
 
 
 def test_tcp_store_of_torch(monkeypatch):

@@ -203,7 +203,7 @@ def test_one_descriptor_is_split(pair):
 
 
 def test_running_requests():
-    a, b = slow_pair(delay_us=200_000)
+    a, b = slow_pair(delay_us=1_000_000)
     h = xfer(a, b)
     assert a.transfer(h) == "PROC" and a.check_xfer_state(h) == "PROC"
     with pytest.raises(nixl.nixlRepostActiveError):
@@ -264,7 +264,7 @@ def test_removed_peer(pair):
 
 
 def test_removed_while_running():
-    a, b = slow_pair(delay_us=300_000)
+    a, b = slow_pair(delay_us=2_000_000)
     h = xfer(a, b)
     a.transfer(h)
     a.remove_remote_agent("bob")

@@ -1,0 +1,225 @@
+// The pure parts of the agent: coverage, plans, and every reader of bytes from outside, each fed damaged input.
+#include <random>
+
+#include "agent/desc_codec.h"
+#include "agent/frames.h"
+#include "agent/handles.h"
+#include "agent/metadata.h"
+#include "agent/region_index.h"
+#include "agent/router.h"
+#include "agent/settings.h"
+#include "base/bytes.h"
+#include "check.h"
+
+using namespace nixl;
+using namespace nixl::core;
+
+namespace {
+
+std::shared_ptr<LocalEntry> entry(std::uint64_t address, std::uint64_t length, std::uint64_t device = 0,
+                                  MemKind kind = MemKind::kDram) {
+  auto made = std::make_shared<LocalEntry>();
+  made->region = {kind, address, length, device, ""};
+  return made;
+}
+
+// Every prefix of `good`, then random changes of it; `read` must answer and may not crash.
+template <typename Read>
+void fuzz(const std::string& good, Read&& read) {
+  for (std::size_t cut = 0; cut < good.size(); ++cut) read(good.substr(0, cut));
+  std::mt19937_64 random(7);
+  for (int round = 0; round < 20'000; ++round) {
+    std::string bytes = good;
+    const int changes = 1 + static_cast<int>(random() % 6);
+    for (int i = 0; i < changes; ++i) {
+      const std::size_t at = random() % bytes.size();
+      switch (random() % 5) {
+        case 0: bytes[at] = static_cast<char>(random()); break;
+        case 1: bytes[at] = static_cast<char>(bytes[at] ^ (1 << random() % 8)); break;
+        case 2: bytes.insert(at, 1, static_cast<char>(random())); break;
+        case 3: bytes.erase(at, 1 + random() % 8); break;
+        default: bytes.replace(at, std::min<std::size_t>(8, bytes.size() - at), 8, static_cast<char>(0xff)); break;
+      }
+      if (bytes.empty()) bytes = "x";
+    }
+    read(bytes);
+  }
+}
+
+Metadata sample() {
+  Metadata data;
+  data.agent = "prefill-0";
+  data.incarnation = 42;
+  data.home = home_of_this_process();
+  data.backends.push_back({"UCX", true, std::string("\0addr", 5), {{{MemKind::kDram, 4096, 64, 0, ""}, "key"}, {{MemKind::kVram, 1, 2, 3, ""}, ""}}});
+  data.backends.push_back({"SAME_HOST", false, "", {}});
+  return data;
+}
+
+}  // namespace
+
+TEST(usage_hands_destruction_to_exactly_one) {
+  Usage usage;
+  CHECK(usage.acquire() && usage.acquire());
+  CHECK(!usage.retire());
+  CHECK(!usage.acquire());
+  CHECK(!usage.release());
+  CHECK(usage.release());
+  Usage idle;
+  CHECK(idle.retire());
+}
+
+TEST(coverage_finds_nested_and_overlapping_regions) {
+  RegionIndex<LocalEntry> index;
+  for (const auto& [address, length, device] : {std::tuple(1000, 1000, 0), std::tuple(1100, 10, 0), std::tuple(1105, 10, 0),
+                                                std::tuple(1000, 50, 1), std::tuple(5000, 0, 0)})
+    index.put(entry(address, length, device));
+  const auto view = index.snapshot(MemKind::kDram);
+  const auto holder = [&](std::uint64_t address, std::uint64_t length, std::uint64_t device) -> std::uint64_t {
+    const auto place = view->find(device, address, length);
+    return place == view->kNone ? 0 : (*view)[place]->region.length;
+  };
+  CHECK_EQ(holder(1105, 8, 0), 10u);
+  CHECK_EQ(holder(1108, 100, 0), 1000u);
+  CHECK_EQ(holder(1999, 1, 0), 1000u);
+  CHECK_EQ(holder(1999, 2, 0), 0u);
+  CHECK_EQ(holder(999, 2, 0), 0u);
+  CHECK_EQ(holder(1000, 51, 1), 0u);
+  CHECK_EQ(holder(1000, UINT64_MAX, 0), 0u);
+  CHECK_EQ(holder(5000, 1, 0), 0u);  // length 0 is literal for memory
+  RegionIndex<LocalEntry> files;
+  files.put(entry(0, 0, 5, MemKind::kFile));
+  const auto unbounded = files.snapshot(MemKind::kFile);
+  CHECK_EQ(unbounded->find(5, 1ull << 40, 4096), 0u);
+  CHECK(unbounded->find(6, 0, 1) == unbounded->kNone);
+}
+
+TEST(coverage_agrees_with_a_plain_search) {
+  std::mt19937_64 random(3);
+  for (int round = 0; round < 200; ++round) {
+    RegionIndex<LocalEntry> index;
+    std::vector<Region> all;
+    for (int i = 0; i < 12; ++i) {
+      const Region region{MemKind::kDram, random() % 200, random() % 60, random() % 2, ""};
+      all.push_back(region);
+      index.put(entry(region.address, region.length, region.device));
+    }
+    const auto view = index.snapshot(MemKind::kDram);
+    for (int i = 0; i < 200; ++i) {
+      const std::uint64_t address = random() % 250, length = random() % 40, device = random() % 2;
+      bool expected = false;
+      for (const Region& region : all)
+        expected |= region.device == device && region.address <= address && address + length <= region.address + region.length;
+      const auto place = view->find(device, address, length);
+      CHECK_EQ(place != view->kNone, expected);
+      if (expected) CHECK(view->item(place).holds(device, address, length));
+    }
+  }
+}
+
+TEST(columns_share_until_written) {
+  Column a;
+  for (const std::uint64_t value : {5, 5, 5}) a.push_back(value);
+  CHECK(a.uniform());
+  a.push_back(6);
+  Column b = a;
+  b.set(0, 9);
+  CHECK_EQ(a[0], 5u);
+  CHECK_EQ(b[0], 9u);
+  b.erase(0);
+  CHECK_EQ(b.size(), 3u);
+  CHECK_EQ(b[2], 6u);
+  CHECK(!(a == b));
+  a.clear();
+  CHECK(a.size() == 0 && a.uniform());
+}
+
+TEST(handles_are_never_used_twice) {
+  Handles<int> handles;
+  const auto first = handles.add(std::make_shared<int>(1));
+  CHECK_EQ(*handles.get(first), 1);
+  CHECK(handles.take(first) && !handles.take(first) && !handles.get(first));
+  const auto second = handles.add(std::make_shared<int>(2));
+  CHECK(second != first && !handles.get(first) && !handles.get(0) && !handles.get(~0ull));
+}
+
+TEST(metadata_round_trip_and_damage) {
+  const std::string good = encode(sample());
+  const Metadata back = *CHECK_OK(decode(good));
+  CHECK_EQ(back.agent, "prefill-0");
+  CHECK_EQ(back.incarnation, 42u);
+  CHECK_EQ(back.backends.size(), 2u);
+  CHECK(back.backends[0].connection == std::string("\0addr", 5));
+  CHECK_EQ(back.backends[0].regions[1].region.device, 3u);
+  fuzz(good, [&](const std::string& bytes) {
+    const auto seen = decode(bytes);
+    CHECK(bytes == good || !seen);  // the checksum tells every change
+    if (!seen) CHECK(seen.error().code == Code::kMismatch && !seen.error().reason.empty());
+  });
+  // The payload's own reader, with the checksum made right each time.
+  const std::string payload = good.substr(24);
+  fuzz(payload, [&](const std::string& bytes) {
+    std::string whole = good.substr(0, 12);
+    const std::uint64_t length = bytes.size();
+    const std::uint32_t checksum = crc32c(bytes);
+    whole.append(reinterpret_cast<const char*>(&length), 8).append(reinterpret_cast<const char*>(&checksum), 4).append(bytes);
+    (void)decode(whole);
+  });
+}
+
+TEST(own_process_is_not_dead) {
+  Home home = home_of_this_process();
+  CHECK(!surely_dead(home));
+  home.started += 1;
+  CHECK(surely_dead(home));
+  home.host += "elsewhere";
+  CHECK(!surely_dead(home));
+}
+
+TEST(descriptor_lists_round_trip_and_damage) {
+  Descs descs(MemType::OBJECT);
+  for (std::uint64_t i = 0; i < 20; ++i) descs.add(i * 7, 64, 0, "key" + std::to_string(i));
+  const std::string good = encode_descs(descs, 1);
+  std::uint8_t list_class = 9;
+  CHECK(*CHECK_OK(decode_descs(good, list_class)) == descs);
+  CHECK_EQ(list_class, 1);
+  fuzz(good, [](const std::string& bytes) {
+    std::uint8_t seen_class = 0;
+    const auto seen = decode_descs(bytes, seen_class);
+    if (seen) CHECK(seen->addr.size() == seen->len.size() && seen->len.size() == seen->dev.size());
+  });
+}
+
+TEST(frames_in_any_cut_and_damage) {
+  const std::string two = encode_frame(Verb::kLoad, "NIXLCOMM:INVL inside") + encode_frame(Verb::kInvalidate, "name");
+  FrameReader reader;
+  std::vector<Frame> seen;
+  for (const char byte : two) {
+    reader.append(&byte, 1);
+    while (auto frame = *CHECK_OK(reader.next())) seen.push_back(*frame);
+  }
+  CHECK_EQ(seen.size(), 2u);
+  CHECK(seen[0].verb == Verb::kLoad && seen[0].body == "NIXLCOMM:INVL inside" && seen[1].body == "name");
+  fuzz(two, [](const std::string& bytes) {
+    FrameReader damaged;
+    damaged.append(bytes.data(), bytes.size());
+    for (int i = 0; i < 3; ++i) {
+      const auto frame = damaged.next();
+      if (!frame || !*frame) break;
+    }
+  });
+}
+
+TEST(settings_of_a_file_and_damage) {
+  const std::string text = "# top\nA = \"x # y\" # comment\nB = 12\nC = true\n[table]\nA = 3\n";
+  const Settings settings = *CHECK_OK(Settings::parse(text, "file"));
+  CHECK_EQ(*settings.text("A"), "x # y");
+  CHECK_EQ(**CHECK_OK(settings.number("B")), 12);
+  CHECK(**CHECK_OK(settings.flag("C")));
+  CHECK(!settings.text("D"));
+  CHECK_EQ(Settings::parse("A = \"open\nB = 1", "file").error().reason, "file line 1: the string is not closed");
+  CHECK(!Settings::parse("A = word", "f") && !Settings::parse("= 1", "f") && !Settings::parse("A", "f"));
+  fuzz(text, [](const std::string& bytes) { (void)Settings::parse(bytes, "fuzz"); });
+}
+
+int main(int argc, char** argv) { return check::run_tests(argc, argv); }
