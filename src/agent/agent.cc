@@ -408,14 +408,22 @@ Result<std::vector<std::optional<Params>>> Agent::query_memory(const Descs& desc
 
 // ---- lists and requests
 
+Result<PreparedList> Agent::remote_list(const std::string& agent, const Descs& descs, const std::vector<Slot*>& allowed) {
+  NIXL_ASSIGN(auto other, peer(agent));
+  auto list = prepare_remote(descs, other, allowed);
+  if (list || other->is_self || !exchange_->discovers() || descs.rows() == 0) return list;
+  NIXL_TRY(exchange_->fetch_now(agent));  // the peer may have registered more since
+  NIXL_ASSIGN(other, peer(agent));
+  return prepare_remote(descs, other, allowed);
+}
+
 Result<std::uint64_t> Agent::prepare_list(const std::string& agent, Descs descs, BackendIds backends) {
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
   if (agent.empty()) {
     NIXL_ASSIGN(PreparedList list, prepare_local(std::move(descs), allowed));
     return lists_.add(std::make_shared<PreparedList>(std::move(list)));
   }
-  NIXL_ASSIGN(auto other, peer(agent));
-  NIXL_ASSIGN(PreparedList list, prepare_remote(std::move(descs), std::move(other), allowed));
+  NIXL_ASSIGN(PreparedList list, remote_list(agent, descs, allowed));
   return lists_.add(std::make_shared<PreparedList>(std::move(list)));
 }
 
@@ -481,9 +489,9 @@ Result<std::uint64_t> Agent::make_request(Op op, std::uint64_t local, std::span<
 Result<std::uint64_t> Agent::make_request(Op op, Descs local, Descs remote, const std::string& agent,
                                           std::optional<std::string> message, BackendIds backends) {
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
-  NIXL_ASSIGN(auto other, peer(agent));
+  NIXL_TRY(peer(agent));
   NIXL_ASSIGN(const PreparedList mine, prepare_local(std::move(local), allowed));
-  NIXL_ASSIGN(const PreparedList theirs, prepare_remote(std::move(remote), std::move(other), allowed));
+  NIXL_ASSIGN(const PreparedList theirs, remote_list(agent, remote, allowed));
   NIXL_ASSIGN(const Route route, choose_route(mine, theirs));
   NIXL_ASSIGN(BuiltPlan built, build_plan(mine, theirs, route));
   return add_request(op, mine, theirs, route, std::move(built), std::move(message));

@@ -108,6 +108,7 @@ class Agent {
   std::shared_ptr<Peer> listed_peer(const std::string& agent) const;  // also one that is lost and not yet forgotten
   std::shared_ptr<Peer> known_peer(const std::string& agent) const;
   Result<std::shared_ptr<Peer>> peer(const std::string& agent);  // discovers when that is on
+  Result<PreparedList> remote_list(const std::string& agent, const Descs& descs, const std::vector<Slot*>& allowed);
   Result<std::shared_ptr<Peer>> admit(const Metadata& data);
   void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason);
   void on_lost(const PeerId& peer, const Error& why);

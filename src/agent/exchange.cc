@@ -113,12 +113,17 @@ class ExchangeImpl final : public Exchange {
   }
 
   void publish(const std::string& label, std::string bytes) override {
+    bool wait = false;
     {
       const std::lock_guard lock(mutex_);
       if (store_.etcd && !published_.count("")) pending_[""] = "";
       pending_[label] = std::move(bytes);
+      wait = discovers_ && now_ns() >= quiet_until_;
     }
-    workers_.run([this] { publish_pending(); });
+    if (wait)
+      publish_pending();  // who registers and then tells a peer of it, by whatever way, finds the peer able to discover it
+    else
+      workers_.run([this] { publish_pending(); });
   }
   void fetch_stored(const std::string& agent, const std::string& label) override {
     {
@@ -253,19 +258,24 @@ class ExchangeImpl final : public Exchange {
     }
   }
 
+  // Watches first, so that no change after the value that is fetched goes unseen.
   Result<void> fetch_and_load(const std::string& agent, const std::string& label) {
-    NIXL_ASSIGN(const std::string bytes, fetch_value(agent, label.empty() ? kFullLabel : label));
-    NIXL_ASSIGN(const std::string name, hooks_.load(bytes));
+    const bool fresh = watch(agent);
+    const auto bytes = fetch_value(agent, label.empty() ? kFullLabel : label);
+    if (!bytes) {
+      if (fresh) unwatch(agent);
+      return fail(bytes.error());
+    }
+    NIXL_ASSIGN(const std::string name, hooks_.load(*bytes));
     if (name != agent) NIXL_WARN("agent %s: the key of agent '%s' holds metadata of '%s'", hooks_.agent.c_str(), agent.c_str(), name.c_str());
-    watch(agent);
     return {};
   }
 
-  void watch(const std::string& agent) {
+  bool watch(const std::string& agent) {  // false: watched already, or not possible
     StoreWatcher* watcher = store_.store->watcher();
     {
       const std::lock_guard lock(mutex_);
-      if (!watcher || watches_.count(agent)) return;
+      if (!watcher || watches_.count(agent)) return false;
       watches_[agent] = nullptr;  // being made
     }
     auto made = watcher->watch(store_.key(agent, ""), [this, agent](const StoreEvent& event) { changed(agent, event); });
@@ -275,6 +285,15 @@ class ExchangeImpl final : public Exchange {
       watches_[agent] = std::move(*made);
     else
       watches_.erase(agent);
+    return made.has_value();
+  }
+  void unwatch(const std::string& agent) {
+    std::unique_ptr<StoreWatch> gone;  // destroyed outside the lock: it waits for its callback
+    const std::lock_guard lock(mutex_);
+    if (const auto found = watches_.find(agent); found != watches_.end()) {
+      gone = std::move(found->second);
+      watches_.erase(found);
+    }
   }
   void changed(const std::string& agent, const StoreEvent& event) {
     if (event.kind == StoreEvent::Kind::kDelete) {
