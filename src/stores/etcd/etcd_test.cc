@@ -24,6 +24,7 @@ using namespace nixl::core;
 namespace {
 
 constexpr Nanoseconds kMs = 1'000'000;
+constexpr char kPublisher[] = "NIXL_TEST_ETCD_PUBLISHER";  // set: be the process that publishes there
 
 int free_port() {
   Fd fd(::socket(AF_INET, SOCK_STREAM, 0));
@@ -172,11 +173,9 @@ TEST(leased_keys_vanish_after_their_publisher) {
   const pid_t child = ::fork();
   if (child == 0) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    // A process of its own, killed without a word. It makes its own client: threads do not survive the fork.
-    auto store = server().open(1'000 * kMs);
-    CHECK_OK(store->publish("lease/a", "1"));
-    ::pause();
-    ::_exit(0);
+    ::setenv(kPublisher, server().url().c_str(), 1);
+    ::execl("/proc/self/exe", "etcd_test", nullptr);
+    ::_exit(127);
   }
   told.wait_for("+lease/a=1 ");
   std::this_thread::sleep_for(std::chrono::milliseconds(2500));  // longer than the lease: it is being renewed
@@ -219,6 +218,18 @@ TEST(endpoints) {
         refused.error().reason.find("http://127.0.0.1:1") != std::string::npos);
 }
 
+// A process of its own that publishes a leased key and is killed without a word.
+static int publish_and_wait(const char* url) {
+  StoreConfig config;
+  config.endpoint = url;
+  config.lease_ns = 1'000 * kMs;
+  auto store = std::move(*CHECK_OK(store_etcd().open(config)));
+  CHECK_OK(store->publish("lease/a", "1"));
+  ::pause();
+  return 0;
+}
+
 int main(int argc, char** argv) {
+  if (const char* url = ::getenv(kPublisher)) return publish_and_wait(url);
   return check::run_tests(argc, argv);
 }
