@@ -4,7 +4,7 @@
 Files: 256 MiB in --folder, written and read in turns by each program, best of --rounds, with the same offsets, block and
 depth. Beside fio and dd, which use one block of memory again and again and so have it in the processor's cache, ours uses one
 for each of its two threads; "whole memory" rows use 256 MiB of memory, beside a plain loop of calls over the same. Ours is the quicker of polling
-and waiting. Objects: 64 of 8 MiB against a server on this host that throws away what it is sent; its own limit is measured with
+and waiting; O_DIRECT rows have no progress thread, so that one thread does the work as in fio. Objects: 64 of 8 MiB against a server on this host that throws away what it is sent; its own limit is measured with
 a client that does nothing else; no client computes checksums, each has up to 16 connections.
 """
 
@@ -54,8 +54,8 @@ def gb(seconds, bytes_=TOTAL):
 class Ours:
     """One prepared list of transfers between memory and a file; run() gives the seconds of one pass."""
 
-    def __init__(self, path, operation, block, *, direct=False, random=False, gap=False, one_block=False, **params):
-        self.agent = nixl.nixl_agent("bench", nixl.nixl_agent_config(backends=[]))
+    def __init__(self, path, operation, block, *, direct=False, random=False, gap=False, one_block=False, progress=True, **params):
+        self.agent = nixl.nixl_agent("bench", nixl.nixl_agent_config(enable_prog_thread=progress, backends=[]))
         self.agent.create_backend("POSIX", {key: str(value) for key, value in params.items()})
         self.memory = mmap.mmap(-1, TOTAL * (2 if gap else 1))
         array = numpy.frombuffer(self.memory, dtype=numpy.uint8)
@@ -169,7 +169,7 @@ def direct(path, rounds):
     for engine, param in (("libaio", "use_aio"), ("io_uring", "use_uring")):
         for operation in ("WRITE", "READ"):
             try:
-                one = Ours(path, operation, 4096, direct=True, random=True, kernel_queue_size=DEPTH, **{param: "true"})
+                one = Ours(path, operation, 4096, direct=True, random=True, progress=False, kernel_queue_size=DEPTH, **{param: "true"})
                 *ours, by_fio = best(rounds, *one.runs(), fio(path, operation, 4096, engine, direct=True, random=True))
             except (nixl.nixlBackendError, subprocess.CalledProcessError) as error:
                 figures.append(Figure(f"O_DIRECT 4 KiB {operation.lower()}, {engine}", 0, "of fio", None, None, {}, True, f"not run: {error}"))
