@@ -45,7 +45,6 @@ class Exchange {
   void begin_again();
   // The slot that the next begin will use. Nobody reads it any more.
   int next_slot();
-  std::span<const Participant> participants() const { return participants_; }
   // This rank itself and the participants.
   bool reaches(int rank) const { return rank == rank_ || reached_[static_cast<std::size_t>(rank)]; }
 
@@ -66,8 +65,8 @@ class Exchange {
   const std::byte* memory_of(const Source& source, std::int64_t offset, std::int64_t bytes) const;
   // Masks a source whose message does not fit this rank's call; it is out of sources() afterwards.
   void reject(const Source& source);
-  // Whether all that was read from sources() is what they announced. If not, the peers in question are masked and out
-  // of sources(), and everything has to be read again.
+  // Whether all that was read from sources() is what they announced; then the senders are told that it was taken. If
+  // not, the peers in question are masked and out of sources(), and everything has to be read again.
   bool verify();
 
   // On the channel of barriers: returns when every unmasked peer has come here too, or was masked.

@@ -53,8 +53,8 @@ struct PairState {
     *this = PairState{};
     incarnation = peer_incarnation;
   }
-  // For a peer that was masked. `newest` is its newest_count; `awaits_next`: that message was not taken back and awaits
-  // sent + 1.
+  // Not while an operation with the peer is under way, unless it was masked. `newest` is its newest_count;
+  // `awaits_next`: that message was not taken back and awaits sent + 1.
   NIXL_HD constexpr void unmask(std::uint32_t newest, bool awaits_next) {
     expected = awaits_next ? newest : newest + 1;
   }
