@@ -5,6 +5,7 @@ tokens a rank sends in the call, ``T = R * M``, ``H`` hidden size, ``K`` top-k, 
 at rank ``e // L``.
 """
 import os
+import time
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _native, layout
@@ -347,15 +348,18 @@ class Buffer:
         channel.set(f"NIXL_EP/agree/{turn}/{self.rank}", " ".join(map(str, sorted(mine))).encode() or b"-")
         if len(self._agreed) > 2:
             self._forget_agreement(*self._agreed.pop(0))
-        union = set(mine)
-        for rank in active:
-            key = f"NIXL_EP/agree/{turn}/{rank}"
-            if rank == self.rank:
-                continue
-            if channel.wait(key, self.timeout_ms):
-                union |= {int(number) for number in channel.get(key).decode().split() if number != "-"}
-            else:
-                union.add(rank)
+        union, waiting = set(mine), set(active) - {self.rank}
+        end = time.monotonic() + self.timeout_ms / 1000
+        while waiting:
+            for rank in [rank for rank in waiting if channel.wait(f"NIXL_EP/agree/{turn}/{rank}", 0)]:
+                answer = channel.get(f"NIXL_EP/agree/{turn}/{rank}").decode()
+                union |= {int(number) for number in answer.split() if number != "-"}
+                waiting.discard(rank)
+            waiting -= union  # whom somebody has masked is not waited for: masks must not make others late
+            if waiting and time.monotonic() >= end:
+                union |= waiting
+                break
+            time.sleep(0.001 if waiting else 0)
         newly = sorted((union - mine) & set(active) - {self.rank})
         if newly:
             self.update_mask_buffer(newly, True)
