@@ -115,7 +115,7 @@ struct Initiator {
   int in_flight = 0;
 
   static void ended(void* request, ucs_status_t status, void* self) {
-    if (status != UCS_OK) die("an operation failed");
+    if (status != UCS_OK) die(ucx::operation_error(**ucx::open_api(), "an operation", status).reason);
     --static_cast<Initiator*>(self)->in_flight;
     (*ucx::open_api())->request_free(request);
   }
