@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import pathlib
 import re
 import socket
@@ -227,3 +226,11 @@ sys.exit(benchmark_base.run(two_sided.TwoSided))
         code, out, err = run("multi_node/gpunetio_p2p.py", "--gpu_devices", "0,1", "--buffer_sizes", "1MB,16MB")
         assert code in (0, 77), err
         assert code == 0 or re.match(r"SKIP: GPUNETIO: .{10,}", out)
+
+    def test_bench_local_reports_its_musts(self, tmp_path):
+        report = tmp_path / "local.json"
+        code, out, err = run("bench_local.py", "--memory", "dram", "--only", "idle", "--json", report)
+        assert code == 0, out + err
+        assert "1 of 1 musts met" in out
+        document = json.loads(report.read_text())
+        assert [figure["met"] for figure in document["figures"]] == [True]
