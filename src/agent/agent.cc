@@ -432,8 +432,8 @@ Result<void> Agent::release_list(std::uint64_t list) {
   return {};
 }
 
-Result<std::uint64_t> Agent::add_request(Op op, const PreparedList& local, const PreparedList& remote, const Route& route,
-                                         BuiltPlan built, std::optional<std::string> message) {
+Result<std::uint64_t> Agent::add_request(Op op, const PreparedList& remote, const Route& route, BuiltPlan built,
+                                         std::optional<std::string> message) {
   Request::Parts parts;
   parts.runtime = runtime_.get();
   parts.peer = remote.peer;
@@ -444,7 +444,6 @@ Result<std::uint64_t> Agent::add_request(Op op, const PreparedList& local, const
   parts.message = std::move(message);
   if (!parts.slot->notifier && !remote.peer->is_self)
     parts.send_message = [this](Peer& to, std::string_view text) { return send_to(to, text, slots()); };
-  (void)local;
   NIXL_ASSIGN(auto made, Request::make(std::move(parts), std::move(built)));
   return requests_.add(std::move(made));
 }
@@ -483,7 +482,7 @@ Result<std::uint64_t> Agent::make_request(Op op, std::uint64_t local, std::span<
   }
   if (!route) return fail(Code::kInvalidArgument, "%s", route.error().reason.c_str());
   NIXL_ASSIGN(BuiltPlan built, build_plan(*mine, local_index, *other, remote_index, *route, merge));
-  return add_request(op, *mine, *other, *route, std::move(built), std::move(message));
+  return add_request(op, *other, *route, std::move(built), std::move(message));
 }
 
 Result<std::uint64_t> Agent::make_request(Op op, Descs local, Descs remote, const std::string& agent,
@@ -494,7 +493,7 @@ Result<std::uint64_t> Agent::make_request(Op op, Descs local, Descs remote, cons
   NIXL_ASSIGN(const PreparedList theirs, remote_list(agent, remote, allowed));
   NIXL_ASSIGN(const Route route, choose_route(mine, theirs));
   NIXL_ASSIGN(BuiltPlan built, build_plan(mine, theirs, route));
-  return add_request(op, mine, theirs, route, std::move(built), std::move(message));
+  return add_request(op, theirs, route, std::move(built), std::move(message));
 }
 
 Result<std::shared_ptr<Request>> Agent::request(std::uint64_t handle) const {

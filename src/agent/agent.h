@@ -112,8 +112,8 @@ class Agent {
   Result<std::shared_ptr<Peer>> admit(const Metadata& data);
   void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason);
   void on_lost(const PeerId& peer, const Error& why);
-  Result<std::uint64_t> add_request(Op op, const PreparedList& local, const PreparedList& remote, const Route& route,
-                                    BuiltPlan built, std::optional<std::string> message);
+  Result<std::uint64_t> add_request(Op op, const PreparedList& remote, const Route& route, BuiltPlan built,
+                                    std::optional<std::string> message);
   Result<void> send_to(Peer& peer, std::string_view message, const std::vector<Slot*>& allowed);
   BackendInfo info_of(Slot& slot, bool connection) const;
   Metadata envelope() const;
