@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ep_oracle as oracle
 import numpy as np
@@ -367,9 +367,3 @@ def compare_rows(name: str, want: np.ndarray, got: np.ndarray) -> list[str]:
         return []
     where = tuple(int(i) for i in np.argwhere(differs)[0])
     return [f"{name}: {differs.sum()} of {want.size} differ, first at {where}: {got[where]}, must be {want[where]}"]
-
-
-def with_payloads(options: Options, hidden: int) -> list[Options]:
-    """The options with every payload this hidden size allows."""
-    payloads = [p for p in Payload if p is not Payload.FP8_UE8M0 or hidden % 512 == 0]
-    return [replace(options, payload=payload) for payload in payloads]

@@ -208,8 +208,9 @@ def foreign_ids(rank):
     except RuntimeError as error:
         if str(layout.experts) not in str(error):
             problems.append(f"the message does not name the bound: {error}")
-    got, more = run_combine(buffer, Tokens(good[mine].x, np.where(ids[mine] < layout.experts, ids[mine], -1),
-                                           good[mine].topk_weights), layout, y[mine], handle, BF16, rank.device)
+    legal = np.where(ids[mine] < layout.experts, ids[mine], -1)
+    again = Tokens(good[mine].x, legal, good[mine].topk_weights)
+    got, more = run_combine(buffer, again, layout, y[mine], handle, BF16, rank.device)
     problems += more + compare_rows("combined", want[mine], got)
     problems += run_operation(buffer, rank, operation, BF16)
     buffer.destroy()

@@ -1,5 +1,7 @@
 """Random shapes, ids and values; what must hold for all of them is equality with the oracle."""
 
+from dataclasses import replace
+
 import hypothesis
 import hypothesis.strategies as st
 from ep_cases import STYLES, Options, Shape, group_operation, open_buffer, run_operation
@@ -35,8 +37,6 @@ def operations(draw):
 
 def run_sequence(rank, sequence, combine, joins_after):
     """The operations in order; ranks 2 and 3 join after `joins_after` of them (None: all are there from the start)."""
-    from dataclasses import replace
-
     present = [0, 1] if joins_after is not None else [0, 1, 2, 3]
     late = rank.rank not in present
     problems = []
