@@ -2,6 +2,7 @@
 
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -174,6 +175,8 @@ Result<std::pair<std::uint32_t, std::uint64_t>> SlotTable::take() {
 }
 
 void SlotTable::give_back(std::uint32_t slot) noexcept {
+  // A forked child drops copies of what its parent goes on using.
+  if (mailbox_->segment().header().pid != static_cast<std::uint32_t>(::getpid())) return;
   std::lock_guard lock(mutex_);
   mailbox_->segment().slot(slot).store(0, std::memory_order_release);
   free_.push_back(slot);

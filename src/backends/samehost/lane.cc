@@ -102,6 +102,8 @@ bool LaneWriter::push() {
 }
 
 void LaneWriter::leave() noexcept {
+  // A forked child drops copies of what its parent goes on using.
+  if (peer_->lane(index_).owner.load(std::memory_order_acquire) >> 32 != static_cast<std::uint64_t>(::getpid())) return;
   peer_->lane(index_).owner.fetch_or(kLeaving, std::memory_order_acq_rel);
   peer_->header().dirty[index_ / 64].fetch_or(std::uint64_t{1} << index_ % 64, std::memory_order_seq_cst);
 }

@@ -496,6 +496,39 @@ TEST(another_user_is_refused_with_the_rule) {
   CHECK_EQ(status, 0);
 }
 
+TEST(a_forked_child_takes_nothing_from_its_parent) {
+  char* const theirs = shared_bytes();
+  std::vector<char> mine(4096, 'f');
+  Target target(theirs);
+  Side side("initiator"), watcher("watcher");
+  auto region = std::move(*CHECK_OK(side.backend->add_region(region_of(mine.data(), 4096))));
+  const std::string key = *CHECK_OK(side.backend->export_region(*region));
+  auto link =
+      std::make_unique<Link>(side, target.address, target.key, region_of(mine.data(), 4096), region_of(theirs, kBytes));
+  CHECK_OK(side.backend->notifier()->send(*link->peer, "before"));
+  CHECK_EQ(target.ask('n'), std::string("initiator:before\n"));
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    link.reset();
+    region.reset();
+    side.backend.reset();
+    ::_exit(0);
+  }
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  CHECK_EQ(status, 0);
+  CHECK_OK(side.backend->notifier()->send(*link->peer, "after"));
+  CHECK_EQ(target.ask('n'), std::string("initiator:after\n"));
+  CHECK_OK(side.backend->notifier()->send(*link->peer, "and once more"));
+  CHECK_EQ(target.ask('n'), std::string("initiator:and once more\n"));
+  Link back(watcher, *CHECK_OK(side.backend->export_connection()), key, region_of(theirs, 4096),
+            region_of(mine.data(), 4096));
+  Plan plan = back.plan(Op::kRead);
+  back.add(plan, at(theirs), at(mine.data()), 4096);
+  CHECK_OK(run(**CHECK_OK(watcher.backend->prepare(std::move(plan)))));
+  CHECK_EQ(theirs[4095], 'f');
+}
+
 TEST(two_backends_in_one_process) {
   std::vector<char> mine(kBytes, 'p'), theirs(kBytes);
   Side side("initiator"), other("target");
