@@ -143,7 +143,8 @@ TEST(random_bytes_never_decode_wildly) {
     (void)decode(bytes, request), (void)decode(bytes, done), (void)decode(bytes, revoke);
     (void)unsealed(bytes);
   }
-  CHECK_EQ(std::string(*CHECK_OK(unsealed(sealed("content")))), "content");
+  const std::string bytes = sealed("content");
+  CHECK_EQ(std::string(*CHECK_OK(unsealed(bytes))), "content");
 }
 
 TEST(notifications_keep_the_order_of_their_stream) {
