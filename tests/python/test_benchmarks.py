@@ -228,6 +228,7 @@ sys.exit(benchmark_base.run(two_sided.TwoSided))
         assert code in (0, 77), err
         assert code == 0 or re.match(r"SKIP: GPUNETIO: .{10,}", out)
 
+    @pytest.mark.skipif(not os.environ.get("NIXL_TEST_ALL"), reason="speed is judged only by ./run test --all, on a quiet machine")
     def test_loopback_is_at_least_half_as_fast_as_memcpy(self):
         """The better of three tries: other programs on the machine slow either side at random."""
         def p50(script):
@@ -238,8 +239,6 @@ sys.exit(benchmark_base.run(two_sided.TwoSided))
         shares = []
         while len(shares) < 3 and max(shares, default=0) < 0.5:
             shares.append(p50("single_node/memory_copy.py") / p50("single_node/ucx_loopback.py"))
-        if max(shares) < 0.5 and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
-            pytest.skip(f"the machine is overloaded (load {os.getloadavg()[0]:.1f}): shares of memcpy {shares}")
         assert max(shares) >= 0.5, shares
 
     def test_bench_local_reports_its_musts(self, tmp_path):
