@@ -320,7 +320,7 @@ TEST(wrong_calls_are_refused_and_the_buffer_stays_usable) {
       {"topk_idx is null", [](Dispatch& d) { d.topk_idx = nullptr; }},
       {"recv_x is null", [](Dispatch& d) { d.recv_x = nullptr; }},
       {"recv_scales is null", [](Dispatch& d) { d.payload = Payload::kFp8; }},
-      {"go together", [&](Dispatch& d) { d.recv_weights = a.weights.data(); }},
+      {"recv_weights needs recv_places", [&](Dispatch& d) { d.recv_weights = a.weights.data(); }},
       {"payload is 9", [](Dispatch& d) { d.payload = static_cast<Payload>(9); }},
   };
   for (const Wrong& wrong : wrong_dispatches) {

@@ -259,7 +259,7 @@ int main(int argc, char** argv) {
   using namespace gpu_test;
   const int found = count_gpus();
   if (found == 0) {
-    std::printf("skipped: no CUDA device\n");
+    std::printf("SKIP: no CUDA device\n");
     return 77;
   }
   const int ranks = argc > 1 ? std::atoi(argv[1]) : found > 1 ? std::min(found, 8) : 2;
