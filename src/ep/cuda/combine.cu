@@ -35,6 +35,7 @@ __device__ Shared carve(const CombineOp& a, std::uint8_t* memory) {
   s.starts = reinterpret_cast<int*>(memory + at.starts);
   s.routes.per_expert = reinterpret_cast<int*>(memory + at.per_expert);
   s.routes.per_rank = reinterpret_cast<int*>(memory + at.per_rank);
+  s.routes.expert = reinterpret_cast<int*>(memory + at.expert);
   s.routes.index = reinterpret_cast<int*>(memory + at.index);
   s.routes.message = reinterpret_cast<int*>(memory + at.message);
   return s;
@@ -193,16 +194,16 @@ __device__ void send_entries(const CombineOp& a, const Shared& s) {
   for (int token = s.block->first_token + warp; token < s.block->end_token; token += kSenders) {
     const std::int64_t at = std::int64_t{token} * topk + lane;
     const int local = (token - s.block->first_token) * topk;
-    const long long id = lane < topk ? load_id(a.route, at) : -1;
-    const bool inside = id >= 0 && id < std::int64_t{a.op.ranks} * a.op.experts;
-    const int rank = inside ? static_cast<int>(id) / a.op.experts : -1 - lane;
+    const int id = lane < topk ? s.routes.expert[local + lane] : -1;
+    const bool inside = id >= 0;
+    const int rank = inside ? rank_of_expert(a.op, id) : -1 - lane;
     const int index = inside ? s.routes.index[local + lane] : -1;
     const unsigned same = __match_any_sync(~0u, rank), here = same & __ballot_sync(~0u, index >= 0);
     const unsigned before = (1u << lane) - 1;
     const bool sends = inside && (index >= 0 || (here == 0 && !(same & before)));
     if (!sends || rank == a.op.rank || !s.peers[rank].active) continue;
     const int message = s.routes.message[local + __ffs(same) - 1];
-    const std::uint32_t what = (static_cast<int>(id) - rank * a.op.experts) | lane << 13 | __popc(here) << 18;
+    const std::uint32_t what = (id - rank * a.op.experts) | lane << 13 | __popc(here) << 18;
     store_cell(s.peers[rank].remote + a.entries + (std::int64_t{message} * topk + __popc(here & before)) * 16,
                make_uint4(what, index, a.partials ? bits_of(a.weights[at]) : token, s.peers[rank].tag_out));
   }
@@ -246,13 +247,14 @@ __device__ void serve_message(const CombineOp& a, const Shared& s, int rank, int
 }
 template <int kLanes>
 __device__ void serve_messages(const CombineOp& a, const Shared& s) {
-  const int others = a.op.ranks - 1;
-  const std::int64_t items = std::int64_t{s.block->most_messages} * others * a.shape.pieces;
+  const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces;
+  const unsigned items = static_cast<unsigned>(s.block->most_messages) * others * pieces;
 #pragma unroll 1
-  for (std::int64_t item = blockIdx.x + std::int64_t{threadIdx.x / 32} * gridDim.x; item < items; item += std::int64_t{kWarps} * gridDim.x) {
-    const int piece = static_cast<int>(item % a.shape.pieces);
-    const int message = static_cast<int>(item / a.shape.pieces / others);
-    int rank = a.op.rank + 1 + static_cast<int>(item / a.shape.pieces % others);
+  for (unsigned item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += kWarps * gridDim.x) {
+    const unsigned in_turn = item / pieces;
+    const int piece = static_cast<int>(item - in_turn * pieces);
+    const int message = static_cast<int>(in_turn / others);
+    int rank = a.op.rank + 1 + static_cast<int>(in_turn - message * others);
     if (rank >= a.op.ranks) rank -= a.op.ranks;
     if (s.peers[rank].active && message < s.peers[rank].messages) serve_message<kLanes>(a, s, rank, message, piece);
   }
@@ -288,10 +290,10 @@ __device__ void send_rows(const CombineOp& a, const Shared& s) {
     if (lane == 0) s.starts[blocks] = sum;
   }
   __syncthreads();
-  const std::int64_t items = std::int64_t{s.starts[blocks]} * a.shape.pieces;
+  const unsigned pieces = a.shape.pieces, items = static_cast<unsigned>(s.starts[blocks]) * pieces;
 #pragma unroll 1
-  for (std::int64_t item = blockIdx.x + std::int64_t{threadIdx.x / 32} * gridDim.x; item < items; item += std::int64_t{kWarps} * gridDim.x) {
-    const int ordinal = static_cast<int>(item / a.shape.pieces), piece = static_cast<int>(item % a.shape.pieces);
+  for (unsigned item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += kWarps * gridDim.x) {
+    const int ordinal = static_cast<int>(item / pieces), piece = static_cast<int>(item - ordinal * pieces);
     int low = 0, high = blocks;  // the last block that starts at or before `ordinal`
 #pragma unroll 1
     while (high - low > 1) {
@@ -356,10 +358,10 @@ struct Contribution {
 __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int token, int* count) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
   const int local = (token - s.block->first_token) * topk + lane;
-  const long long id = lane < topk ? load_id(a.route, std::int64_t{token} * topk + lane) : -1;
+  const int id = lane < topk ? s.routes.expert[local] : -1;
   const int index = lane < topk ? s.routes.index[local] : -1;
-  const bool inside = id >= 0 && id < std::int64_t{a.op.ranks} * a.op.experts;
-  const int rank = inside ? static_cast<int>(id) / a.op.experts : -1;
+  const bool inside = id >= 0;
+  const int rank = inside ? rank_of_expert(a.op, id) : -1;
   Contribution own;
   own.rank = rank;
   bool valid = inside && index >= 0 && s.peers[rank].active;
@@ -368,7 +370,7 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
   if (valid) {
     own.weight = a.weights[std::int64_t{token} * topk + lane];
     if (rank == a.op.rank) {
-      const auto* row = find_row(a, s, static_cast<int>(id) - rank * a.op.experts, rank, index);
+      const auto* row = find_row(a, s, id - rank * a.op.experts, rank, index);
       own.from = reinterpret_cast<unsigned long long>(row);
       valid = row != nullptr;
     } else if (a.partials) {
@@ -527,20 +529,11 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
   using namespace gpu;
   extern __shared__ __align__(128) std::uint8_t memory[];
   Shared s = carve(a, memory);
+  wait_for_predecessor();
   const int warp = threadIdx.x / 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  // Tokens of this block; when there are more blocks than tokens, several share one and take a part of its chunks each.
-  const int tokens = a.route.num_tokens;
-  int begin = static_cast<int>(std::int64_t{tokens} * blockIdx.x / gridDim.x);
-  int end = static_cast<int>(std::int64_t{tokens} * (blockIdx.x + 1) / gridDim.x);
-  int part = 0, parts = 1;
-  if (tokens > 0 && 2 * tokens <= static_cast<int>(gridDim.x)) {
-    const int wanted = (a.shape.chunks + kWarps - 1) / kWarps, most = static_cast<int>(gridDim.x) / tokens;
-    parts = wanted < most ? wanted : most;
-    part = blockIdx.x % parts;
-    begin = static_cast<int>(blockIdx.x) / parts < tokens ? static_cast<int>(blockIdx.x) / parts : tokens;
-    end = begin < tokens ? begin + 1 : tokens;
-  }
+  const Share share = share_of_tokens(a.route.num_tokens, (a.shape.chunks + kWarps - 1) / kWarps);
+  const int begin = share.begin, end = share.end;
   if (warp < kSenders) {
     count_before(a.op, a.route, s.routes, begin, kSendThreads, kSending);
     if (warp == 0) count_own(a.op, a.route, s.routes, begin, end, nullptr);
@@ -560,7 +553,7 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
       for (int rank = threadIdx.x; rank < a.op.ranks; rank += kSendThreads)
         if (s.peers[rank].active && rank != a.op.rank)
           send_header(a.op, *s.block, s.peers[rank], a.places ? 0 : s.routes.per_rank[rank]);
-    if (!a.places && part == 0) send_entries(a, s);
+    if (!a.places && share.part == 0) send_entries(a, s);
   }
   if (sends && a.places) send_rows<kLanes>(a, s);
   if (!receives) return finish_sending(a.op);
@@ -570,7 +563,7 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
     if (!a.places) serve_messages<kLanes>(a, s);
   }
 #pragma unroll 1
-  for (int token = begin; token < end; ++token) sum_token<kLanes>(a, s, token, part * kWarps + warp, parts * kWarps);
+  for (int token = begin; token < end; ++token) sum_token<kLanes>(a, s, token, share.part * kWarps + warp, share.parts * kWarps);
   if (a.places && !s.block->rejoin && blockIdx.x == 0 && warp == kSenders) await_headers(a, s);
   if (blockIdx.x == 0 && s.block->rejoin) {
     __syncthreads();

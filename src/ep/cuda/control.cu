@@ -10,6 +10,7 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) barrier(const __grid_constan
   extern __shared__ __align__(128) std::uint8_t memory[];
   __shared__ Block block;
   auto* peers = reinterpret_cast<Peer*>(memory);
+  wait_for_predecessor();
   if (threadIdx.x < 32) begin_operation(op, block, peers);
   __syncthreads();
 #pragma unroll 1

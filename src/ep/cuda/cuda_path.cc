@@ -20,6 +20,8 @@ using nixl::ep::Combine;
 using nixl::ep::Phase;
 
 constexpr std::uint32_t kExportMagic = 0x31706567;  // "gep1"
+constexpr int kMaxExperts = 8192;                   // a table of them lies in shared memory
+constexpr int kMaxLocalExperts = 8191;              // as entry cells name them
 constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
 
 // 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.
@@ -67,6 +69,9 @@ Result<void> CudaPath::reserve(const Capacity& capacity) {
   const std::lock_guard lock(mutex_);
   if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
   const std::int64_t experts = std::int64_t{capacity.num_ranks} * capacity.experts_per_rank;
+  if (experts > kMaxExperts || capacity.experts_per_rank > kMaxLocalExperts)
+    return fail(Code::kUnsupported, "%lld experts, %d of them on a rank; up to %d and %d are supported", static_cast<long long>(experts),
+                capacity.experts_per_rank, kMaxExperts, kMaxLocalExperts);
   if (state_) {
     const PushLayout wanted = make_push_layout(capacity.num_bytes, experts, capacity.num_ranks);
     if (max_elements(capacity.num_bytes, experts) > max_elements(capacity_.num_bytes, std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank) &&
@@ -279,6 +284,21 @@ Result<void> CudaPath::query_masks(std::int32_t* out, void* stream) const {
   return const_cast<CudaPath*>(this)->launch(gpu::query_kernel(), 1, 256, 0, &op, stream);
 }
 
+// An operation's blocks may be placed while the kernel before it ends; they wait for its end before they touch memory.
+Result<void> CudaPath::launch_operation(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream) {
+  void* pointers[] = {args};
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cuda_check(cudaLaunchKernelExC(&config, kernel, pointers), "launch of an operation");
+}
 Result<void> CudaPath::launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream) {
   void* pointers[] = {args};
   return cuda_check(cudaLaunchKernel(kernel, dim3(grid), dim3(threads), pointers, static_cast<std::size_t>(shared),
@@ -307,6 +327,7 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
   op.rank = options_.rank;
   op.ranks = num_ranks;
   op.experts = capacity_.experts_per_rank;
+  op.experts_inverse = gpu::inverse_of(op.experts);
   op.phase = static_cast<int>(phase);
   op.parts = parts;
   return op;
@@ -314,7 +335,7 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
 
 // Short pieces where latency counts, long ones where the link is full; both sides choose from the same numbers.
 Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words, int meta_words) const {
-  const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : tokens <= 128 ? std::min(7, wanted_per) : wanted_per;
+  const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : wanted_per;
   for (int per : {first, wanted_per}) {
     const RowShape shape = make_row_shape(row_bytes, per, chunk_words, meta_words, lanes_);
     if (shape.row_bytes * tokens + 16 * kMaxTopk * tokens <= layout_.slot_bytes) return shape;
@@ -351,7 +372,7 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   const auto shared = gpu::make_dispatch_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  return launch(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
+  return launch_operation(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
 }
 
 Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
@@ -384,7 +405,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   const auto shared = gpu::make_combine_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  return launch(gpu::combine_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
+  return launch_operation(gpu::combine_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
 }
 
 Result<void> CudaPath::dispatch(const Dispatch& args) { return dispatch_parts(args, gpu::kSends | gpu::kReceives); }
@@ -399,7 +420,7 @@ Result<void> CudaPath::barrier(void* stream) {
   NIXL_ASSIGN(gpu::Op op, op_of(capacity_.num_ranks, Phase::kBarrier, gpu::kSends | gpu::kReceives));
   last_stream_ = stream;
   has_last_stream_ = true;
-  return launch(gpu::barrier_kernel(), 1, 128, gpu::kPeerBytes * std::int64_t{op.ranks}, &op, stream);
+  return launch_operation(gpu::barrier_kernel(), 1, 128, gpu::kPeerBytes * std::int64_t{op.ranks}, &op, stream);
 }
 
 Result<View> CudaPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
@@ -453,7 +474,7 @@ std::string CudaPath::take_input_error() {
   const unsigned long long what = found - 1;
   char text[200];
   std::snprintf(text, sizeof(text),
-                (what & 255) == gpu::kOutsideId ? "top-k id %llu is outside the experts of the call; its entry was dropped"
+                (what & 255) == gpu::kOutsideId ? "a top-k id of token %llu is outside the experts of the call; its entry was dropped"
                                                 : "expert %llu was selected more often than a rank may send tokens; rows past that were dropped",
                 what >> 8);
   return text;

@@ -47,6 +47,7 @@ class CudaPath final : public Path {
   Result<void> dispatch_parts(const Dispatch& args, int parts);
   Result<void> combine_parts(const CombineArgs& args, int parts);
   Result<RowShape> shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words, int meta_words) const;
+  Result<void> launch_operation(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream);
   Result<void> launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream);
   Result<void> change_peers(std::span<const gpu::PeerChange> changes, cudaStream_t stream);
   Result<void> change_apart(std::span<const gpu::PeerChange> changes);

@@ -34,6 +34,7 @@ __device__ Shared carve(const DispatchOp& a, std::uint8_t* memory) {
   s.base = reinterpret_cast<int*>(memory + at.base);
   s.routes.per_expert = reinterpret_cast<int*>(memory + at.per_expert);
   s.routes.per_rank = reinterpret_cast<int*>(memory + at.per_rank);
+  s.routes.expert = reinterpret_cast<int*>(memory + at.expert);
   s.routes.index = reinterpret_cast<int*>(memory + at.index);
   s.routes.message = reinterpret_cast<int*>(memory + at.message);
   s.stage = memory + at.stage;
@@ -67,13 +68,14 @@ __device__ void stage_token(const DispatchOp& a, const Shared& s, int token, std
 __device__ int write_meta(const DispatchOp& a, const Shared& s, int token, int rank) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
   const int entry_words = a.weights ? 3 : 2;
-  const long long id = lane < topk ? load_id(a.route, std::int64_t{token} * topk + lane) : -1;
-  const int index = lane < topk ? s.routes.index[(token - s.block->first_token) * topk + lane] : -1;
-  const bool mine = index >= 0 && static_cast<int>(id) / a.op.experts == rank;
+  const int local = (token - s.block->first_token) * topk + lane;
+  const int id = lane < topk ? s.routes.expert[local] : -1;
+  const int index = lane < topk ? s.routes.index[local] : -1;
+  const bool mine = index >= 0 && rank_of_expert(a.op, id) == rank;
   const unsigned all = __ballot_sync(~0u, mine);
   if (mine) {
     std::uint32_t* words = s.scratch + 2 + __popc(all & ((1u << lane) - 1)) * entry_words;
-    words[0] = static_cast<std::uint32_t>(static_cast<int>(id) - rank * a.op.experts) | lane << 16;
+    words[0] = static_cast<std::uint32_t>(id - rank * a.op.experts) | lane << 16;
     words[1] = index;
     if (a.weights) words[2] = bits_of(a.weights[std::int64_t{token} * topk + lane]);
   }
@@ -121,10 +123,11 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
 }
 
 template <int kLanes>
-__device__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage) {
+__device__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage, Share share) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
-  const int message = lane < topk ? s.routes.message[(token - s.block->first_token) * topk + lane] : -1;
-  const int rank = message >= 0 ? static_cast<int>(load_id(a.route, std::int64_t{token} * topk + lane)) / a.op.experts : 0;
+  const int local = (token - s.block->first_token) * topk + lane;
+  const int message = lane < topk ? s.routes.message[local] : -1;
+  const int rank = message >= 0 ? rank_of_expert(a.op, s.routes.expert[local]) : 0;
   unsigned left = __ballot_sync(~0u, message >= 0 && rank != a.op.rank && s.peers[rank].active);
 #pragma unroll 1
   for (int unit = 0; left; left &= left - 1) {
@@ -132,7 +135,8 @@ __device__ void push_token(const DispatchOp& a, const Shared& s, int token, cons
     const int to = __shfl_sync(~0u, rank, place), number = __shfl_sync(~0u, message, place);
 #pragma unroll 1
     for (int piece = 0; piece < a.shape.pieces; ++piece, ++unit)
-      if (unit % kSenders == warp) push_piece<kLanes>(a, s, token, stage, to, number, piece);
+      if (unit % kSenders == warp && static_cast<unsigned>(unit / kSenders) % static_cast<unsigned>(share.parts) == static_cast<unsigned>(share.part))
+        push_piece<kLanes>(a, s, token, stage, to, number, piece);
   }
 }
 
@@ -327,24 +331,25 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
 }
 
 // Tokens that stay on this rank never touch a line: read again, straight to their places. Warps [0, warps).
-__device__ void place_own(const DispatchOp& a, const Shared& s, int warps) {
+__device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, int part, int parts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
 #pragma unroll 1
   for (int token = s.block->first_token; token < s.block->end_token; ++token) {
-    const long long id = lane < topk ? load_id(a.route, std::int64_t{token} * topk + lane) : -1;
-    const int index = lane < topk ? s.routes.index[(token - s.block->first_token) * topk + lane] : -1;
-    const bool mine = index >= 0 && static_cast<int>(id) / a.op.experts == a.op.rank;
+    const int local = (token - s.block->first_token) * topk + lane;
+    const int id = lane < topk ? s.routes.expert[local] : -1;
+    const int index = lane < topk ? s.routes.index[local] : -1;
+    const bool mine = index >= 0 && rank_of_expert(a.op, id) == a.op.rank;
     Place own;
     if (mine) {
-      own.expert = static_cast<int>(id) - a.op.rank * a.op.experts;
+      own.expert = id - a.op.rank * a.op.experts;
       own.row = s.base[a.op.rank * a.op.experts + own.expert] + index;
-      if (warp == 0) write_row_info(a, own, token, lane, a.weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
+      if (warp == 0 && part == 0) write_row_info(a, own, token, lane, a.weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
     }
     const unsigned all = __ballot_sync(~0u, mine);
     if (!all) continue;
     const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
 #pragma unroll 1
-    for (int chunk = warp; chunk < a.shape.chunks; chunk += warps) {
+    for (int chunk = warp + part * warps; chunk < a.shape.chunks; chunk += warps * parts) {
       std::uint32_t word = 0;
       const uint4 bytes = load_chunk(a, row, chunk, lane, &word);
 #pragma unroll 1
@@ -363,17 +368,18 @@ __device__ void place_own(const DispatchOp& a, const Shared& s, int warps) {
 template <int kLanes>
 __device__ void receive_messages(const DispatchOp& a, const Shared& s, int begin, int stride) {
   const int lane = threadIdx.x % 32;
-  const int others = a.op.ranks - 1;
-  const std::int64_t items = std::int64_t{s.block->most_messages} * others * a.shape.pieces;
+  const unsigned others = a.op.ranks - 1;
+  const unsigned items = static_cast<unsigned>(s.block->most_messages) * others * a.shape.pieces;
 #pragma unroll 1
   for (;;) {
     int turn = 0;
     if (lane == 0) turn = atomicAdd(&s.block->cursor, 1);
-    const std::int64_t item = begin + std::int64_t{__shfl_sync(~0u, turn, 0)} * stride;
+    const unsigned item = begin + static_cast<unsigned>(__shfl_sync(~0u, turn, 0)) * stride;
     if (item >= items) return;
-    const int piece = static_cast<int>(item % a.shape.pieces);
-    const int which = static_cast<int>(item / a.shape.pieces % others);
-    const int message = static_cast<int>(item / a.shape.pieces / others);
+    const unsigned pieces = a.shape.pieces, ordinal = item / pieces;
+    const int piece = static_cast<int>(item - ordinal * pieces);
+    const int message = static_cast<int>(ordinal / others);
+    const int which = static_cast<int>(ordinal - message * others);
     int rank = a.op.rank + 1 + which;
     if (rank >= a.op.ranks) rank -= a.op.ranks;
     if (s.peers[rank].active && message < s.peers[rank].messages) receive_piece<kLanes>(a, s, rank, message, piece);
@@ -388,7 +394,7 @@ __device__ __noinline__ void repair(const DispatchOp& a, const Shared& s) {
   receive_messages<kLanes>(a, s, 0, 1);
   __syncthreads();
   const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
-  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, const_cast<Routes&>(s.routes), 0, kSendThreads, kSending);
+  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, s.routes, 0, kSendThreads, kSending);
 #pragma unroll 1
   for (int token = 0; token < a.route.num_tokens; token += span) {
     const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
@@ -397,9 +403,9 @@ __device__ __noinline__ void repair(const DispatchOp& a, const Shared& s) {
       s.block->first_token = token;
       s.block->end_token = end;
     }
-    if (threadIdx.x < 32) count_own(a.op, a.route, const_cast<Routes&>(s.routes), token, end, nullptr);
+    if (threadIdx.x < 32) count_own(a.op, a.route, s.routes, token, end, nullptr);
     __syncthreads();
-    place_own(a, s, kWarps);
+    place_own(a, s, kWarps, 0, 1);
   }
 }
 
@@ -411,10 +417,12 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   using namespace gpu;
   extern __shared__ __align__(128) std::uint8_t memory[];
   Shared s = carve(a, memory);
+  wait_for_predecessor();
   const int warp = threadIdx.x / 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  const int begin = static_cast<int>(std::int64_t{a.route.num_tokens} * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(std::int64_t{a.route.num_tokens} * (blockIdx.x + 1) / gridDim.x);
+  const int most_ranks = a.op.ranks - 1 < a.route.topk ? a.op.ranks - 1 : a.route.topk;
+  const Share share = share_of_tokens(a.route.num_tokens, static_cast<unsigned>(most_ranks * a.shape.pieces + kSenders - 1) / kSenders);
+  const int begin = share.begin, end = share.end;
   if (warp < kSenders) {
     if (sends && begin < end) stage_token(a, s, begin, s.stage);
     count_before(a.op, a.route, s.routes, begin, kSendThreads, kSending);
@@ -437,12 +445,12 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
           stage_token(a, s, token, stage);
           sync_some(kSending, kSendThreads);
         }
-        push_token<kLanes>(a, s, token, stage);
+        push_token<kLanes>(a, s, token, stage, share);
       }
     }
     if (receives) {
       sync_some(kBasesKnown, kThreads);
-      place_own(a, s, kSenders);
+      place_own(a, s, kSenders, share.part, share.parts);
     }
   } else if (receives) {
     receive_counts(a, s, kSendThreads, kRestThreads, kResting);

@@ -8,7 +8,7 @@ namespace nixl::core::ep::gpu {
 inline constexpr int kPeerBytes = 88;  // of Peer in device/op.cuh
 
 struct DispatchShared {
-  std::int64_t peers = 0, base = 0, per_expert = 0, per_rank = 0, index = 0, message = 0, stage = 0, scratch = 0, total = 0;
+  std::int64_t peers = 0, base = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, stage = 0, scratch = 0, total = 0;
   int stage_bytes = 0, scratch_words = 0;
 };
 NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid) {
@@ -24,6 +24,7 @@ NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid
   at.base = walk.take(4 * experts, 16);
   at.per_expert = walk.take(4 * experts, 16);
   at.per_rank = walk.take(4 * a.op.ranks, 16);
+  at.expert = walk.take(4 * own * a.route.topk, 16);
   at.index = walk.take(4 * own * a.route.topk, 16);
   at.message = walk.take(4 * own * a.route.topk, 16);
   at.total = walk.total(16);
@@ -31,7 +32,7 @@ NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid
 }
 
 struct CombineShared {
-  std::int64_t peers = 0, first = 0, count = 0, starts = 0, per_expert = 0, per_rank = 0, index = 0, message = 0, total = 0;
+  std::int64_t peers = 0, first = 0, count = 0, starts = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, total = 0;
 };
 NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   CombineShared at;
@@ -44,6 +45,7 @@ NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   at.starts = walk.take(4 * (experts + 1), 16);
   at.per_expert = walk.take(4 * experts, 16);
   at.per_rank = walk.take(4 * a.op.ranks, 16);
+  at.expert = walk.take(4 * own * a.route.topk, 16);
   at.index = walk.take(4 * own * a.route.topk, 16);
   at.message = walk.take(4 * own * a.route.topk, 16);
   at.total = walk.total(16);

@@ -80,9 +80,15 @@ struct Op {
   int rank = 0;
   int ranks = 0;    // of the call
   int experts = 0;  // of a rank
+  std::uint32_t experts_inverse = 0;  // rounded up 2^32 / experts; 0 stands for 1 expert
   int phase = 0;    // nixl::ep::Phase
   int parts = kSends | kReceives;
 };
+
+// Rank of an expert id below 2^16.
+NIXL_HD inline std::uint32_t inverse_of(int experts) {
+  return experts == 1 ? 0 : static_cast<std::uint32_t>(((1ull << 32) + experts - 1) / experts);
+}
 
 struct RouteArgs {
   const void* topk_idx = nullptr;

@@ -25,6 +25,10 @@ struct Peer {
 
 static_assert(sizeof(Peer) <= 88);
 
+__device__ __forceinline__ int rank_of_expert(const Op& op, int expert) {
+  return op.experts_inverse ? static_cast<int>(__umulhi(expert, op.experts_inverse)) : expert;
+}
+
 struct Block {
   std::uint64_t number;  // of this operation
   std::uint64_t start;   // wall clock
@@ -123,13 +127,20 @@ __device__ inline void see_peer(const Op& op, std::uint64_t number, int rank, Pe
   peer.parity = 0;
 }
 
+// The kernel before this one has ended and what it wrote is visible; the next one may be placed.
+__device__ __forceinline__ void wait_for_predecessor() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // A block's part of kTicket.
 __device__ __forceinline__ unsigned long long share_of_block() {
-  return kTicket / gridDim.x + (blockIdx.x == 0 ? kTicket % gridDim.x : 0);
+  constexpr auto all = static_cast<unsigned>(kTicket);
+  return all / gridDim.x + (blockIdx.x == 0 ? all % gridDim.x : 0);
 }
 __device__ __forceinline__ unsigned long long draw_ticket(unsigned long long* at, unsigned long long share) {
   unsigned long long before;
-  asm volatile("atom.add.acquire.gpu.global.u64 %0,[%1],%2;" : "=l"(before) : "l"(at), "l"(share) : "memory");
+  asm volatile("atom.add.relaxed.gpu.global.u64 %0,[%1],%2;" : "=l"(before) : "l"(at), "l"(share) : "memory");
   return before;
 }
 // Nobody waits for it, and nothing is ordered by it: who needs what lies before adds a pause (finish_operation).
