@@ -335,7 +335,7 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
 
 // Short pieces where latency counts, long ones where the link is full; both sides choose from the same numbers.
 Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words, int meta_words) const {
-  const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : wanted_per;
+  const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : tokens <= 128 ? std::min(7, wanted_per) : wanted_per;
   for (int per : {first, wanted_per}) {
     const RowShape shape = make_row_shape(row_bytes, per, chunk_words, meta_words, lanes_);
     if (shape.row_bytes * tokens + 16 * kMaxTopk * tokens <= layout_.slot_bytes) return shape;

@@ -275,6 +275,11 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const bool eager = a.shape.per <= 2;  // few pieces are under way: look at everything at once
   uint4 data[kMaxPer];
   Patience patience;
+  if (!eager) {
+    const std::uint8_t* last = from + (a.shape.per + a.shape.tails - 1) * kChunkBytes;
+#pragma unroll 1
+    while (!__all_sync(~0u, last_tag(last) == tag) && warp_patient(a.op, *s.block, rank, patience)) __nanosleep(20);
+  }
 #pragma unroll 1
   for (;;) {  // tails are sent last, so when they are here the rest mostly is
     bool fresh = true;

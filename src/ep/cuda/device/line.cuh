@@ -26,6 +26,13 @@ __device__ __forceinline__ void store_cell(void* p, uint4 v) {
   const unsigned long long hi = v.z | static_cast<unsigned long long>(v.w) << 32;
   asm volatile("{.reg .b128 c; mov.b128 c,{%1,%2}; st.relaxed.sys.global.b128 [%0],c;}" ::"l"(p), "l"(lo), "l"(hi) : "memory");
 }
+// The last tag of a chunk alone. Whoever waits long for rows looks at this much and no more: hundreds of warps that read
+// whole chunks again and again would take the memory's time from the rows that arrive.
+__device__ __forceinline__ std::uint32_t last_tag(const void* chunk) {
+  std::uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0,[%1];" : "=r"(v) : "l"(static_cast<const std::uint8_t*>(chunk) + kChunkBytes - 4) : "memory");
+  return v;
+}
 __device__ __forceinline__ std::uint64_t wall_ns() {
   std::uint64_t t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));

@@ -31,7 +31,6 @@ __device__ __forceinline__ int rank_of_expert(const Op& op, int expert) {
 
 struct Block {
   std::uint64_t number;  // of this operation
-  std::uint64_t start;   // wall clock
   int failed;            // a wait of this block ran out
   std::uint64_t fault_op;  // as the operation found it
   int cursor;            // next item of this block
@@ -159,7 +158,6 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
     for (int slot = 0; slot < 2; ++slot) headers[slot] = load_cell(op.control + op.words.header_of(lane, slot));
   std::uint64_t number = 0;
   if (lane == 0) {
-    block.start = wall_ns();
     block.cursor = 0;
     block.failed = 0;
     block.rejoin = 0;
@@ -195,6 +193,7 @@ struct Held {
   std::uint32_t rank;  // + 1; 0: nobody
 };
 struct Patience {
+  std::uint64_t start = 0;  // of this wait: a wait that begins after another one ran out has its own time
   std::uint64_t next_look = 0;
   std::uint64_t limit = 0;
   std::uint32_t beat = 0;
@@ -205,7 +204,8 @@ struct Patience {
 static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& block, int rank, Patience& patience) {
   const std::uint64_t now = wall_ns();
   const std::uint64_t timeout = op.timeout_ns;
-  const std::uint64_t waited = now - block.start;
+  if (patience.start == 0) patience.start = now;
+  const std::uint64_t waited = now - patience.start;
   if (patience.limit == 0) patience.limit = timeout == 0 ? 1 : timeout;
   if (timeout == 0) return false;
   if (now < patience.next_look) return true;
