@@ -557,18 +557,14 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
   }
   if (sends && a.places) send_rows<kLanes>(a, s);
   if (!receives) return finish_sending(a.op);
-  if (!a.places || s.block->rejoin) {
+  if (!a.places) {
     if (warp == kSenders) await_headers(a, s);
     __syncthreads();
-    if (!a.places) serve_messages<kLanes>(a, s);
+    serve_messages<kLanes>(a, s);
   }
 #pragma unroll 1
   for (int token = begin; token < end; ++token) sum_token<kLanes>(a, s, token, share.part * kWarps + warp, share.parts * kWarps);
-  if (a.places && !s.block->rejoin && blockIdx.x == 0 && warp == kSenders) await_headers(a, s);
-  if (blockIdx.x == 0 && s.block->rejoin) {
-    __syncthreads();
-    settle_rejoined(a.op, *s.block, s.peers);
-  }
+  if (a.places && blockIdx.x == 0 && warp == kSenders) await_headers(a, s);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes>(a, s);
 }
 

@@ -21,7 +21,6 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) barrier(const __grid_constan
   for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x)
     if (peers[rank].active && rank != op.rank) await_header(op, block, peers[rank], rank, nullptr);
   __syncthreads();
-  settle_rejoined(op, block, peers);
   finish_operation(op, block, peers);
 }
 
@@ -50,11 +49,14 @@ __device__ void apply_change(const ChangeOp& a, const PeerChange& what, std::uin
       break;
     case Change::kUnmask: {
       if (now.status == PeerStatus::kAbsent) break;
-      ++now.session;
-      if (now.status == PeerStatus::kActive) break;  // in step, stays so
+      // In the middle of an operation a peer that takes part in it stays as it is.
+      if (now.status == PeerStatus::kActive && load_strong(&a.state->done) / kTicket < next) break;
+      // Also a peer that was never masked here may have gone on without this rank.
       const uint4 first = load_cell(headers[0]), second = load_cell(headers[1]);
-      now.expected = newest_count(make_flag(first.x, first.y), make_flag(second.x, second.y), now.incarnation) + 1;
-      now.rejoining = 1;
+      const std::uint32_t newest = newest_count(make_flag(first.x, first.y), make_flag(second.x, second.y), now.incarnation);
+      const uint4 last = flag_slot(newest) ? second : first;
+      const bool awaits_next = newest != 0 && !(last.w & kHeaderWithdrawn) && last.z == now.sent;
+      now.expected = awaits_next ? newest : newest + 1;
       now.status = PeerStatus::kActive;
       break;
     }

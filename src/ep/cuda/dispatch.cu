@@ -169,7 +169,6 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
 #pragma unroll 1
   for (int rank = tid; rank < op.ranks; rank += threads)
     if (s.peers[rank].active) await_header(op, *s.block, s.peers[rank], rank, a.wait_cost);
-  if (s.block->rejoin) sync_some(name, threads);
 #pragma unroll 1
   for (int i = threads - 1 - tid; i < op.ranks * op.words.cells; i += threads) {
     const int rank = i / op.words.cells, cell = i % op.words.cells;
@@ -464,10 +463,6 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   }
   if (!receives) return finish_sending(a.op);
   receive_messages<kLanes>(a, s, blockIdx.x, gridDim.x);
-  if (blockIdx.x == 0 && s.block->rejoin) {
-    __syncthreads();
-    settle_rejoined(a.op, *s.block, s.peers);
-  }
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes>(a, s);
 }
 

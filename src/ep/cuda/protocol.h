@@ -24,10 +24,7 @@ struct alignas(64) PeerVersion {
   std::uint32_t incarnation = 0;
   std::uint32_t sent = 0;           // count that operation `from` sends
   std::uint32_t expected = 0;       // count that operation `from` waits for
-  std::uint32_t session = 0;        // times it was unmasked here
-  std::uint32_t peer_session = 0;   // its session in the last accepted operation
-  std::uint32_t rejoining = 0;      // unmasked, nothing accepted since
-  std::uint32_t unused[3] = {};
+  std::uint32_t unused[6] = {};
 };
 static_assert(sizeof(PeerVersion) == 64);
 
@@ -45,6 +42,11 @@ struct State {
   std::int32_t fault_view[kMaxRanks];
   PeerVersion peers[kMaxRanks][2];
 };
+
+// The last word of a header: messages, the parity of the sender's operation, and whether the sender took the operation back
+// because it masked this rank in it.
+inline constexpr std::uint32_t kHeaderParity = 1u << 31;
+inline constexpr std::uint32_t kHeaderWithdrawn = 1u << 30;
 
 struct FaultRecord {
   std::uint64_t operation;

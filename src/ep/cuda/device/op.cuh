@@ -16,8 +16,7 @@ struct Peer {
   const std::uint8_t* local;   // the slot it writes in ours
   std::uint32_t tag_out, tag_in;
   std::uint32_t incarnation, sent, expected;
-  std::uint32_t session, peer_session;
-  std::uint32_t rejoining;
+  std::uint32_t fresh;         // first operation since it was unmasked
   int messages;                // that it sent in this operation
   std::uint32_t parity;        // of its operation number
   std::uint32_t active;        // takes part; 0 once it failed here
@@ -34,7 +33,6 @@ struct Block {
   int failed;            // a wait of this block ran out
   std::uint64_t fault_op;  // as the operation found it
   int cursor;            // next item of this block
-  int rejoin;            // a peer may be found one operation back: nothing of it is looked at before its header
   int most_messages;
   int first_token, end_token;
 };
@@ -113,9 +111,7 @@ __device__ inline void see_peer(const Op& op, std::uint64_t number, int rank, Pe
   peer.incarnation = now.incarnation;
   peer.sent = now.sent + past;
   peer.expected = now.expected + past;
-  peer.session = now.session;
-  peer.peer_session = now.peer_session;
-  peer.rejoining = now.rejoining;
+  peer.fresh = past == 0;
   peer.remote = now.data + op.layout.slot_of(op.rank, flag_slot(peer.sent));
   peer.exact = now.data;
   peer.control = now.control;
@@ -160,7 +156,6 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
   if (lane == 0) {
     block.cursor = 0;
     block.failed = 0;
-    block.rejoin = 0;
     unsigned long long fault_op;
     asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(fault_op) : "l"(&op.state->fault_op) : "memory");
     unsigned long long seen = op.parts & kSends ? draw_ticket(&op.state->ticket, share_of_block()) : load_strong(&op.state->ticket);
@@ -175,13 +170,12 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
 #pragma unroll 1
   for (int rank = lane; rank < op.ranks; rank += 32) {
     see_peer(op, number, rank, peers[rank]);
-    const Peer& peer = peers[rank];
-    if (peer.active && peer.rejoining) block.rejoin = 1;
     if (!parities) continue;
+    const Peer& peer = peers[rank];
     const int slot = flag_slot(peer.expected - 1);
     uint4 last = slot ? headers[1] : headers[0];
     if (rank >= 32) last = load_cell(op.control + op.words.header_of(rank, slot));
-    const bool known = !peer.rejoining && last.x == peer.incarnation && last.y == peer.expected - 1;
+    const bool known = !peer.fresh && last.x == peer.incarnation && last.y == peer.expected - 1;
     peers[rank].parity = known ? last.w >> 31 ^ 1 : kUnknownParity;
   }
 }
@@ -249,22 +243,11 @@ static __device__ __noinline__ void fail_peer(const Op& op, Block& block, Peer& 
 
 // The header of a source: its flag, how many messages it sent, the parity of its operation. One thread.
 __device__ inline bool accept_header(const Op& op, Peer& peer, int rank) {
-  const auto take = [&](std::uint32_t count) {
-    const uint4 cell = load_cell(op.control + op.words.header_of(rank, flag_slot(count)));
-    if (cell.x != peer.incarnation || cell.y != count) return false;
-    if (count != peer.expected && !later(cell.z, peer.peer_session)) return false;
-    peer.expected = count;
-    peer.peer_session = cell.z;
-    peer.tag_in = make_tag(peer.incarnation, count);
-    peer.local = op.data + op.layout.slot_of(rank, flag_slot(count));
-    peer.messages = static_cast<int>(cell.w & 0x7fffffff);
-    peer.parity = cell.w >> 31;
-    return true;
-  };
-  // An unmasked peer may have sent its message of this operation before we unmasked it. That word is looked at first: it
-  // stays until our next operation, while the other slot may be overwritten as soon as the peer has ours.
-  if (peer.rejoining && peer.expected != 1 && take(peer.expected - 1)) return true;
-  return take(peer.expected);
+  const uint4 cell = load_cell(op.control + op.words.header_of(rank, flag_slot(peer.expected)));
+  if (cell.x != peer.incarnation || cell.y != peer.expected || (cell.w & kHeaderWithdrawn)) return false;
+  peer.messages = static_cast<int>(cell.w & (kHeaderWithdrawn - 1));
+  peer.parity = cell.w >> 31;
+  return true;
 }
 static __device__ __noinline__ bool await_header(const Op& op, Block& block, Peer& peer, int rank, std::int64_t* wait_cost) {
   Patience patience;
@@ -282,26 +265,8 @@ static __device__ __noinline__ bool await_header(const Op& op, Block& block, Pee
 }
 __device__ inline void send_header(const Op& op, const Block& block, const Peer& peer, int messages) {
   store_cell(peer.control + op.words.header_of(op.rank, flag_slot(peer.sent)),
-             make_uint4(op.incarnation, peer.sent, peer.session,
-                        static_cast<std::uint32_t>(messages) | static_cast<std::uint32_t>(block.number & 1) << 31));
-}
-
-// Peers that rejoined in this operation are in step from the next one on. One block, after all headers were judged.
-static __device__ __noinline__ void settle_rejoined(const Op& op, const Block& block, const Peer* peers) {
-#pragma unroll 1
-  for (int rank = threadIdx.x; rank < op.ranks; rank += blockDim.x) {
-    const Peer& peer = peers[rank];
-    if (!peer.rejoining || !peer.active || rank == op.rank) continue;
-    lock_state(*op.state);
-    PeerVersion next = latest_version(op.state->peers[rank], block.number + 1);
-    if (next.status == PeerStatus::kActive && next.incarnation == peer.incarnation) {
-      next.expected = peer.expected + 1;
-      next.peer_session = peer.peer_session;
-      next.rejoining = 0;
-      write_version(op.state->peers[rank], next);
-    }
-    unlock_state(*op.state);
-  }
+             make_uint4(op.incarnation, peer.sent, peer.expected,
+                        static_cast<std::uint32_t>(messages) | (block.number & 1 ? kHeaderParity : 0)));
 }
 
 // Masks the sources that failed in this operation and tells the host. One thread of the grid.
@@ -320,6 +285,9 @@ static __device__ __noinline__ void report_failed(const Op& op, const Block& blo
     if (next.status == PeerStatus::kActive && next.incarnation == then.incarnation) {
       next.status = PeerStatus::kMasked;
       write_version(state.peers[rank], next);
+      // What was sent to it in this operation is a leftover now.
+      const std::uint32_t sent = next.sent - 1;
+      store_cell(then.control + op.words.header_of(op.rank, flag_slot(sent)), make_uint4(op.incarnation, sent, expected, kHeaderWithdrawn));
     }
     const uint4 seen = load_cell(op.control + op.words.header_of(rank, flag_slot(expected)));
     const unsigned long long index = op.page->faults;
