@@ -73,7 +73,7 @@ Result<void> CudaPath::reserve(const Capacity& capacity) {
     return fail(Code::kUnsupported, "%lld experts, %d of them on a rank; up to %d and %d are supported", static_cast<long long>(experts),
                 capacity.experts_per_rank, kMaxExperts, kMaxLocalExperts);
   if (state_) {
-    const PushLayout wanted = make_push_layout(capacity.num_bytes, experts, capacity.num_ranks);
+    const PushLayout wanted = make_push_layout(capacity.num_bytes, experts);
     if (max_elements(capacity.num_bytes, experts) > max_elements(capacity_.num_bytes, std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank) &&
         wanted.slot_bytes > layout_.slot_bytes)
       return fail(Code::kNotAllowed, "more bytes for each token need a new buffer: slots of %lld bytes are there, %lld are needed",
@@ -93,7 +93,7 @@ Result<void> CudaPath::reserve(const Capacity& capacity) {
 
 Result<void> CudaPath::allocate() {
   const std::int64_t experts = std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank;
-  layout_ = make_push_layout(capacity_.num_bytes, experts, capacity_.num_ranks);
+  layout_ = make_push_layout(capacity_.num_bytes, experts);
   words_ = make_push_control(capacity_.experts_per_rank, kMaxRanks);
   NIXL_ASSIGN(control_, DeviceSpan::reserve(device_, words_.total));
   NIXL_TRY(control_.grow(words_.total));

@@ -57,14 +57,18 @@ struct PushLayout {
   NIXL_HD constexpr std::int64_t total(int num_ranks) const { return slot_of(num_ranks, 0); }
 };
 // Sized by the elements (tokens * hidden) that a buffer of num_bytes stands for: a slot takes one row of every token with
-// its lines, tails and weights; an exact area one row of every (token, place) for a top-k of up to 16.
-NIXL_HD constexpr PushLayout make_push_layout(std::int64_t num_bytes, std::int64_t num_experts, int num_ranks) {
+// its lines, tails and weights; an exact area one row of every (token, place) for a top-k of up to 16. The same for any
+// number of ranks, and elements are rounded up to a 32nd of their size: ranks that grew and ranks that started with the
+// larger capacity must agree.
+NIXL_HD constexpr PushLayout make_push_layout(std::int64_t num_bytes, std::int64_t num_experts) {
   PushLayout layout;
-  const std::int64_t elements = max_elements(num_bytes, num_experts);
-  const std::int64_t places = num_experts < 16 ? num_experts : 16;
-  const std::int64_t small = (std::int64_t{32} << 20) / (num_ranks < 32 ? 32 : num_ranks);  // short rows have long tails
-  layout.slot_bytes = align_up<std::int64_t>(elements * 5 / 2 + small, 4096);
-  layout.exact_bytes = align_up<std::int64_t>(elements * 9 / 4 * places + 4 * small, 4096);
+  const std::int64_t found = max_elements(num_bytes, num_experts);
+  std::int64_t step = 4096;
+  while (step * 64 < found) step *= 2;
+  const std::int64_t elements = align_up(found + step / 2, step);
+  constexpr std::int64_t kSmall = 512 << 10;  // short rows have long tails
+  layout.slot_bytes = align_up<std::int64_t>(elements * 5 / 2 + kSmall, 4096);
+  layout.exact_bytes = align_up<std::int64_t>(elements * 9 / 4 * 16 + 4 * kSmall, 4096);
   return layout;
 }
 
