@@ -352,12 +352,13 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   const int payload = static_cast<int>(args.payload);
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
   a.x = static_cast<const std::uint16_t*>(args.x);
-  a.weights = args.recv_weights ? args.topk_weights : nullptr;
+  a.weights = args.topk_weights;
+  a.with_weights = args.recv_weights != nullptr;
   a.hidden = static_cast<int>(args.hidden);
   a.payload = payload;
   a.row_bytes = static_cast<int>(row_bytes(payload, args.hidden));
   a.chunk_words = payload == kPayloadBf16 ? 0 : payload == kPayloadFp8Ue8m0 ? 1 : 4;
-  const int meta_words = 2 + args.topk * (a.weights ? 3 : 2);
+  const int meta_words = 2 + args.topk * (a.with_weights ? 3 : 2);
   NIXL_ASSIGN(a.shape, shape_of(a.row_bytes, args.max_tokens, 8, a.chunk_words, meta_words));
   a.recv_x = static_cast<std::uint8_t*>(args.recv_x);
   a.recv_scales = static_cast<std::uint32_t*>(args.recv_scales);

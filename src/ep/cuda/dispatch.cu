@@ -67,7 +67,7 @@ __device__ void stage_token(const DispatchOp& a, const Shared& s, int token, std
 // inside (source, expert), and the weight when weights travel. One warp; into its scratch.
 __device__ int write_meta(const DispatchOp& a, const Shared& s, int token, int rank) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
-  const int entry_words = a.weights ? 3 : 2;
+  const int entry_words = a.with_weights ? 3 : 2;
   const int local = (token - s.block->first_token) * topk + lane;
   const int id = lane < topk ? s.routes.expert[local] : -1;
   const int index = lane < topk ? s.routes.index[local] : -1;
@@ -77,7 +77,7 @@ __device__ int write_meta(const DispatchOp& a, const Shared& s, int token, int r
     std::uint32_t* words = s.scratch + 2 + __popc(all & ((1u << lane) - 1)) * entry_words;
     words[0] = static_cast<std::uint32_t>(id - rank * a.op.experts) | lane << 16;
     words[1] = index;
-    if (a.weights) words[2] = bits_of(a.weights[std::int64_t{token} * topk + lane]);
+    if (a.with_weights) words[2] = bits_of(a.weights[std::int64_t{token} * topk + lane]);
   }
   if (lane == 0) {
     s.scratch[0] = token;
@@ -318,7 +318,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const std::uint32_t* scales = s.scratch + chunks * Line::kPerChunk;
   const int num_scales = chunks * a.chunk_words;
   const std::uint32_t* meta = scales + num_scales;
-  const int entry_words = a.weights ? 3 : 2;
+  const int entry_words = a.with_weights ? 3 : 2;
   const int token = meta[0], entries = meta[1];
 #pragma unroll 1
   for (int e = 0; e < entries; ++e) {
@@ -329,7 +329,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
       if (c < chunks) write_chunk(a, to, first + c, lane, data[c]);
 #pragma unroll 1
     for (int w = lane; w < num_scales; w += 32) write_scale(a, to, first * a.chunk_words + w, scales[w]);
-    if (piece == 0 && lane == 0) write_row_info(a, to, token, entry[0] >> 16, a.weights ? entry[2] : 0);
+    if (piece == 0 && lane == 0) write_row_info(a, to, token, entry[0] >> 16, a.with_weights ? entry[2] : 0);
   }
   __syncwarp();
 }
@@ -347,7 +347,7 @@ __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, 
     if (mine) {
       own.expert = id - a.op.rank * a.op.experts;
       own.row = s.base[a.op.rank * a.op.experts + own.expert] + index;
-      if (warp == 0 && part == 0) write_row_info(a, own, token, lane, a.weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
+      if (warp == 0 && part == 0) write_row_info(a, own, token, lane, a.with_weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
     }
     const unsigned all = __ballot_sync(~0u, mine);
     if (!all) continue;

@@ -106,6 +106,7 @@ struct DispatchOp {
   RowShape shape;
   const std::uint16_t* x = nullptr;
   const float* weights = nullptr;
+  bool with_weights = false;  // they travel; a rank without tokens has none to send and still receives them
   int hidden = 0;
   int payload = 0;
   int row_bytes = 0;    // of an output row
