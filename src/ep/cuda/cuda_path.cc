@@ -20,6 +20,9 @@ using nixl::ep::Combine;
 using nixl::ep::Phase;
 
 constexpr std::uint32_t kExportMagic = 0x31706567;  // "gep1"
+// Rows are read 16 bytes at a time.
+std::int64_t zero_copy_stride(std::int64_t hidden) { return align_up<std::int64_t>(zero_copy_row_stride(hidden), 8); }
+
 constexpr int kMaxExperts = 8192;                   // a table of them lies in shared memory
 constexpr int kMaxLocalExperts = 8191;              // as entry cells name them
 constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
@@ -394,7 +397,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
     return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit the %lld bytes for unsummed rows: give update_memory more bytes",
                 static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.exact_bytes));
   a.x = static_cast<const std::uint16_t*>(args.zero_copy ? zero_copy_ : args.x);
-  a.x_stride = args.zero_copy ? zero_copy_row_stride(args.hidden) : args.hidden;
+  a.x_stride = args.zero_copy ? zero_copy_stride(args.hidden) : args.hidden;
   if (!a.x) return fail(Code::kNotAllowed, "a combine without copy needs next_combine_buffer first");
   a.weights = args.topk_weights;
   a.src_info = args.src_info;
@@ -427,7 +430,7 @@ Result<void> CudaPath::barrier(void* stream) {
 Result<View> CudaPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
   const std::lock_guard lock(mutex_);
   const DeviceScope scope(device_);
-  const std::int64_t rows = max_tokens * num_ranks, stride = zero_copy_row_stride(hidden);
+  const std::int64_t rows = max_tokens * num_ranks, stride = zero_copy_stride(hidden);
   const std::int64_t bytes = 2 * capacity_.experts_per_rank * rows * stride;
   if (bytes > zero_copy_bytes_) {
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
