@@ -500,7 +500,8 @@ Result<std::shared_ptr<Request>> Agent::request(std::uint64_t handle) const {
   NIXL_TRY(usable());
   auto found = requests_.get(handle);
   if (!found)
-    return fail(Code::kInvalidArgument, "0x%llx is not a transfer handle of agent '%s'", static_cast<unsigned long long>(handle),
+    return fail(Code::kInvalidArgument, "0x%llx is %s, not a transfer handle of agent '%s'",
+                static_cast<unsigned long long>(handle), lists_.get(handle) ? "a prepared list" : "no handle",
                 name().c_str());
   return found;
 }

@@ -134,8 +134,8 @@ class Agent {
 
   mutable std::mutex registry_mutex_;  // one registration, deregistration or creation at a time
   std::mutex load_mutex_;              // one peer is loaded at a time
-  Handles<PreparedList> lists_;
-  Handles<Request> requests_;
+  Handles<PreparedList, HandleKind::kList> lists_;
+  Handles<Request, HandleKind::kRequest> requests_;
 };
 
 }  // namespace nixl::core

@@ -117,6 +117,20 @@ TEST(coverage_agrees_with_a_plain_search) {
   }
 }
 
+TEST(touching_regions_join) {
+  RegionIndex<LocalEntry> index;
+  for (const auto& [address, length, device] : {std::tuple(0, 100, 0), std::tuple(100, 50, 0), std::tuple(120, 10, 0),
+                                                std::tuple(140, 60, 0), std::tuple(201, 10, 0), std::tuple(200, 50, 1)})
+    index.put(entry(address, length, device));
+  const auto view = index.snapshot(MemKind::kDram);
+  CHECK(view->spans(0, 10, 190) && view->spans(0, 0, 200) && view->spans(0, 110, 40));
+  CHECK(!view->spans(0, 0, 201) && !view->spans(0, 150, 60) && !view->spans(1, 199, 2) &&
+        !view->spans(0, 10, UINT64_MAX) && !view->spans(0, 300, 0));
+  CHECK_EQ(view->item(view->furthest(0, 125)).end, 150u);
+  CHECK_EQ(view->item(view->furthest(0, 145)).end, 200u);
+  CHECK(view->furthest(0, 200) == view->kNone && view->furthest(2, 0) == view->kNone);
+}
+
 TEST(columns_share_until_written) {
   Column a;
   for (const std::uint64_t value : {5, 5, 5}) a.push_back(value);
@@ -135,12 +149,15 @@ TEST(columns_share_until_written) {
 }
 
 TEST(handles_are_never_used_twice) {
-  Handles<int> handles;
+  Handles<int, HandleKind::kList> handles;
   const auto first = handles.add(std::make_shared<int>(1));
   CHECK_EQ(*handles.get(first), 1);
   CHECK(handles.take(first) && !handles.take(first) && !handles.get(first));
   const auto second = handles.add(std::make_shared<int>(2));
   CHECK(second != first && !handles.get(first) && !handles.get(0) && !handles.get(~0ull));
+  Handles<int, HandleKind::kRequest> others;
+  CHECK(others.add(std::make_shared<int>(3)) != first && !others.get(first) &&
+        !handles.get(others.add(std::make_shared<int>(4))));
 }
 
 TEST(metadata_round_trip_and_damage) {

@@ -1,5 +1,5 @@
-// Numbers for objects: what crosses to callers who cannot hold a pointer. A number is never used twice, so a stale one is
-// recognised. All functions may be called from any threads.
+// Numbers for objects: what crosses to callers who cannot hold a pointer. A number carries its kind and is not used
+// twice, so a stale one, or one of another kind, is recognised. All functions may be called from any threads.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -9,7 +9,10 @@
 
 namespace nixl::core {
 
-template <typename T>
+enum class HandleKind : std::uint64_t { kList = 1, kRequest = 2 };
+
+// kind (upper 4 bits), round of the place (28), place + 1 (32)
+template <typename T, HandleKind kKind>
 class Handles {
  public:
   std::uint64_t add(std::shared_ptr<T> object) {
@@ -24,7 +27,7 @@ class Handles {
     }
     Cell& cell = cells_[place];
     cell.object = std::move(object);
-    return static_cast<std::uint64_t>(cell.round) << 32 | (place + 1);
+    return static_cast<std::uint64_t>(kKind) << 60 | static_cast<std::uint64_t>(cell.round) << 32 | (place + 1);
   }
   std::shared_ptr<T> get(std::uint64_t handle) const {
     const std::shared_lock lock(mutex_);
@@ -35,7 +38,7 @@ class Handles {
     const std::unique_lock lock(mutex_);
     auto* cell = const_cast<Cell*>(find(handle));
     if (!cell) return nullptr;
-    cell->round = (cell->round + 1) & 0x7fffffff;
+    cell->round = (cell->round + 1) & kRoundMask;
     free_.push_back(static_cast<std::uint32_t>(handle) - 1);
     return std::move(cell->object);
   }
@@ -56,8 +59,10 @@ class Handles {
     const std::uint64_t place = handle & 0xffffffff;
     if (place == 0 || place > cells_.size()) return nullptr;
     const Cell& cell = cells_[place - 1];
-    return cell.object && cell.round == handle >> 32 ? &cell : nullptr;
+    const bool mine = handle >> 60 == static_cast<std::uint64_t>(kKind) && (handle >> 32 & kRoundMask) == cell.round;
+    return cell.object && mine ? &cell : nullptr;
   }
+  static constexpr std::uint32_t kRoundMask = (1u << 28) - 1;
   mutable std::shared_mutex mutex_;
   std::vector<Cell> cells_;
   std::vector<std::uint32_t> free_;

@@ -41,17 +41,21 @@ std::size_t rows_inside(const Descs& descs, std::size_t row, const RegionItem& i
 
 // The region of every row, or the first row without one.
 template <typename Entry>
-bool resolve(const Descs& descs, const Snapshot<Entry>& view, Column& region, std::size_t& bad_row) {
+bool resolve(const Descs& descs, const Snapshot<Entry>& view, Column& region, bool& spans, std::size_t& bad_row) {
   const std::size_t rows = descs.rows();
   std::size_t row = 0;
   Column::Values values;
   while (row < rows) {
-    const std::uint32_t place = view.find(descs.dev[row], descs.addr[row], extent(descs, row));
+    std::uint32_t place = view.find(descs.dev[row], descs.addr[row], extent(descs, row));
     if (place == Snapshot<Entry>::kNone) {
-      bad_row = row;
-      return false;
+      if (!view.spans(descs.dev[row], descs.addr[row], extent(descs, row))) {
+        bad_row = row;
+        return false;
+      }
+      place = kSpans;
+      spans = true;
     }
-    const std::size_t end = rows_inside(descs, row, view.item(place));
+    const std::size_t end = place == kSpans ? row + 1 : rows_inside(descs, row, view.item(place));
     if (row == 0 && end == rows) {
       region = Column(rows, place);
       return true;
@@ -86,14 +90,15 @@ void number_blocks(PreparedList& list) {
 
 // Fills `sides` from candidates; true if any backend holds every row.
 template <typename Entry, typename Candidates>
-bool resolve_all(const Descs& descs, const Candidates& candidates, std::vector<Resolved<Entry>>& sides, std::size_t& bad_row) {
+bool resolve_all(const Descs& descs, const Candidates& candidates, std::vector<Resolved<Entry>>& sides, bool& spans,
+                 std::size_t& bad_row) {
   std::size_t furthest = 0;
   for (Resolved<Entry> side : candidates) {
     std::size_t row = 0;
     if (!sides.empty() && side.view->same_places(*sides.back().view)) {
       side.region = sides.back().region;
       sides.push_back(std::move(side));
-    } else if (!side.view->empty() && resolve(descs, *side.view, side.region, row)) {
+    } else if (!side.view->empty() && resolve(descs, *side.view, side.region, spans, row)) {
       sides.push_back(std::move(side));
     }
     furthest = std::max(furthest, row);
@@ -108,11 +113,11 @@ Result<void> finish(PreparedList& list, std::vector<Resolved<Entry>>& sides, con
   if (list.descs.rows() == 0) return fail(Code::kNotFound, "the descriptor list is empty");
   if (list.descs.has_runs()) NIXL_TRY(check_runs(list.descs));
   std::size_t bad_row = 0;
-  bool found = resolve_all(list.descs, candidates, sides, bad_row);
+  bool found = resolve_all(list.descs, candidates, sides, list.spans, bad_row);
   constexpr std::uint64_t kMostExpanded = 1 << 24;
   if (!found && list.descs.has_runs() && list.descs.blocks() <= kMostExpanded) {
     list.descs = expand(list.descs);
-    found = resolve_all(list.descs, candidates, sides, bad_row);
+    found = resolve_all(list.descs, candidates, sides, list.spans, bad_row);
   }
   if (!found)
     return fail(Code::kNotFound, "%s is not inside a region registered %s%s", describe(list.descs, bad_row).c_str(),

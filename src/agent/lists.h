@@ -14,10 +14,14 @@ struct Resolved {
   Slot* slot = nullptr;
   PeerLink* link = nullptr;  // remote side only
   typename RegionIndex<Entry>::View view;
-  Column region;  // a row's place in `view`
+  Column region;  // a row's place in `view`, or kSpans
 };
 
-inline MemKind kind_of(const Descs& descs) noexcept { return static_cast<MemKind>(descs.type); }
+inline constexpr std::uint32_t kSpans = UINT32_MAX - 1;  // a row that several touching regions hold together
+
+inline MemKind kind_of(const Descs& descs) noexcept {
+  return static_cast<MemKind>(descs.type);
+}
 
 // One side of transfers. Immutable after it was made; `peer` keeps links and entries alive.
 struct PreparedList {
@@ -26,7 +30,8 @@ struct PreparedList {
   std::shared_ptr<Peer> peer;               // remote side: whose memory
   std::vector<Resolved<LocalEntry>> ours;   // local side, in creation order
   std::vector<Resolved<RemoteEntry>> theirs;
-  std::vector<std::uint64_t> first_block;   // with runs: number of the first block of each row, and the total
+  bool spans = false;                      // some row of some side is kSpans
+  std::vector<std::uint64_t> first_block;  // with runs: number of the first block of each row, and the total
 
   std::uint64_t num_blocks() const noexcept { return first_block.empty() ? descs.rows() : first_block.back(); }
 };

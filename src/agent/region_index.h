@@ -92,15 +92,35 @@ class Snapshot {
   std::uint32_t find(std::uint64_t device, std::uint64_t address, std::uint64_t length) const noexcept {
     const std::uint64_t end = address + length;
     if (end < address) return kNone;
-    auto after = std::upper_bound(items_.begin(), items_.end(), std::pair(device, address), [](const auto& key, const RegionItem& item) {
-      return key < std::pair(item.device, item.begin);
-    });
+    auto after = begun(device, address);
     while (after != items_.begin()) {
       --after;
       if (after->device != device || after->reach < end) return kNone;
       if (after->end >= end) return static_cast<std::uint32_t>(after - items_.begin());
     }
     return kNone;
+  }
+  // The place of the entry that holds the byte at `address` and reaches furthest; kNone if none does.
+  std::uint32_t furthest(std::uint64_t device, std::uint64_t address) const noexcept {
+    std::uint32_t best = kNone;
+    for (auto after = begun(device, address); after != items_.begin();) {
+      --after;
+      if (after->device != device || after->reach <= address) break;
+      if (after->end > address && (best == kNone || after->end > items_[best].end))
+        best = static_cast<std::uint32_t>(after - items_.begin());
+    }
+    return best;
+  }
+  // Do entries that touch or overlap hold all of [address, address + length) together?
+  bool spans(std::uint64_t device, std::uint64_t address, std::uint64_t length) const noexcept {
+    const std::uint64_t end = address + length;
+    if (end <= address) return false;  // empty ones are find()'s business
+    while (address < end) {
+      const std::uint32_t place = furthest(device, address);
+      if (place == kNone) return false;
+      address = items_[place].end;
+    }
+    return true;
   }
   const std::shared_ptr<Entry>& operator[](std::uint32_t place) const noexcept { return entries_[place]; }
   const RegionItem& item(std::uint32_t place) const noexcept { return items_[place]; }
@@ -109,6 +129,12 @@ class Snapshot {
   std::size_t size() const noexcept { return items_.size(); }
 
  private:
+  // Past the last item of `device` that begins at or before `address`.
+  std::vector<RegionItem>::const_iterator begun(std::uint64_t device, std::uint64_t address) const noexcept {
+    return std::upper_bound(
+        items_.begin(), items_.end(), std::pair(device, address),
+        [](const auto& key, const RegionItem& item) { return key < std::pair(item.device, item.begin); });
+  }
   std::vector<std::shared_ptr<Entry>> entries_;
   std::vector<RegionItem> items_;
 };

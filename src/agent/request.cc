@@ -14,7 +14,7 @@ Request::Request(Parts parts, BuiltPlan& built)
     : parts_(std::move(parts)), ours_(std::move(built.ours)), theirs_(std::move(built.theirs)),
       core_delivers_(parts_.peer->is_self || !parts_.slot->notifier) {
   times_.total_bytes = built.plan.total_bytes;
-  times_.num_descs = built.plan.num_blocks;
+  times_.num_descs = built.num_descs;
 }
 
 Request::~Request() { (void)release(); }

@@ -1,5 +1,7 @@
 #include "agent/router.h"
 
+#include <algorithm>
+
 namespace nixl::core {
 namespace {
 
@@ -25,14 +27,27 @@ template <typename Entry>
 class Table {
  public:
   explicit Table(const Resolved<Entry>& side) : side_(side) {
-    if (side.region.uniform())
+    if (side.region.uniform() && side.region[0] != kSpans)
       used.push_back((*side.view)[static_cast<std::uint32_t>(side.region[0])]);
     else
       places_.assign(side.view->size(), Snapshot<Entry>::kNone);
   }
   std::uint32_t place(std::size_t row) {
     if (places_.empty()) return 0;
-    const auto slot = static_cast<std::uint32_t>(side_.region[row]);
+    return number(static_cast<std::uint32_t>(side_.region[row]));
+  }
+  // Number and end of the region for the bytes from `address` on, of any row; rows that span regions are read piece by
+  // piece.
+  std::pair<std::uint32_t, u64> place_at(const Descs& descs, std::size_t row, u64 address) {
+    const auto held = static_cast<std::uint32_t>(side_.region[row]);
+    if (held != kSpans) return {place(row), UINT64_MAX};
+    const std::uint32_t slot = side_.view->furthest(descs.dev[row], address);
+    return {number(slot), side_.view->item(slot).end};
+  }
+  std::vector<std::shared_ptr<Entry>> used;
+
+ private:
+  std::uint32_t number(std::uint32_t slot) {
     std::uint32_t& place = places_[slot];
     if (place == Snapshot<Entry>::kNone) {
       place = static_cast<std::uint32_t>(used.size());
@@ -40,9 +55,6 @@ class Table {
     }
     return place;
   }
-  std::vector<std::shared_ptr<Entry>> used;
-
- private:
   const Resolved<Entry>& side_;
   std::vector<std::uint32_t> places_;
 };
@@ -68,7 +80,11 @@ class Blocks {
 class Builder {
  public:
   Builder(const PreparedList& local, const PreparedList& remote, const Route& route, std::size_t rows)
-      : ours_(*route.local), theirs_(*route.remote) {
+      : local_(local.descs),
+        remote_(remote.descs),
+        spans_(local.spans || remote.spans),
+        ours_(*route.local),
+        theirs_(*route.remote) {
     Plan& plan = built_.plan;
     plan.local_kind = kind_of(local.descs);
     plan.remote_kind = kind_of(remote.descs);
@@ -78,19 +94,14 @@ class Builder {
     plan.remote_region.resize(rows);
   }
   void add(const Block& mine, u64 other_address, std::size_t other_row) {
-    Plan& plan = built_.plan;
-    plan.local_address[rows_] = mine.address;
-    plan.remote_address[rows_] = other_address;
-    plan.length[rows_] = mine.length;
-    plan.local_region[rows_] = ours_.place(mine.row);
-    plan.remote_region[rows_] = theirs_.place(other_row);
-    plan.total_bytes += mine.length;
-    ++rows_;
+    ++built_.num_descs;
+    if (spans_) return cut(mine, other_address, other_row);
+    put(mine.address, other_address, mine.length, ours_.place(mine.row), theirs_.place(other_row));
   }
   // Joins a block to the last row if it follows it on both sides; false if it does not.
   bool join(const Block& mine, const Block& other) {
     Plan& plan = built_.plan;
-    if (rows_ == 0) return false;
+    if (rows_ == 0 || spans_) return false;
     const std::size_t last = rows_ - 1;
     const u64 length = plan.length[last];
     if (plan.local_address[last] + length != mine.address || plan.remote_address[last] + length != other.address ||
@@ -114,7 +125,37 @@ class Builder {
   }
 
  private:
+  void put(u64 address, u64 other_address, u64 length, std::uint32_t region, std::uint32_t other_region) {
+    Plan& plan = built_.plan;
+    plan.local_address[rows_] = address;
+    plan.remote_address[rows_] = other_address;
+    plan.length[rows_] = length;
+    plan.local_region[rows_] = region;
+    plan.remote_region[rows_] = other_region;
+    plan.total_bytes += length;
+    ++rows_;
+  }
+  // One row for each stretch that lies in one region on both sides.
+  void cut(const Block& mine, u64 other_address, std::size_t other_row) {
+    Plan& plan = built_.plan;
+    u64 done = 0;
+    do {
+      const auto [region, end] = ours_.place_at(local_, mine.row, mine.address + done);
+      const auto [other_region, other_end] = theirs_.place_at(remote_, other_row, other_address + done);
+      const u64 length =
+          std::min({mine.length - done, end - (mine.address + done), other_end - (other_address + done)});
+      if (rows_ == plan.length.size()) {
+        for (auto* column : {&plan.local_address, &plan.remote_address, &plan.length}) column->resize(2 * rows_ + 1);
+        for (auto* column : {&plan.local_region, &plan.remote_region}) column->resize(2 * rows_ + 1);
+      }
+      put(mine.address + done, other_address + done, length, region, other_region);
+      done += length;
+    } while (done < mine.length);
+  }
+
   BuiltPlan built_;
+  const Descs &local_, &remote_;
+  const bool spans_;
   std::size_t rows_ = 0;
   Table<LocalEntry> ours_;
   Table<RemoteEntry> theirs_;

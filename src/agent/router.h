@@ -21,6 +21,7 @@ struct BuiltPlan {
   Plan plan;
   std::vector<std::shared_ptr<LocalEntry>> ours;
   std::vector<std::shared_ptr<RemoteEntry>> theirs;
+  std::uint64_t num_descs = 0;  // as users count: what merged is one, what was cut at region borders is one
 };
 
 // Pair k is block local_index[k] with block remote_index[k]. Neighbours in both index lists that touch in memory merge when

@@ -146,6 +146,50 @@ def test_coverage(pair):
     assert a.prep_xfer_dlist("", [(base + 90, 100, 0)], "DRAM")
 
 
+@pytest.mark.parametrize("backend", ["LOOPBACK", "UCX"])
+def test_descriptors_across_touching_regions(backend):
+    """PY-32: regions that touch join, on either side, also in prepared and strided lists; a gap does not."""
+    a, b = agent("alice", backend), agent("bob", backend)
+    mine, theirs = np.arange(4096, dtype=np.uint16).view(np.uint8), np.zeros(8192, np.uint8)
+    here, there = mine.ctypes.data, theirs.ctypes.data
+    for start, end in ((0, 1000), (1000, 1001), (1001, 5000), (4000, 8000)):
+        a.register_memory([(here + start, end - start, 0)], "DRAM")
+    for start, end in ((0, 3000), (3000, 6000), (6000, 7000), (7001, 8192)):
+        b.register_memory([(there + start, end - start, 0)], "DRAM")
+    a.add_remote_agent(b.get_agent_metadata())
+    local, remote = [(here, 7000, 0), (here + 10, 20, 0)], [(there, 7000, 0), (there + 7001, 20, 0)]
+    h = a.initialize_xfer("WRITE", a.get_xfer_descs(local, "DRAM"), a.get_xfer_descs(remote, "DRAM"), "bob")
+    a.transfer(h)
+    done(a, h)
+    assert (theirs[:7000] == mine[:7000]).all() and (theirs[7001:7021] == mine[10:30]).all() and not theirs[7021:].any()
+    for bad in ((there, 7001, 0), (there + 6990, 20, 0)):
+        with pytest.raises(nixl.nixlNotFoundError, match="descriptor 0"):
+            a.prep_xfer_dlist("bob", [bad], "DRAM")
+    theirs[:] = 0
+    runs = np.array([[here, 100, 0, 200, 35]], np.uint64), np.array([[there, 100, 0, 200, 35]], np.uint64)
+    sides = a.prep_xfer_dlist("", runs[0], "DRAM"), a.prep_xfer_dlist("bob", runs[1], "DRAM")
+    h = a.make_prepped_xfer("WRITE", sides[0], np.arange(35), sides[1], np.arange(35))
+    a.transfer(h)
+    done(a, h)
+    expected = mine[:7000].copy().reshape(35, 200)
+    expected[:, 100:] = 0
+    assert (theirs[:7000] == expected.reshape(-1)).all()
+
+
+def test_handles_are_of_one_kind(pair):
+    """A number that stands for a list is no transfer's, also when both are the agent's first."""
+    a, b = pair
+    h = xfer(a, b)
+    listed = a.prep_xfer_dlist("", [(a.memory.ctypes.data, 64, 0)], "DRAM")
+    assert listed._handle != h._handle
+    with pytest.raises(nixl.nixlInvalidParamError, match="prepared list"):
+        a.agent.postXferReq(listed._handle)
+    with pytest.raises(nixl.nixlInvalidParamError, match="not a prepared list"):
+        a.agent.makeXferReq(nixl.NIXL_WRITE, h._handle, [0], listed._handle, [0])
+    a.agent.releasedDlistH(h._handle)  # nothing of that number among the lists
+    assert a.transfer(h) in ("DONE", "PROC")
+
+
 def test_deregistration(pair):
     a, _ = pair
     again = a.register_memory([a.memory])
