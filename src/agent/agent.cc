@@ -54,7 +54,7 @@ Result<void> Agent::start() {
   Runtime::Options runtime;
   runtime.agent = options_.name;
   runtime.progress_thread = options_.progress_thread;
-  runtime.on_lost = [this](const PeerId& peer, const Error& why) { on_lost(peer, why); };
+  runtime.on_lost = [this](const Runtime::Options::Loss& loss) { on_lost(loss); };
   runtime.telemetry = telemetry_.get();
   NIXL_ASSIGN(runtime_, Runtime::open(std::move(runtime)));
 

@@ -111,7 +111,7 @@ class Agent {
   Result<PreparedList> remote_list(const std::string& agent, const Descs& descs, const std::vector<Slot*>& allowed);
   Result<std::shared_ptr<Peer>> admit(const Metadata& data);
   void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason);
-  void on_lost(const PeerId& peer, const Error& why);
+  void on_lost(const Runtime::Options::Loss& loss);
   Result<std::uint64_t> add_request(Op op, const PreparedList& remote, const Route& route, BuiltPlan built,
                                     std::optional<std::string> message);
   Result<void> send_to(Peer& peer, std::string_view message, const std::vector<Slot*>& allowed);

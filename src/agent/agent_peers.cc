@@ -277,11 +277,14 @@ Result<void> Agent::remove(const std::string& agent) {
   return {};
 }
 
-void Agent::on_lost(const PeerId& id, const Error& why) {
-  const auto peer = listed_peer(id.name);
-  if (!peer || peer->incarnation != id.incarnation) return;
-  NIXL_WARN("agent %s: %s", name().c_str(), why.reason.c_str());
-  forget(peer, Peer::State::kLost, why.reason);
+void Agent::on_lost(const Runtime::Options::Loss& loss) {
+  const auto peer = listed_peer(loss.peer.name);
+  if (!peer || peer->incarnation != loss.peer.incarnation) return;
+  if (loss.expected)
+    NIXL_INFO("agent %s: %s", name().c_str(), loss.why.reason.c_str());
+  else
+    NIXL_WARN("agent %s: %s", name().c_str(), loss.why.reason.c_str());
+  forget(peer, Peer::State::kLost, loss.why.reason);
 }
 
 Result<void> Agent::check_peer(const std::string& agent, const Descs* descs) {

@@ -278,10 +278,10 @@ void Runtime::wait_event(std::uint64_t seen, Deadline deadline) {
   if (may_sleep) sleep(deadline.left_ms(kPollIdleBackendMs));
 }
 
-void Runtime::peer_lost(const PeerId& peer, Error why) noexcept {
+void Runtime::note_loss(Options::Loss loss) noexcept {
   {
     const std::lock_guard lock(lost_mutex_);
-    lost_.emplace_back(peer, std::move(why));
+    lost_.push_back(std::move(loss));
     any_lost_ = true;
   }
   nudge();
@@ -289,13 +289,13 @@ void Runtime::peer_lost(const PeerId& peer, Error why) noexcept {
 
 void Runtime::handle_lost() {
   if (!any_lost_) return;
-  std::vector<std::pair<PeerId, Error>> lost;
+  std::vector<Options::Loss> lost;
   {
     const std::lock_guard lock(lost_mutex_);
     lost.swap(lost_);
     any_lost_ = false;
   }
-  for (const auto& [peer, why] : lost) options_.on_lost(peer, why);
+  for (const auto& loss : lost) options_.on_lost(loss);
 }
 
 }  // namespace nixl::core

@@ -27,8 +27,13 @@ class Runtime final : public Events {
   struct Options {
     std::string agent;
     bool progress_thread = true;
-    std::function<void(const PeerId&, const Error&)> on_lost;  // called with no lock held
-    Telemetry* telemetry = nullptr;                            // null: off
+    struct Loss {
+      PeerId peer;
+      Error why;
+      bool expected = false;  // nobody need be alarmed
+    };
+    std::function<void(const Loss&)> on_lost;  // called with no lock held
+    Telemetry* telemetry = nullptr;            // null: off
   };
   static Result<std::unique_ptr<Runtime>> open(Options options);
   ~Runtime() override;  // stops the thread; requests and slots must be gone
@@ -66,7 +71,8 @@ class Runtime final : public Events {
 
   // Told by requests and backends.
   void terminal() noexcept;
-  void peer_lost(const PeerId& peer, Error why) noexcept override;
+  void peer_lost(const PeerId& peer, Error why) noexcept override { note_loss({peer, std::move(why), false}); }
+  void peer_left(const PeerId& peer, Error why) noexcept override { note_loss({peer, std::move(why), true}); }
 
   // Waits until some request became terminal after `seen` (a value of events_seen) or the deadline; progresses meanwhile.
   std::uint64_t events_seen() const noexcept { return num_terminal_.load(); }
@@ -88,6 +94,7 @@ class Runtime final : public Events {
   void poll_watched();
   bool fill_inbox();
   void signal_event() noexcept;
+  void note_loss(Options::Loss loss) noexcept;
   std::size_t num_slots() const noexcept { return num_slots_.load(std::memory_order_acquire); }
 
   const Options options_;
@@ -104,7 +111,7 @@ class Runtime final : public Events {
   std::vector<std::pair<Slot*, Notification>> inbox_;  // slot null: from ourselves
 
   std::mutex lost_mutex_;
-  std::vector<std::pair<PeerId, Error>> lost_;
+  std::vector<Options::Loss> lost_;
   std::atomic<bool> any_lost_{false};
 
   std::mutex event_mutex_;

@@ -148,6 +148,8 @@ class Events {
   // The peer is dead or unreachable beyond the reconnect time. At most once per Connection. Running transfers to it answer
   // kPeerLost from poll(); the agent then cancels and drops everything of the peer from a thread of its own.
   virtual void peer_lost(const PeerId& peer, Error why) noexcept = 0;
+  // As peer_lost, when nobody need be alarmed: the peer said that it goes, or was never spoken to.
+  virtual void peer_left(const PeerId& peer, Error why) noexcept { peer_lost(peer, std::move(why)); }
 };
 
 // Given to open(). `events` outlives the backend.

@@ -68,6 +68,10 @@ UcxBackend::~UcxBackend() {
   for (Desk& desk : desks_) {
     if (!desk.worker) continue;
     const auto guard = desk.worker->lock();
+    (void)desk.worker->progress_locked();  // who called just now is answered, and told
+    for (auto& [key, link] : desk.answering)
+      if (link->state() == Link::State::kReady)
+        (void)desk.worker->send_locked(link->endpoint(), kBye, encode(Bye{config_.self.incarnation}));
     for (auto& [key, link] : desk.answering) link->lose_locked(Error{Code::kPeerLost, "this agent is closing"});
     const Deadline deadline = Deadline::after(kReadersPatience);
     while (!desk.services.empty() && !deadline.passed()) (void)desk.worker->progress_locked();
@@ -235,7 +239,11 @@ void UcxBackend::link_lost_locked(Link& link, const Error& why) {
     if (found != owners_.end()) connection = found->second;
   }
   if (!connection || connection->reported_.exchange(true)) return;
-  if (config_.events) config_.events->peer_lost(connection->peer(), why);
+  if (!config_.events) return;
+  if (link.missed_by_none())
+    config_.events->peer_left(connection->peer(), why);
+  else
+    config_.events->peer_lost(connection->peer(), why);
 }
 
 // ---- messages ----
@@ -281,6 +289,12 @@ Result<void> UcxBackend::handle_locked(Desk& desk, MessageId id, std::string_vie
       imported_.revoke(revoke.incarnation, revoke.region);
       return {};
     }
+    case kBye: {
+      Bye bye;
+      NIXL_TRY(decode(bytes, bye));
+      dismiss_locked(desk, bye);
+      return {};
+    }
     default:
       return fail(Code::kMismatch, "unknown kind");
   }
@@ -305,6 +319,13 @@ Result<void> UcxBackend::answer_hello_locked(Desk& desk, const Hello& hello) {
   return desk.worker->send_locked(
       slot->endpoint(), kHelloAck,
       encode(HelloAck{hello.link, config_.self.incarnation, inbox_.next_sequence(hello.incarnation, hello.link)}));
+}
+
+void UcxBackend::dismiss_locked(Desk& desk, const Bye& bye) {
+  std::vector<Link*> gone;
+  for (const auto& [id, link] : desk.calling)
+    if (link->target().incarnation == bye.incarnation) gone.push_back(link);
+  for (Link* const link : gone) link->dismissed_locked();
 }
 
 Result<void> UcxBackend::serve_read_locked(Desk& desk, std::string_view bytes) {

@@ -107,6 +107,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   Result<void> handle_locked(Desk& desk, MessageId id, std::string_view bytes);
   Result<void> answer_hello_locked(Desk& desk, const Hello& hello);
   Result<void> serve_read_locked(Desk& desk, std::string_view bytes);
+  void dismiss_locked(Desk& desk, const Bye& bye);
 
   BackendConfig config_;
   Options options_;

@@ -159,11 +159,16 @@ void Link::acknowledged_locked(const HelloAck& ack) {
   std::erase(worker_->connecting_, this);
   deadline_ = Deadline::never();
   state_ = State::kReady;
-  was_ready_ = true;
+  used_ = true;
   next_to_send_ = ack.next_sequence;
   send_history_locked();
   const std::vector<Job*> jobs = jobs_;
   for (Job* const job : jobs) job->link_up_locked();
+}
+
+void Link::dismissed_locked() {
+  dismissed_ = true;
+  lose_locked(Error{Code::kPeerLost, "agent '" + target_.name + "' left"});
 }
 
 // UCX reported an error of the endpoint.
@@ -206,6 +211,7 @@ void Link::lose_locked(Error why) {
 
 void Link::join_locked(Job& job) {
   jobs_.push_back(&job);
+  used_ = true;
   ++worker_->num_jobs_;
   worker_->quiet_ = false;
 }
@@ -218,6 +224,7 @@ Result<void> Link::notify_locked(std::string_view text) {
   if (state_ == State::kLost) return fail(why_);
   std::string bytes = encode(Notify{caller_->incarnation, id_, next_sequence_, caller_->name, text});
   history_bytes_ += bytes.size();
+  used_ = true;
   history_.push_back({next_sequence_++, std::move(bytes)});
   if (state_ == State::kReady) send_history_locked();
   return {};

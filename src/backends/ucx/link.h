@@ -47,6 +47,10 @@ class Link {
 
   // The peer answered.
   void acknowledged_locked(const HelloAck& ack);
+  // The peer said that it closes.
+  void dismissed_locked();
+  // Its end alarms nobody: the peer closed it, or nothing ever crossed it.
+  bool missed_by_none() const noexcept { return dismissed_ || !used_; }
   void failed_locked();
   void check_deadline_locked();
   void lose_locked(Error why);
@@ -83,7 +87,8 @@ class Link {
   ucp_ep_h ep_ = nullptr;
   std::uint64_t id_ = 0, generation_ = 0;
   State state_ = State::kConnecting;
-  bool was_ready_ = false;
+  bool used_ = false;  // it was ready, or something waits for it
+  bool dismissed_ = false;
   ucs_status_t failure_ = UCS_OK;
   Error why_;
   Deadline deadline_ = Deadline::never();

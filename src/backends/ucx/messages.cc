@@ -149,4 +149,14 @@ Result<void> decode(std::string_view bytes, Revoke& revoke) {
   return read_integers(in, revoke.incarnation, revoke.region);
 }
 
+std::string encode(const Bye& bye) {
+  ByteWriter out;
+  out.put(bye.incarnation);
+  return out.take();
+}
+Result<void> decode(std::string_view bytes, Bye& bye) {
+  ByteReader in(bytes);
+  return read_integers(in, bye.incarnation);
+}
+
 }  // namespace nixl::core::ucx

@@ -11,7 +11,7 @@
 
 namespace nixl::core::ucx {
 
-enum MessageId : unsigned { kHello = 1, kHelloAck, kNotify, kReadRequest, kReadDone, kRevoke, kNumMessageIds };
+enum MessageId : unsigned { kHello = 1, kHelloAck, kNotify, kReadRequest, kReadDone, kRevoke, kBye, kNumMessageIds };
 
 inline constexpr std::uint32_t kMessageVersion =
     0x4e585501;  // "NXU", version 1: first word of the connection bytes and of a hello
@@ -54,6 +54,10 @@ struct ReadDone {
 struct Revoke {
   std::uint64_t incarnation = 0, region = 0;
 };
+// The sender closes: its links are about to end, and nothing is wrong.
+struct Bye {
+  std::uint64_t incarnation = 0;
+};
 
 // Bytes followed by their checksum; unsealed() gives them back or kMismatch.
 std::string sealed(std::string bytes);
@@ -65,6 +69,7 @@ std::string encode(const Notify&);
 std::string encode(const ReadRequest&);
 std::string encode(const ReadDone&);
 std::string encode(const Revoke&);
+std::string encode(const Bye&);
 
 // Views in a decoded message point into `bytes`.
 Result<void> decode(std::string_view bytes, Hello& out);
@@ -73,5 +78,6 @@ Result<void> decode(std::string_view bytes, Notify& out);
 Result<void> decode(std::string_view bytes, ReadRequest& out);
 Result<void> decode(std::string_view bytes, ReadDone& out);
 Result<void> decode(std::string_view bytes, Revoke& out);
+Result<void> decode(std::string_view bytes, Bye& out);
 
 }  // namespace nixl::core::ucx

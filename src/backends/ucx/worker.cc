@@ -88,6 +88,9 @@ bool Worker::progress_locked() {
 
 // Acts on what UCX's callbacks left behind: UCX must not be re-entered from them.
 void Worker::settle_locked() {
+  // A peer that says good-bye closes right afterwards: its word comes before the broken link.
+  for (auto& [id, bytes] : arrived_)
+    if (id == kBye) receiver_->received_locked(*this, id, bytes);
   while (!failed_.empty()) {
     Link* const link = failed_.back();
     failed_.pop_back();
@@ -100,7 +103,8 @@ void Worker::settle_locked() {
   if (!arrived_.empty()) {
     std::vector<std::pair<MessageId, std::string>> batch;
     batch.swap(arrived_);
-    for (const auto& [id, bytes] : batch) receiver_->received_locked(*this, id, bytes);
+    for (const auto& [id, bytes] : batch)
+      if (id != kBye) receiver_->received_locked(*this, id, bytes);
   }
   walking_.swap(queue_);
   for (std::size_t i = 0; i < walking_.size(); ++i) {

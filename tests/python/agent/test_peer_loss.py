@@ -141,6 +141,27 @@ def test_loss_is_noticed_in_the_background(one, peers):
     until(lambda: not one.check_remote_metadata("peer"), 30)
 
 
+@pytest.mark.parametrize("thread", [True, False])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_peer_that_leaves_is_forgotten_without_a_warning(peers, capfd, thread, used):
+    one = agent("survivor", "UCX", enable_prog_thread=thread)
+    one.memory = np.zeros(1 << 20, np.uint8)
+    one.register_memory([one.memory])
+    peer = peers()
+    one.add_remote_agent(peer.metadata)
+    if used:
+        h = request(one, peer)
+        one.transfer(h)
+        done(one, h)
+        h.release()
+    capfd.readouterr()
+    peer.process.stdin.close()
+    assert peer.process.wait(20) == 0
+    until(lambda: not one.check_remote_metadata("peer"), 20)
+    until(lambda: one.check_remote_metadata("peer") is False and not one.get_new_notifs(), 20)
+    assert "WARN" not in capfd.readouterr().err
+
+
 def test_stopped_peer_goes_on(one, peers):
     peer = peers()
     one.add_remote_agent(peer.metadata)
