@@ -6,7 +6,7 @@
 #include <random>
 
 #include "base/env.h"
-#include "http/sha256.h"
+#include "base/sha256.h"
 #include "http/text.h"
 
 namespace nixl::core::azure {
@@ -123,7 +123,7 @@ std::string authorization(const ToSign& request, const std::string& account, con
     query[lower(std::string(pair.substr(0, equals)))] = unescape(pair.substr(std::min(pair.size(), equals + 1)));
   }
   for (const auto& [name, value] : query) text += "\n" + name + ":" + value;
-  return "SharedKey " + account + ":" + http::base64_encode(http::hmac_sha256(key, text));
+  return "SharedKey " + account + ":" + http::base64_encode(hmac_sha256(key, text));
 }
 
 http::Call Azure::request(std::string method, const std::string& key, const std::string& query,

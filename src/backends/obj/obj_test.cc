@@ -12,7 +12,7 @@
 #include "backends/obj/sigv4.h"
 #include "base/env.h"
 #include "check.h"
-#include "http/sha256.h"
+#include "base/sha256.h"
 #include "http/text.h"
 
 using namespace nixl::core;
@@ -47,7 +47,7 @@ s3::ToSign example(const char* method, const char* path) {
   request.method = method;
   request.host = "examplebucket.s3.amazonaws.com";
   request.path = path;
-  request.payload_hash = http::hex(http::sha256(""));
+  request.payload_hash = http::hex(sha256(""));
   request.region = "us-east-1";
   request.when = 1369353600;
   return request;
@@ -71,14 +71,14 @@ void clear_environment() {
 }  // namespace
 
 TEST(sha256_and_hmac_vectors) {
-  CHECK_EQ(http::hex(http::sha256("")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
-  CHECK_EQ(http::hex(http::sha256("abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  CHECK_EQ(http::hex(http::sha256(std::string(1000000, 'a'))),
+  CHECK_EQ(http::hex(sha256("")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  CHECK_EQ(http::hex(sha256("abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  CHECK_EQ(http::hex(sha256(std::string(1000000, 'a'))),
            "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
-  CHECK_EQ(http::hex(http::hmac_sha256("Jefe", "what do ya want for nothing?")),
+  CHECK_EQ(http::hex(hmac_sha256("Jefe", "what do ya want for nothing?")),
            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
   CHECK_EQ(
-      http::hex(http::hmac_sha256(std::string(131, '\xaa'), "Test Using Larger Than Block-Size Key - Hash Key First")),
+      http::hex(hmac_sha256(std::string(131, '\xaa'), "Test Using Larger Than Block-Size Key - Hash Key First")),
       "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
 }
 
@@ -88,7 +88,7 @@ TEST(signatures_published_by_aws) {
   CHECK_EQ(signature(get), "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41");
   s3::ToSign put = example("PUT", "/test%24file.text");
   put.headers = {{"date", "Fri, 24 May 2013 00:00:00 GMT"}, {"x-amz-storage-class", "REDUCED_REDUNDANCY"}};
-  put.payload_hash = http::hex(http::sha256("Welcome to Amazon S3."));
+  put.payload_hash = http::hex(sha256("Welcome to Amazon S3."));
   CHECK_EQ(signature(put), "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd");
   s3::ToSign lifecycle = example("GET", "/");
   lifecycle.query = {{"lifecycle", ""}};

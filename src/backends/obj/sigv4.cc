@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "http/sha256.h"
+#include "base/sha256.h"
 #include "http/text.h"
 
 namespace nixl::core::s3 {
@@ -41,12 +41,12 @@ std::vector<std::string> sign(const ToSign& request, const Credentials& credenti
   const std::string canonical = request.method + "\n" + request.path + "\n" + canonical_query(request.query) + "\n" +
                                 canonical_headers + "\n" + names + "\n" + request.payload_hash;
   const std::string scope = day + "/" + request.region + "/s3/aws4_request";
-  const std::string text = "AWS4-HMAC-SHA256\n" + time + "\n" + scope + "\n" + http::hex(http::sha256(canonical));
-  std::string key = http::hmac_sha256("AWS4" + credentials.secret_key, day);
+  const std::string text = "AWS4-HMAC-SHA256\n" + time + "\n" + scope + "\n" + http::hex(sha256(canonical));
+  std::string key = hmac_sha256("AWS4" + credentials.secret_key, day);
   for (const std::string& part : {request.region, std::string("s3"), std::string("aws4_request")})
-    key = http::hmac_sha256(key, part);
+    key = hmac_sha256(key, part);
   out.push_back("Authorization: AWS4-HMAC-SHA256 Credential=" + credentials.access_key + "/" + scope +
-                ",SignedHeaders=" + names + ",Signature=" + http::hex(http::hmac_sha256(key, text)));
+                ",SignedHeaders=" + names + ",Signature=" + http::hex(hmac_sha256(key, text)));
   return out;
 }
 

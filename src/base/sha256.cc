@@ -1,10 +1,10 @@
-#include "http/sha256.h"
+#include "base/sha256.h"
 
 #include <bit>
 #include <cstdint>
 #include <cstring>
 
-namespace nixl::core::http {
+namespace nixl::core {
 namespace {
 
 constexpr std::uint32_t kRound[64] = {
@@ -72,4 +72,4 @@ std::string hmac_sha256(std::string_view key, std::string_view bytes) {
   return sha256(outer + sha256(inner.append(bytes)));
 }
 
-}  // namespace nixl::core::http
+}  // namespace nixl::core
