@@ -1,14 +1,22 @@
 #include "agent/prometheus.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
+#include <cstdio>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
+#include <functional>
 #include <mutex>
+#include <sstream>
 #include <thread>
-#include <vector>
 
+#include "agent/metrics_page.h"
 #include "agent/settings.h"
 #include "base/env.h"
 #include "base/log.h"
@@ -19,100 +27,11 @@
 namespace nixl::core {
 namespace {
 
-constexpr const char* kStatusNames[] = {"NOT_POSTED", "INVALID_PARAM", "BACKEND", "NOT_FOUND", "MISMATCH", "NOT_ALLOWED",
-                                        "REPOST_ACTIVE", "UNKNOWN", "NOT_SUPPORTED", "REMOTE_DISCONNECT", "CANCELED",
-                                        "NO_TELEMETRY"};
-
-struct Histogram {
-  std::vector<std::uint64_t> counts;  // one more than bounds
-  std::uint64_t sum = 0, last = 0;
-};
-
-class Page {
+// Answers every HTTP request with one text.
+class PageServer {
  public:
-  Page(std::string agent, std::vector<std::int64_t> bounds) : agent_(std::move(agent)), bounds_(std::move(bounds)) {
-    for (Histogram* histogram : {&transfer_, &post_}) histogram->counts.resize(bounds_.size() + 1);
-  }
-
-  void add(const TelemetrySink::Event& event) {
-    const auto number = static_cast<std::uint32_t>(event.metric);
-    if (event.metric == Metric::kTransferTime || event.metric == Metric::kPostTime) {
-      Histogram& histogram = event.metric == Metric::kTransferTime ? transfer_ : post_;
-      const auto place = std::lower_bound(bounds_.begin(), bounds_.end(), static_cast<std::int64_t>(event.value));
-      ++histogram.counts[static_cast<std::size_t>(place - bounds_.begin())];
-      histogram.sum += event.value;
-      histogram.last = event.value;
-    } else if (number < totals_.size()) {
-      totals_[number] += event.value;
-      last_[number] = event.value;
-    }
-  }
-
-  std::string text() const {
-    std::string out;
-    counter(out, "agent_tx_bytes_total", total(Metric::kTxBytes));
-    counter(out, "agent_rx_bytes_total", total(Metric::kRxBytes));
-    gauge(out, "agent_tx_last_bytes", last(Metric::kTxBytes));
-    gauge(out, "agent_rx_last_bytes", last(Metric::kRxBytes));
-    counter(out, "agent_tx_requests_num_total", total(Metric::kTxRequests));
-    counter(out, "agent_rx_requests_num_total", total(Metric::kRxRequests));
-    counter(out, "agent_memory_registered_total", total(Metric::kMemoryRegistered));
-    gauge(out, "agent_memory_registered_last_bytes", last(Metric::kMemoryRegistered));
-    counter(out, "agent_memory_deregistered_total", total(Metric::kMemoryDeregistered));
-    gauge(out, "agent_memory_deregistered_last_bytes", last(Metric::kMemoryDeregistered));
-    times(out, "agent_xfer_time", transfer_);
-    times(out, "agent_xfer_post_time", post_);
-    out += "# TYPE agent_errors_total counter\n";
-    for (std::size_t i = 0; i < std::size(kStatusNames); ++i)
-      line(out, "agent_errors_total", totals_[static_cast<std::size_t>(Metric::kFirstError) + i],
-           std::string(",status=\"") + kStatusNames[i] + "\"");
-    counter(out, "agent_telemetry_events_dropped_total", total(Metric::kEventsDropped));
-    return out;
-  }
-
- private:
-  std::uint64_t total(Metric metric) const { return totals_[static_cast<std::size_t>(metric)]; }
-  std::uint64_t last(Metric metric) const { return last_[static_cast<std::size_t>(metric)]; }
-  void line(std::string& out, const std::string& name, std::uint64_t value, const std::string& labels = "") const {
-    out += name + "{agent_name=\"";
-    for (const char c : agent_) {
-      if (c == '"' || c == '\\') out += '\\';
-      out += c == '\n' ? ' ' : c;
-    }
-    out += "\"" + labels + "} " + std::to_string(value) + "\n";
-  }
-  void counter(std::string& out, const std::string& name, std::uint64_t value) const {
-    out += "# TYPE " + name + " counter\n";
-    line(out, name, value);
-  }
-  void gauge(std::string& out, const std::string& name, std::uint64_t value) const {
-    out += "# TYPE " + name + " gauge\n";
-    line(out, name, value);
-  }
-  void times(std::string& out, const std::string& name, const Histogram& histogram) const {
-    counter(out, name + "_total", histogram.sum);
-    gauge(out, name, histogram.last);
-    out += "# TYPE " + name + "_us histogram\n";
-    std::uint64_t sum = 0;
-    for (std::size_t i = 0; i < histogram.counts.size(); ++i) {
-      sum += histogram.counts[i];
-      const std::string bound = i < bounds_.size() ? std::to_string(bounds_[i]) : "+Inf";
-      line(out, name + "_us_bucket", sum, ",le=\"" + bound + "\"");
-    }
-    line(out, name + "_us_sum", histogram.sum);
-    line(out, name + "_us_count", sum);
-  }
-
-  const std::string agent_;
-  const std::vector<std::int64_t> bounds_;
-  std::array<std::uint64_t, 21> totals_{}, last_{};
-  Histogram transfer_, post_;
-};
-
-class Prometheus final : public TelemetrySink {
- public:
-  explicit Prometheus(Page page) : page_(std::move(page)) {}
-  ~Prometheus() override {
+  explicit PageServer(std::function<std::string()> text) : text_(std::move(text)) {}
+  ~PageServer() {
     stopping_ = true;
     if (wakeup_) wakeup_->wake();
     if (thread_.joinable()) thread_.join();
@@ -125,10 +44,6 @@ class Prometheus final : public TelemetrySink {
     wakeup_ = std::make_unique<net::Wakeup>(std::move(wakeup));
     thread_ = std::thread([this] { loop(); });
     return {};
-  }
-  void add(const Event* events, std::size_t count) override {
-    const std::lock_guard lock(mutex_);
-    for (std::size_t i = 0; i < count; ++i) page_.add(events[i]);
   }
 
  private:
@@ -151,11 +66,7 @@ class Prometheus final : public TelemetrySink {
       if (got <= 0) return;
       request.append(buffer, static_cast<std::size_t>(got));
     }
-    std::string body;
-    {
-      const std::lock_guard lock(mutex_);
-      body = page_.text();
-    }
+    const std::string body = text_();
     const std::string reply = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nConnection: close\r\nContent-Length: " +
                               std::to_string(body.size()) + "\r\n\r\n" + body;
     std::size_t written = 0;
@@ -167,42 +78,165 @@ class Prometheus final : public TelemetrySink {
     }
   }
 
-  std::mutex mutex_;
-  Page page_;
+  const std::function<std::string()> text_;
   Fd socket_;
   std::unique_ptr<net::Wakeup> wakeup_;
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };
 
-Result<std::vector<std::int64_t>> bucket_bounds(const Settings& settings) {
-  std::vector<std::int64_t> bounds{10, 50, 100, 500, 1'000, 5'000, 10'000, 50'000, 100'000, 1'000'000};
-  const auto text = settings.text("NIXL_TELEMETRY_HISTOGRAM_BUCKETS_US");
-  if (!text) return bounds;
-  bounds.clear();
-  std::string rest = *text + ",";
-  for (std::size_t comma; (comma = rest.find(',')) != std::string::npos; rest.erase(0, comma + 1)) {
-    const auto bound = parse_int(rest.substr(0, comma));
-    if (!bound || *bound <= 0 || (!bounds.empty() && *bound <= bounds.back()))
-      return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_HISTOGRAM_BUCKETS_US is '%s'; rising numbers with commas are needed",
-                  text->c_str());
-    bounds.push_back(*bound);
+// NIXL_TELEMETRY_PROMETHEUS_PORT and _LOCAL. A busy port is a warning: counting goes on, nobody can read it.
+Result<void> serve(PageServer& server, const Settings& settings, const std::string& agent) {
+  NIXL_ASSIGN(const auto port, settings.number("NIXL_TELEMETRY_PROMETHEUS_PORT"));
+  NIXL_ASSIGN(const auto local, settings.flag("NIXL_TELEMETRY_PROMETHEUS_LOCAL"));
+  if (port && (*port < 0 || *port > 65535))
+    return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_PROMETHEUS_PORT is %lld; 0 to 65535 are allowed", static_cast<long long>(*port));
+  const net::Endpoint at{local.value_or(false) ? "127.0.0.1" : "", static_cast<std::uint16_t>(port.value_or(9090))};
+  if (auto served = server.serve(at); !served)
+    NIXL_WARN("agent %s: telemetry cannot be read on port %u: %s", agent.c_str(), at.port, served.error().reason.c_str());
+  return {};
+}
+
+class Prometheus final : public TelemetrySink {
+ public:
+  explicit Prometheus(MetricsPage page) : page_(std::move(page)) {}
+  void add(const Event* events, std::size_t count) override {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < count; ++i) page_.add(events[i]);
   }
-  return bounds;
+  std::string text() const {
+    const std::lock_guard lock(mutex_);
+    return page_.text();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  MetricsPage page_;
+
+ public:
+  PageServer server{[this] { return text(); }};  // last: its thread uses the others
+};
+
+// One file an agent in a directory that all processes share; the process of rank 0 serves them as one page.
+class SharedPages final : public TelemetrySink {
+ public:
+  struct Place {
+    std::string directory, file;
+    std::int64_t interval_ms = 100, stale_s = 30;
+  };
+  SharedPages(MetricsPage page, Place place) : page_(std::move(page)), place_(std::move(place)) {}
+  ~SharedPages() override {
+    if (!thread_.joinable()) return;
+    stopping_ = true;
+    wakeup_->wake();
+    thread_.join();
+    (void)write();  // the last figures; the file goes stale by itself
+  }
+  Result<void> start() {
+    mkdir(place_.directory.c_str(), 0755);
+    NIXL_TRY(write());
+    NIXL_ASSIGN(net::Wakeup wakeup, net::Wakeup::open());
+    wakeup_ = std::make_unique<net::Wakeup>(std::move(wakeup));
+    thread_ = std::thread([this] { loop(); });
+    return {};
+  }
+  void add(const Event* events, std::size_t count) override {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < count; ++i) page_.add(events[i]);
+    changed_ = true;
+  }
+  // Pages of all processes that wrote lately; files of the others are removed.
+  std::string all() {
+    (void)write();
+    std::vector<std::string> pages;
+    std::error_code error;
+    for (const auto& file : std::filesystem::directory_iterator(place_.directory, error)) {
+      struct stat about{};
+      if (file.path().extension() != ".prom" || stat(file.path().c_str(), &about) != 0) continue;
+      if (std::time(nullptr) - about.st_mtime > place_.stale_s) {
+        unlink(file.path().c_str());
+        continue;
+      }
+      std::ostringstream text;
+      text << std::ifstream(file.path()).rdbuf();
+      pages.push_back(text.str());
+    }
+    std::sort(pages.begin(), pages.end());
+    return merge_pages(pages);
+  }
+
+ private:
+  void loop() {
+    const Nanoseconds sign_of_life = std::max<std::int64_t>(place_.stale_s * 1'000'000'000 / 3, 1);
+    Nanoseconds written = now_ns();
+    while (!stopping_) {
+      pollfd wait{wakeup_->fd(), POLLIN, 0};
+      if (!net::wait_any({&wait, 1}, Deadline::after(place_.interval_ms * 1'000'000))) return;
+      if (!changed_ && now_ns() - written < sign_of_life) continue;
+      written = now_ns();
+      if (auto done = write(); !done) NIXL_WARN("telemetry: %s", done.error().reason.c_str());
+    }
+  }
+  // Under another name first: a reader sees a whole page or the one before.
+  Result<void> write() {
+    const std::lock_guard one_writer(write_mutex_);
+    std::string text;
+    {
+      const std::lock_guard lock(mutex_);
+      text = page_.text();
+      changed_ = false;
+    }
+    const std::string path = place_.directory + "/" + place_.file, fresh = path + ".new";
+    const Fd file(open(fresh.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+    if (!file || ::write(file.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size()) ||
+        rename(fresh.c_str(), path.c_str()) != 0)
+      return fail(errno_error("telemetry file " + path, errno));
+    return {};
+  }
+
+  std::mutex mutex_, write_mutex_;
+  MetricsPage page_;
+  const Place place_;
+  std::atomic<bool> changed_{false}, stopping_{false};
+  std::unique_ptr<net::Wakeup> wakeup_;
+  std::thread thread_;
+
+ public:
+  PageServer server{[this] { return all(); }};  // last: its thread uses the others
+};
+
+Result<std::int64_t> positive(const Settings& settings, const char* name, std::int64_t usual) {
+  NIXL_ASSIGN(const auto value, settings.number(name));
+  if (value && *value <= 0) return fail(Code::kInvalidArgument, "%s is %lld; a number above 0 is needed", name, static_cast<long long>(*value));
+  return value.value_or(usual);
 }
 
 }  // namespace
 
-Result<std::unique_ptr<TelemetrySink>> open_prometheus(const Settings& settings, const std::string& agent) {
-  NIXL_ASSIGN(const auto port, settings.number("NIXL_TELEMETRY_PROMETHEUS_PORT"));
-  NIXL_ASSIGN(const auto local, settings.flag("NIXL_TELEMETRY_PROMETHEUS_LOCAL"));
-  NIXL_ASSIGN(auto bounds, bucket_bounds(settings));
-  if (port && (*port < 0 || *port > 65535))
-    return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_PROMETHEUS_PORT is %lld; 0 to 65535 are allowed", static_cast<long long>(*port));
-  auto sink = std::make_unique<Prometheus>(Page(agent, std::move(bounds)));
-  const net::Endpoint at{local.value_or(false) ? "127.0.0.1" : "", static_cast<std::uint16_t>(port.value_or(9090))};
-  if (auto served = sink->serve(at); !served)
-    NIXL_WARN("agent %s: telemetry cannot be read on port %u: %s", agent.c_str(), at.port, served.error().reason.c_str());
+Result<std::unique_ptr<TelemetrySink>> open_prometheus(const Settings& settings, const std::string& agent, MetricSet shown) {
+  NIXL_ASSIGN(auto page, MetricsPage::open(settings, MetricsPage::label("agent_name", agent), shown));
+  auto sink = std::make_unique<Prometheus>(std::move(page));
+  NIXL_TRY(serve(sink->server, settings, agent));
+  return std::unique_ptr<TelemetrySink>(std::move(sink));
+}
+
+Result<std::unique_ptr<TelemetrySink>> open_shared_prometheus(const Settings& settings, const std::string& agent, MetricSet shown) {
+  static std::atomic<int> number{0};
+  const auto directory = settings.text("NIXL_TELEMETRY_MULTIPROC_DIR");
+  if (!directory)
+    return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER=prometheus_mp needs NIXL_TELEMETRY_MULTIPROC_DIR, a directory that all processes share");
+  const std::string rank_variable = settings.text("NIXL_TELEMETRY_RANK_ENV").value_or("LOCAL_RANK");
+  const std::string rank = env_text(rank_variable.c_str()).value_or("0");
+  SharedPages::Place place;
+  place.directory = *directory;
+  place.file = std::to_string(getpid()) + "-" + std::to_string(number++) + ".prom";
+  NIXL_ASSIGN(place.interval_ms, positive(settings, "NIXL_TELEMETRY_RUN_INTERVAL", place.interval_ms));
+  NIXL_ASSIGN(place.stale_s, positive(settings, "NIXL_TELEMETRY_MP_STALE_TTL", place.stale_s));
+  const std::string labels = MetricsPage::label("agent_name", agent) + "," + MetricsPage::label("rank", rank);
+  NIXL_ASSIGN(auto page, MetricsPage::open(settings, labels, shown));
+  auto sink = std::make_unique<SharedPages>(std::move(page), std::move(place));
+  NIXL_TRY(sink->start());
+  if (rank == "0") NIXL_TRY(serve(sink->server, settings, agent));
   return std::unique_ptr<TelemetrySink>(std::move(sink));
 }
 

@@ -1,6 +1,8 @@
 #include "agent/telemetry.h"
 
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,6 +12,7 @@
 #include <bit>
 #include <cstring>
 #include <mutex>
+#include <vector>
 
 #include "agent/prometheus.h"
 #include "agent/request.h"
@@ -86,7 +89,50 @@ class RingFile final : public TelemetrySink {
   RingEvent* events_ = nullptr;
 };
 
-Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const std::string& agent) {
+constexpr const char* kStatusNames[kNumErrors] = {"NOT_POSTED", "INVALID_PARAM", "BACKEND", "NOT_FOUND", "MISMATCH", "NOT_ALLOWED",
+                                                  "REPOST_ACTIVE", "UNKNOWN", "NOT_SUPPORTED", "REMOTE_DISCONNECT", "CANCELED",
+                                                  "NO_TELEMETRY"};
+
+// NIXL_TELEMETRY_ENABLED_METRICS: globs over the metrics' names, with commas or blanks between them; unset: all.
+MetricSet enabled_metrics(const Settings& settings) {
+  const auto text = settings.text("NIXL_TELEMETRY_ENABLED_METRICS");
+  if (!text) return MetricSet().set();
+  MetricSet enabled;
+  std::string glob, known;
+  for (const char c : *text + ",") {
+    if (c != ',' && c != ' ') {
+      glob += c;
+      continue;
+    }
+    if (glob.empty()) continue;
+    MetricSet fitting;
+    for (int i = 0; i < kNumMetrics; ++i) {
+      const std::string& name = metric_name(static_cast<Metric>(i));
+      fitting[static_cast<std::size_t>(i)] = fnmatch(glob.c_str(), name.c_str(), 0) == 0 || fnmatch(glob.c_str(), name.c_str() + 6, 0) == 0;
+    }
+    if (fitting.none()) {
+      if (known.empty())
+        for (int i = 0; i < kNumMetrics; ++i) known += " " + metric_name(static_cast<Metric>(i));
+      NIXL_WARN("NIXL_TELEMETRY_ENABLED_METRICS: nothing is called '%s'; known:%s", glob.c_str(), known.c_str());
+    }
+    enabled |= fitting;
+    glob.clear();
+  }
+  return enabled;
+}
+
+tl::unexpected<Error> no_doca() {
+  constexpr const char* kLibrary = "libdoca_telemetry_exporter.so.2";
+  std::string why = std::string(kLibrary) + " is here, but this release does not drive it";
+  if (void* library = dlopen(kLibrary, RTLD_LAZY | RTLD_LOCAL))
+    dlclose(library);
+  else
+    why = dlerror();
+  return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER=doca is not available: %s; NIXL_TELEMETRY_EXPORTER=prometheus serves the same figures",
+              why.c_str());
+}
+
+Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const std::string& agent, MetricSet enabled) {
   const auto directory = settings.text("NIXL_TELEMETRY_DIR");
   const std::string exporter = settings.text("NIXL_TELEMETRY_EXPORTER").value_or(directory ? "BUFFER" : "NOP");
   NIXL_ASSIGN(const auto size, settings.number("NIXL_TELEMETRY_BUFFER_SIZE"));
@@ -97,8 +143,10 @@ Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const
     if (!directory) return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER=BUFFER needs NIXL_TELEMETRY_DIR");
     return RingFile::open(*directory, agent, std::bit_ceil(static_cast<std::uint64_t>(size.value_or(4096))));
   }
-  if (exporter == "prometheus") return open_prometheus(settings, agent);
-  return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER is '%s'; this build has BUFFER, NOP and prometheus", exporter.c_str());
+  if (exporter == "prometheus") return open_prometheus(settings, agent, enabled);
+  if (exporter == "prometheus_mp") return open_shared_prometheus(settings, agent, enabled);
+  if (exporter == "doca") return no_doca();
+  return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER is '%s'; known: BUFFER NOP prometheus prometheus_mp doca", exporter.c_str());
 }
 
 }  // namespace
@@ -106,12 +154,40 @@ Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const
 Result<std::unique_ptr<Telemetry>> Telemetry::open(const Settings& settings, const std::string& agent, bool wanted) {
   NIXL_ASSIGN(const auto set, settings.flag("NIXL_TELEMETRY_ENABLE"));
   if (!set.value_or(wanted)) return std::unique_ptr<Telemetry>();
-  NIXL_ASSIGN(auto sink, open_sink(settings, agent));
-  return std::make_unique<Telemetry>(std::move(sink));
+  const MetricSet enabled = enabled_metrics(settings);
+  NIXL_ASSIGN(auto sink, open_sink(settings, agent, enabled));
+  return std::make_unique<Telemetry>(std::move(sink), enabled);
+}
+
+const std::string& metric_name(Metric metric) {
+  static const std::vector<std::string> kNames = [] {
+    std::vector<std::string> names;
+    for (const char* name : {"tx_bytes", "rx_bytes", "tx_requests_num", "rx_requests_num", "memory_registered",
+                             "memory_deregistered", "xfer_time", "xfer_post_time"})
+      names.push_back(std::string("agent_") + name);
+    for (const std::string_view status : kStatusNames) {
+      names.emplace_back("agent_errors_");
+      for (const char c : status) names.back() += c == '_' ? '_' : static_cast<char>(c - 'A' + 'a');
+    }
+    names.emplace_back("agent_telemetry_events_dropped");
+    return names;
+  }();
+  return kNames[static_cast<std::size_t>(metric)];
+}
+
+const char* status_name(int status) { return kStatusNames[-status - 1]; }
+
+void Telemetry::add(const TelemetrySink::Event* events, std::size_t count) {
+  if (!sink_) return;
+  if (enabled_.all()) return sink_->add(events, count);
+  TelemetrySink::Event kept[4];
+  std::size_t num_kept = 0;
+  for (std::size_t i = 0; i < count; ++i)
+    if (enabled_.test(static_cast<std::size_t>(events[i].metric))) kept[num_kept++] = events[i];
+  if (num_kept) sink_->add(kept, num_kept);
 }
 
 void Telemetry::transfer_done(Op op, const TransferTimes& times) {
-  if (!sink_) return;
   const bool tx = op == Op::kWrite;
   const TelemetrySink::Event events[] = {
       {Metric::kPostTime, static_cast<std::uint64_t>(times.post_us)},
@@ -119,20 +195,17 @@ void Telemetry::transfer_done(Op op, const TransferTimes& times) {
       {tx ? Metric::kTxBytes : Metric::kRxBytes, times.total_bytes},
       {tx ? Metric::kTxRequests : Metric::kRxRequests, 1},
   };
-  sink_->add(events, std::size(events));
+  add(events, std::size(events));
 }
 
 void Telemetry::failed(Code code) {
-  if (!sink_) return;
-  const int number = static_cast<int>(Metric::kFirstError) - 1 - status_of(code);
-  const TelemetrySink::Event event{static_cast<Metric>(number), 1};
-  sink_->add(&event, 1);
+  const TelemetrySink::Event event{metric_of_error(status_of(code)), 1};
+  add(&event, 1);
 }
 
 void Telemetry::memory(Metric metric, std::uint64_t bytes) {
-  if (!sink_) return;
   const TelemetrySink::Event event{metric, bytes};
-  sink_->add(&event, 1);
+  add(&event, 1);
 }
 
 int status_of(Code code) noexcept {

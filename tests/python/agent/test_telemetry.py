@@ -1,13 +1,16 @@
 """Telemetry (12.3): switches, per-request figures, the ring file, Prometheus."""
 import gc
+import os
 import socket
 import struct
+import subprocess
+import sys
 import urllib.request
 
 import nixl
 import numpy as np
 import pytest
-from agents import agent, done
+from agents import agent, done, until
 
 
 def run_one(one, op="WRITE", size=64, count=2):
@@ -88,10 +91,22 @@ def test_ring_file(monkeypatch, tmp_path):
     assert len(events_of(tmp_path / "ringed")[1]) <= 128
 
 
-def test_prometheus(monkeypatch):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def scrape(port):
+    """{line without its value: value}; every metric's lines must stand together under one TYPE line."""
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    types = [line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")]
+    assert len(types) == len(set(types))
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if not line.startswith("#")}
+
+
+def test_prometheus(monkeypatch):
+    port = free_port()
     monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
     monkeypatch.setenv("NIXL_TELEMETRY_EXPORTER", "prometheus")
     monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", str(port))
@@ -100,8 +115,7 @@ def test_prometheus(monkeypatch):
     memory, h = run_one(one)
     for _ in range(3):
         one.transfer(h)
-    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if not line.startswith("#")}
+    values = scrape(port)
     mine = '{agent_name="scraped"}'
     assert values["agent_tx_bytes_total" + mine] == 384 and values["agent_tx_requests_num_total" + mine] == 3
     assert values["agent_tx_last_bytes" + mine] == 128 and values["agent_rx_bytes_total" + mine] == 0
@@ -111,3 +125,63 @@ def test_prometheus(monkeypatch):
     assert other.name == "also"
     del one, h, other
     gc.collect()
+
+
+def test_only_enabled_metrics(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
+    monkeypatch.setenv("NIXL_TELEMETRY_DIR", str(tmp_path))
+    monkeypatch.setenv("NIXL_TELEMETRY_ENABLED_METRICS", "agent_tx_*, xfer_time,nothing*")
+    one = agent("chosen")
+    assert "'nothing*'" in capfd.readouterr().err
+    memory, h = run_one(one)
+    one.transfer(h)
+    assert [kind for kind, _ in events_of(tmp_path / "chosen")[1]] == [6, 0, 2]
+    port = free_port()
+    monkeypatch.setenv("NIXL_TELEMETRY_EXPORTER", "prometheus")
+    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", str(port))
+    other = agent("shown")
+    values = scrape(port)
+    assert 'agent_tx_bytes_total{agent_name="shown"}' in values and 'agent_xfer_time_us_count{agent_name="shown"}' in values
+    assert not any("_rx_" in line or "errors" in line or "post_time" in line for line in values)
+    del other, one, h
+
+
+def test_one_prometheus_page_of_many_processes(monkeypatch, tmp_path):
+    port = free_port()
+    settings = {"NIXL_TELEMETRY_ENABLE": "y", "NIXL_TELEMETRY_EXPORTER": "prometheus_mp", "NIXL_TELEMETRY_RANK_ENV": "MY_RANK",
+                "NIXL_TELEMETRY_MULTIPROC_DIR": str(tmp_path / "pages"), "NIXL_TELEMETRY_PROMETHEUS_PORT": str(port),
+                "NIXL_TELEMETRY_PROMETHEUS_LOCAL": "y", "NIXL_TELEMETRY_RUN_INTERVAL": "10", "NIXL_TELEMETRY_MP_STALE_TTL": "2"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MY_RANK", "0")
+    one = agent("first")
+    memory, h = run_one(one)
+    one.transfer(h)
+    code = ("import sys; sys.path[:0] = %r; from test_telemetry import *; one = agent('second'); m, h = run_one(one)\n"
+            "for _ in range(2): one.transfer(h)\nprint('ready', flush=True); sys.stdin.readline()") % [os.path.dirname(__file__), *sys.path]
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "MY_RANK": "1"})
+    try:
+        assert any(line.strip() == "ready" for line in child.stdout)
+        mine, theirs = ('agent_tx_requests_num_total{agent_name="%s",rank="%d"}' % who for who in (("first", 0), ("second", 1)))
+        until(lambda: scrape(port).get(theirs) == 2)
+        assert scrape(port)[mine] == 1
+        one.transfer(h)
+        assert scrape(port)[mine] == 2
+        child.stdin.close()
+        assert child.wait(30) == 0
+        assert scrape(port)[theirs] == 2  # its last figures can still be read
+        until(lambda: theirs not in scrape(port))
+        assert scrape(port)[mine] == 2
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+@pytest.mark.parametrize("exporter,names", [("prometheus_mp", "NIXL_TELEMETRY_MULTIPROC_DIR"), ("doca", "libdoca_telemetry_exporter.so")])
+def test_exporters_say_what_they_need(monkeypatch, exporter, names):
+    monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
+    monkeypatch.setenv("NIXL_TELEMETRY_EXPORTER", exporter)
+    with pytest.raises(RuntimeError, match=names):
+        agent("t")
