@@ -75,10 +75,12 @@ void PeerTable::catch_up(Peer& peer, Channel channel) {
   const std::uint32_t newest = newest_count(inbox.flag(channel, 0).load(std::memory_order_acquire),
                                             inbox.flag(channel, 1).load(std::memory_order_acquire), pair.incarnation);
   const Header& header = peer.memory.control().header(rank_, channel, newest);
-  const bool awaits_next = newest != 0 && header.count.load(std::memory_order_acquire) == newest &&
-                           header.awaits.load(std::memory_order_acquire) == pair.sent + 1 &&
-                           header.revoked.load(std::memory_order_acquire) == 0;
-  pair.unmask(newest, awaits_next);
+  NewestMessage message;
+  message.count = newest;
+  const bool whole = header.count.load(std::memory_order_acquire) == newest;
+  message.awaits = header.awaits.load(std::memory_order_acquire);
+  message.stands = whole && header.revoked.load(std::memory_order_acquire) == 0;
+  pair.unmask(message);
 }
 
 Result<void> PeerTable::set_mask(std::span<const int> ranks, bool masked) {

@@ -157,12 +157,16 @@ TEST(unmask_takes_the_newest_count) {
   PairState pair;
   pair.connect(kPeer);
   pair.expected = 6;
-  pair.unmask(newest_count(word(8), word(7), kPeer), false);  // the peer went on to 8 while it was masked here
+  pair.sent = 4;
+  const std::uint32_t newest = newest_count(word(8), word(7), kPeer);
+  pair.unmask({newest, 5, false});  // 8 awaits our fifth, but was taken back
+  CHECK(judge(pair, word(9)) == Verdict::kAccept);
+  pair.unmask({newest, 4, true});  // the peer went on to 8 while it was masked here
   CHECK(judge(pair, word(8)) == Verdict::kWait);
   CHECK(judge(pair, word(9)) == Verdict::kAccept);
-  pair.unmask(newest_count(word(8), word(7), kPeer), true);  // 8 is its part of the operation to come
+  pair.unmask({newest, 5, true});  // 8 is its part of the operation to come
   CHECK(judge(pair, word(8)) == Verdict::kAccept);
-  pair.unmask(newest_count(0, make_flag(kPeer + 1, 5), kPeer), false);  // nothing from this incarnation yet
+  pair.unmask({newest_count(0, make_flag(kPeer + 1, 5), kPeer), 5, true});  // nothing from this incarnation yet
   CHECK(judge(pair, word(1)) == Verdict::kAccept);
 }
 

@@ -43,6 +43,19 @@ NIXL_HD constexpr std::uint32_t newest_count(FlagWord slot0, FlagWord slot1, std
   return first ? flag_count(slot0) : second ? flag_count(slot1) : 0;
 }
 
+// The newest message of a peer, as a rank finds it when it unmasks that peer.
+struct NewestMessage {
+  std::uint32_t count = 0;   // its newest_count; 0: nothing yet
+  std::uint32_t awaits = 0;  // this rank's count that its sender expects in the same operation
+  bool stands = false;       // it is whole, and was not taken back
+};
+// The count to expect of a peer that is unmasked. `next_sent`: this rank's count to it in its next operation. A message that
+// awaits this very count belongs to that operation; any other is a leftover.
+NIXL_HD constexpr std::uint32_t expected_after(const NewestMessage& newest, std::uint32_t next_sent) {
+  const bool to_come = newest.count != 0 && newest.stands && newest.awaits == next_sent;
+  return to_come ? newest.count : newest.count + 1;
+}
+
 // What a rank keeps of one peer.
 struct PairState {
   std::uint32_t incarnation = 0;  // the peer's
@@ -53,11 +66,8 @@ struct PairState {
     *this = PairState{};
     incarnation = peer_incarnation;
   }
-  // Not while an operation with the peer is under way, unless it was masked. `newest` is its newest_count;
-  // `awaits_next`: that message was not taken back and awaits sent + 1.
-  NIXL_HD constexpr void unmask(std::uint32_t newest, bool awaits_next) {
-    expected = awaits_next ? newest : newest + 1;
-  }
+  // Not while an operation with the peer is under way, unless it was masked.
+  NIXL_HD constexpr void unmask(const NewestMessage& newest) { expected = expected_after(newest, sent + 1); }
   // An operation has passed, with the peer's word or without it: a late word of it is never taken for the next one's.
   NIXL_HD constexpr void pass() { ++expected; }
 };
