@@ -45,7 +45,7 @@ struct Export {
   std::vector<Fd> descriptors;
 };
 
-// One end of a pair as both agree on it at connect: counts of operations start at zero.
+// One end of a pair as both agree on it at connect.
 struct PeerIdentity {
   int rank = -1;
   std::uint32_t incarnation = 0;
@@ -56,8 +56,8 @@ class PeerMemory {
  public:
   virtual ~PeerMemory() = default;
   virtual Result<Export> export_memory() = 0;
-  // Maps a peer's memory and clears what an earlier connection with this rank left in our control words: counts of both sides
-  // start at zero. The peer starts masked; nothing is written to it before set_mask(rank, false).
+  // Maps a peer's memory and clears what an earlier connection with this rank left in our control words: both sides start to
+  // count, from zero or from what their exports say. The peer starts masked; nothing is written to it before set_mask(rank, false).
   virtual Result<void> attach(const PeerIdentity& peer, Export memory) = 0;
   // Unmaps after every operation that may touch the peer has passed. Works for dead peers.
   virtual Result<void> detach(int rank) = 0;

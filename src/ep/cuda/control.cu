@@ -29,37 +29,32 @@ namespace {
 
 __device__ void apply_change(const ChangeOp& a, const PeerChange& what, std::uint64_t next) {
   PeerVersion now = latest_version(a.state->peers[what.rank], next);
-  const uint4 none = make_uint4(0, 0, 0, 0);
-  std::uint8_t* headers[2] = {a.control + a.words.header_of(what.rank, 0), a.control + a.words.header_of(what.rank, 1)};
+  const auto header = [&](std::uint32_t slot) { return a.control + a.words.header_of(what.rank, slot); };
+  const auto load = [&](std::uint32_t slot) {
+    const uint4 cell = load_cell(header(slot));
+    return PushHeader{cell.x, cell.y, cell.z, cell.w};
+  };
   switch (what.change) {
-    case Change::kAttach:
-      now = PeerVersion{};
-      now.from = next;
+    case Change::kAttach: {
+      now = connected(next, what.incarnation, what.first_sent, what.first_expected);
       now.data = what.data;
       now.control = what.control;
-      now.incarnation = what.incarnation;
-      now.sent = now.expected = 1;
-      now.status = PeerStatus::kMasked;
-      store_cell(headers[0], none);
-      store_cell(headers[1], none);
+      const PushHeader before = header_before(what.incarnation, what.first_expected);
+      store_cell(header(flag_slot(before.count)), make_uint4(before.incarnation, before.count, before.awaits, before.word));
+      store_cell(header(flag_slot(what.first_expected)), make_uint4(0, 0, 0, 0));
       break;
+    }
     case Change::kDetach: now.status = PeerStatus::kAbsent; break;
     case Change::kMask:
       if (now.status == PeerStatus::kActive) now.status = PeerStatus::kMasked;
       break;
-    case Change::kUnmask: {
+    case Change::kUnmask:
       if (now.status == PeerStatus::kAbsent) break;
-      // In the middle of an operation a peer that takes part in it stays as it is.
+      // In the middle of an operation a peer that takes part in it stays as it is. Between operations one that was never masked
+      // here is looked at too: it may have gone on without this rank.
       if (now.status == PeerStatus::kActive && load_strong(&a.state->done) / kTicket < next) break;
-      // Also a peer that was never masked here may have gone on without this rank.
-      const uint4 first = load_cell(headers[0]), second = load_cell(headers[1]);
-      const std::uint32_t newest = newest_count(make_flag(first.x, first.y), make_flag(second.x, second.y), now.incarnation);
-      const uint4 last = flag_slot(newest) ? second : first;
-      const bool awaits_next = newest != 0 && !(last.w & kHeaderWithdrawn) && last.z == now.sent;
-      now.expected = awaits_next ? newest : newest + 1;
-      now.status = PeerStatus::kActive;
+      now = unmasked(now, load(0), load(1));
       break;
-    }
   }
   write_version(a.state->peers[what.rank], now);
 }
@@ -78,12 +73,25 @@ __global__ void query_peers(const __grid_constant__ QueryOp a) {
   }
 }
 
+// After a detach: until nothing on this GPU can use the peer's memory any more, or the limit. Operations that begin after the
+// detach see that the peer is absent. Those that began before: (1) where they were queued in the stream last used, they have ended
+// as kernels, for this one follows them; (2) elsewhere (graphs are replayed in streams that nobody told us of) their blocks have
+// all passed their last store to a peer (`sent`), and the pause is a hundred times what a store takes to leave; (3) who was
+// looking at the peer's control memory has looked (look_at).
 __global__ void await_idle(const __grid_constant__ IdleOp a) {
   const std::uint64_t begun = (load_strong(&a.state->ticket) & ~kLocked) / kTicket;
   const std::uint64_t limit = wall_ns() + a.limit_ns;
+  bool ended = false, unseen = false;
 #pragma unroll 1
-  while (load_strong(&a.state->sent) / kTicket < begun && wall_ns() < limit) __nanosleep(2000);
-  __nanosleep(100000);  // a receiver that looked at the peer just before the change has ended its look
+  while (!(ended && unseen) && wall_ns() < limit) {
+    ended = load_strong(&a.state->sent) / kTicket >= begun;
+    unseen = unseen || load_strong(&a.state->looking) == 0;
+    if (!(ended && unseen)) __nanosleep(2000);
+  }
+  const std::uint64_t pause = wall_ns() + 100'000;
+#pragma unroll 1
+  while (wall_ns() < pause) __nanosleep(2000);
+  *a.idle = ended && unseen;
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The path between GPUs of one NVLink domain: kernels that push rows into peers' memory (docs/decisions/ep-cuda.md).
 #pragma once
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -40,6 +41,12 @@ class CudaPath final : public Path {
   struct PeerMapping {
     DeviceSpan control, data;
   };
+  // What a peer says about its memory (export_memory).
+  struct Announcement {
+    std::string gpu;  // uuid
+    std::uint32_t first_count = 0;
+    std::vector<std::int64_t> chunks[2];  // bytes of control and data
+  };
 
   explicit CudaPath(const PathOptions& options) : options_(options) {}
   Result<void> allocate();
@@ -51,13 +58,17 @@ class CudaPath final : public Path {
   Result<void> launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream);
   Result<void> change_peers(std::span<const gpu::PeerChange> changes, cudaStream_t stream);
   Result<void> change_apart(std::span<const gpu::PeerChange> changes);
-  Result<void> follow_operations();
+  Result<void> follow_operations(cudaStream_t stream);
+  Result<Announcement> read_announcement(int rank, std::string_view description) const;
+  Result<PeerMapping> map_peer(int rank, const Announcement& said, std::vector<Fd> descriptors) const;
+  Result<void> forget_source(int rank);
   int grid_for(std::int64_t items) const;
 
   const PathOptions options_;
   int device_ = 0;
   int num_blocks_ = 0;  // most that run at once
   int lanes_ = 8;
+  std::string gpu_;    // uuid
   mutable std::mutex mutex_;  // membership, growth, zero-copy memory
   Capacity capacity_;
   bool closed_ = false;
@@ -69,12 +80,15 @@ class CudaPath final : public Path {
   gpu::HostPage* page_on_device_ = nullptr;
   unsigned long long faults_taken_ = 0;
   cudaStream_t stream_ = nullptr;  // for changes of peers
+  cudaStream_t idle_stream_ = nullptr;  // where detach waits: changes must not wait with it
   cudaEvent_t event_ = nullptr;
-  void* last_stream_ = nullptr;    // of the newest operation
-  bool has_last_stream_ = false;
+  std::atomic<void*> last_stream_{nullptr};  // of the newest operation
+  std::atomic<bool> has_last_stream_{false};
+  std::uint32_t first_count_ = 1;  // of connections made with the newest export
   void* zero_copy_ = nullptr;
   std::int64_t zero_copy_bytes_ = 0;
   std::map<int, PeerMapping> peers_;
+  std::vector<PeerMapping> kept_;  // of detached peers that operations would not let go of
 };
 
 }  // namespace nixl::core::ep

@@ -65,6 +65,7 @@ struct PeerChange {
   std::uint8_t* data = nullptr;     // kAttach
   std::uint8_t* control = nullptr;
   std::uint32_t incarnation = 0;
+  std::uint32_t first_sent = 0, first_expected = 0;
 };
 inline constexpr int kChangesInLaunch = 32;
 struct ChangeOp {
@@ -80,9 +81,10 @@ struct QueryOp {
   int rank = 0;
   int num_ranks = 0;
 };
-struct IdleOp {  // waits until the operations that have begun have written to peers what they will
+struct IdleOp {  // waits until no operation can use the memory of a detached peer
   State* state = nullptr;
   std::int64_t limit_ns = 0;
+  std::uint8_t* idle = nullptr;  // in pinned host memory: whether that was reached within the limit
 };
 const void* change_kernel();
 const void* query_kernel();

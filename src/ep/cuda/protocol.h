@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "ep/layout/peer_version.h"
 #include "ep/layout/push.h"
 #include "ep/layout/route.h"
 #include "ep/layout/wire.h"
@@ -11,22 +12,6 @@ namespace nixl::core::ep::gpu {
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kSenders = 8;  // warps that send first; the others receive from the start
-
-enum class PeerStatus : std::uint32_t { kActive = 0, kMasked = 1, kAbsent = 2 };
-
-// What is known of a peer from operation `from` on. Two versions exist: the one that a running operation uses stays
-// untouched while a change for the next operation is written to the other.
-struct alignas(64) PeerVersion {
-  std::uint64_t from = ~0ull;       // ~0: not in use
-  std::uint8_t* data = nullptr;     // its data memory, mapped here
-  std::uint8_t* control = nullptr;  // its control memory
-  PeerStatus status = PeerStatus::kAbsent;
-  std::uint32_t incarnation = 0;
-  std::uint32_t sent = 0;           // count that operation `from` sends
-  std::uint32_t expected = 0;       // count that operation `from` waits for
-  std::uint32_t unused[6] = {};
-};
-static_assert(sizeof(PeerVersion) == 64);
 
 // Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket, whatever
 // their number, so the first ticket of the next operation follows without anybody resetting anything.
@@ -38,15 +23,11 @@ struct State {
   unsigned long long done;      // the same, at the end of receiving blocks
   unsigned long long redo;      // last operation + 1 that was repaired
   unsigned long long fault_op;  // operation + 1 that fault_view speaks of
+  unsigned long long looking;   // threads that are reading a peer's control memory
   unsigned long long failed[kMaxRanks];  // operation + 1 in which this source failed
   std::int32_t fault_view[kMaxRanks];
   PeerVersion peers[kMaxRanks][2];
 };
-
-// The last word of a header: messages, the parity of the sender's operation, and whether the sender took the operation back
-// because it masked this rank in it.
-inline constexpr std::uint32_t kHeaderParity = 1u << 31;
-inline constexpr std::uint32_t kHeaderWithdrawn = 1u << 30;
 
 struct FaultRecord {
   std::uint64_t operation;
@@ -62,6 +43,7 @@ struct HostPage {
   unsigned long long faults;       // records written so far
   unsigned long long input_error;  // (expert id << 8 | kind) + 1; 0: none
   FaultRecord ring[kFaultRing];
+  std::uint8_t idle[kMaxRanks];  // set when no operation can use the memory of a detached rank any more
 };
 inline constexpr int kOutsideId = 1;
 inline constexpr int kTooManyRows = 2;

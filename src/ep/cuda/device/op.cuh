@@ -59,9 +59,11 @@ __device__ __forceinline__ PeerVersion load_version(const PeerVersion* at) {
 // The version that holds for an operation. Of two, one at least is not being written.
 __device__ __forceinline__ PeerVersion version_at(const PeerVersion (&versions)[2], std::uint64_t number) {
   const PeerVersion a = load_version(&versions[0]), b = load_version(&versions[1]);
-  if (a.from > number) return b;
-  if (b.from > number) return a;
-  return a.from > b.from ? a : b;
+  return version_for(a, b, number);
+}
+__device__ __forceinline__ PushHeader load_header(const Op& op, int rank, std::uint32_t slot) {
+  const uint4 cell = load_cell(op.control + op.words.header_of(rank, slot));
+  return {cell.x, cell.y, cell.z, cell.w};
 }
 
 // Changes of peers happen while no operation is between its first and its last ticket.
@@ -82,17 +84,10 @@ __device__ inline void unlock_state(State& state) {
 }
 // The newest version, advanced to operation `next`.
 __device__ inline PeerVersion latest_version(const PeerVersion (&versions)[2], std::uint64_t next) {
-  PeerVersion now = version_at(versions, ~0ull - 1);
-  if (now.status == PeerStatus::kActive) {
-    now.sent += static_cast<std::uint32_t>(next - now.from);
-    now.expected += static_cast<std::uint32_t>(next - now.from);
-  }
-  now.from = next;
-  return now;
+  return advanced(version_at(versions, ~0ull - 1), next);
 }
 __device__ inline void write_version(PeerVersion (&versions)[2], const PeerVersion& version) {
-  const unsigned long long a = versions[0].from, b = versions[1].from;
-  const int place = a == version.from ? 0 : b == version.from ? 1 : a == ~0ull ? 0 : b == ~0ull ? 1 : a < b ? 0 : 1;
+  const int place = place_for(versions[0].from, versions[1].from, version.from);
   auto* from = reinterpret_cast<unsigned long long*>(&versions[place].from);
   atomicExch(from, ~0ull);
   __threadfence();
@@ -194,6 +189,25 @@ struct Patience {
   std::uint32_t polls = 0;
 };
 
+// The word in which `rank` shows that it waits, and for whom; false: it is not connected any more. Who unmaps its memory first
+// makes it absent, then waits until nobody is looking (await_idle): one of the two sees the other.
+static __device__ __noinline__ bool look_at(const Op& op, int rank, unsigned long long& held) {
+  atomicAdd(&op.state->looking, 1ull);
+  __threadfence();
+  const PeerVersion latest = version_at(op.state->peers[rank], ~0ull - 1);
+  const bool there = latest.status != PeerStatus::kAbsent;
+  held = there ? *reinterpret_cast<volatile unsigned long long*>(latest.control) : 0;
+  __threadfence();
+  atomicAdd(&op.state->looking, ~0ull);
+  return there;
+}
+// Whether the message of this operation was taken back: its sender has given this rank up.
+static __device__ __noinline__ bool taken_back(const Op& op, const Block& block, int rank) {
+  const PeerVersion then = version_at(op.state->peers[rank], block.number);
+  const PushHeader header = load_header(op, rank, flag_slot(expected_in(then, block.number)));
+  return names_operation(header, then, block.number) && (header.word & kHeaderWithdrawn);
+}
+
 // Whether to go on waiting for `rank`. Called again and again while something of it is missing.
 static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& block, int rank, Patience& patience) {
   const std::uint64_t now = wall_ns();
@@ -205,13 +219,14 @@ static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& bloc
   if (now < patience.next_look) return true;
   patience.next_look = now + timeout / 32;
   if (load_strong(&op.state->failed[rank]) == block.number + 1) return false;
-  const PeerVersion latest = version_at(op.state->peers[rank], ~0ull - 1);
-  if (latest.status != PeerStatus::kActive) return false;
+  if (version_at(op.state->peers[rank], ~0ull - 1).status != PeerStatus::kActive) return false;
+  if (taken_back(op, block, rank)) return false;
   if (waited < timeout / 4) return true;
   auto* own = reinterpret_cast<volatile unsigned long long*>(op.control);
   *own = static_cast<unsigned long long>(rank + 1) << 32 | static_cast<std::uint32_t>(now >> 10);
   if (waited >= timeout / 2 && rank != op.rank) {
-    const unsigned long long held = *reinterpret_cast<volatile unsigned long long*>(latest.control);
+    unsigned long long held;
+    if (!look_at(op, rank, held)) return false;
     const auto beat = static_cast<std::uint32_t>(held);
     const auto by = static_cast<std::uint32_t>(held >> 32);
     if (patience.beat != 0 && beat != patience.beat && by != 0 && by != static_cast<std::uint32_t>(op.rank) + 1) {
@@ -269,7 +284,8 @@ __device__ inline void send_header(const Op& op, const Block& block, const Peer&
                         static_cast<std::uint32_t>(messages) | (block.number & 1 ? kHeaderParity : 0)));
 }
 
-// Masks the sources that failed in this operation and tells the host. One thread of the grid.
+// Masks the sources that failed in this operation and tells the host. One thread of the grid. Nobody is detached under the
+// lock, so a withdrawal is never written to memory that is gone.
 static __device__ __noinline__ void report_failed(const Op& op, const Block& block) {
   State& state = *op.state;
   lock_state(state);
@@ -278,23 +294,23 @@ static __device__ __noinline__ void report_failed(const Op& op, const Block& blo
 #pragma unroll 1
   for (int rank = 0; rank < op.ranks; ++rank) {
     if (load_strong(&state.failed[rank]) != block.number + 1) continue;
-    state.fault_view[rank] = 1;
     const PeerVersion then = version_at(state.peers[rank], block.number);
-    const std::uint32_t expected = then.expected + static_cast<std::uint32_t>(block.number - then.from);
-    PeerVersion next = latest_version(state.peers[rank], block.number + 1);
-    if (next.status == PeerStatus::kActive && next.incarnation == then.incarnation) {
-      next.status = PeerStatus::kMasked;
-      write_version(state.peers[rank], next);
-      // What was sent to it in this operation is a leftover now.
-      const std::uint32_t sent = next.sent - 1;
-      store_cell(then.control + op.words.header_of(op.rank, flag_slot(sent)), make_uint4(op.incarnation, sent, expected, kHeaderWithdrawn));
+    const Failure failure = failed_in(block.number, then, version_at(state.peers[rank], ~0ull - 1), op.incarnation);
+    if (failure.withdrawn) {
+      const PushHeader& header = failure.header;
+      store_cell(then.control + op.words.header_of(op.rank, flag_slot(header.count)),
+                 make_uint4(header.incarnation, header.count, header.awaits, header.word));
     }
-    const uint4 seen = load_cell(op.control + op.words.header_of(rank, flag_slot(expected)));
+    if (!failure.told) continue;
+    write_version(state.peers[rank], failure.version);
+    state.fault_view[rank] = 1;
+    const std::uint32_t expected = expected_in(then, block.number);
+    const PushHeader seen = load_header(op, rank, flag_slot(expected));
     const unsigned long long index = op.page->faults;
     FaultRecord& record = op.page->ring[index % kFaultRing];
     record.operation = block.number;
     record.expected = make_flag(then.incarnation, expected);
-    record.seen = make_flag(seen.x, seen.y);
+    record.seen = make_flag(seen.incarnation, seen.count);
     record.rank = rank;
     record.phase = op.phase;
     record.sequence = index + 1;
