@@ -7,6 +7,7 @@
 #include "agent/metadata.h"
 #include "agent/region_index.h"
 #include "agent/router.h"
+#include "agent/seal.h"
 #include "agent/settings.h"
 #include "base/bytes.h"
 #include "check.h"
@@ -224,6 +225,28 @@ TEST(frames_in_any_cut_and_damage) {
       const auto frame = damaged.next();
       if (!frame || !*frame) break;
     }
+  });
+}
+
+TEST(sealed_frames_open_once_with_the_secret_and_in_order) {
+  const std::string a = Seal::nonce(), b = Seal::nonce();
+  CHECK(a != b && a.size() == Seal::kNonceBytes);
+  const auto carried = [](const std::string& bytes) {
+    FrameReader reader;
+    reader.append(bytes.data(), bytes.size());
+    return **CHECK_OK(reader.next());
+  };
+  Seal caller("s3cret", Seal::Side::kCaller, a, b), listener("s3cret", Seal::Side::kListener, a, b);
+  const Frame first = carried(caller.close(encode_frame(Verb::kLoad, "one"))), second = carried(caller.close(encode_frame(Verb::kSend, "")));
+  CHECK_EQ(CHECK_OK(listener.open(first))->body, "one");
+  CHECK(!listener.open(first));  // played again
+  Seal other("secret", Seal::Side::kListener, a, b), elsewhere("s3cret", Seal::Side::kListener, b, a);
+  Seal mirror("s3cret", Seal::Side::kCaller, a, b), late("s3cret", Seal::Side::kListener, a, b);
+  CHECK(!other.open(first) && !elsewhere.open(first) && !mirror.open(first) && !late.open(second));
+  CHECK(!late.open(Frame{Verb::kLoad, "plain"}));
+  fuzz(first.body, [&](const std::string& bytes) {
+    Seal fresh("s3cret", Seal::Side::kListener, a, b);
+    CHECK(bytes == first.body || !fresh.open({Verb::kSealed, bytes}));
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include "agent/catalog.h"
 #include "agent/listener.h"
+#include "agent/seal.h"
 #include "agent/settings.h"
 #include "agent/workers.h"
 #include "base/log.h"
@@ -78,12 +79,13 @@ Result<StoreChoice> open_store(const Settings& settings, std::optional<bool> use
 
 class ExchangeImpl final : public Exchange {
  public:
-  ExchangeImpl(Hooks hooks, StoreChoice store, Nanoseconds watch_timeout, bool discovers)
-      : hooks_(std::move(hooks)), store_(std::move(store)), watch_timeout_(watch_timeout), discovers_(discovers) {}
+  ExchangeImpl(Hooks hooks, StoreChoice store, std::string secret, Nanoseconds watch_timeout, bool discovers)
+      : hooks_(std::move(hooks)), store_(std::move(store)), secret_(std::move(secret)), watch_timeout_(watch_timeout),
+        discovers_(discovers) {}
   ~ExchangeImpl() override { close(); }
 
   Result<void> listen(std::uint16_t port) {
-    NIXL_ASSIGN(listener_, Listener::open(port, hooks_));
+    NIXL_ASSIGN(listener_, Listener::open(port, secret_, hooks_));
     return {};
   }
   std::uint16_t port() const noexcept override { return listener_ ? listener_->port() : 0; }
@@ -182,19 +184,47 @@ class ExchangeImpl final : public Exchange {
   // Sends one frame; reads one back when `reply` is given.
   Result<void> talk(const std::string& ip, std::uint16_t port, const std::string& frame, Frame* reply) {
     NIXL_ASSIGN(const Fd socket, net::connect_tcp({ip, port}, Deadline::after(kConnectTime)));
+    std::optional<Seal> seal;
+    if (!secret_.empty()) {
+      NIXL_ASSIGN(Seal greeted, greet(socket));
+      seal.emplace(std::move(greeted));
+    }
+    NIXL_TRY(send_all(socket, seal ? seal->close(frame) : frame));
+    if (!reply) {
+      shutdown(socket.get(), SHUT_WR);
+      return {};
+    }
+    NIXL_ASSIGN(*reply, receive(socket));
+    if (seal) {
+      NIXL_ASSIGN(*reply, seal->open(*reply));
+    }
+    return {};
+  }
+
+  Result<Seal> greet(const Fd& socket) {
+    const std::string ours = Seal::nonce();
+    NIXL_TRY(send_all(socket, encode_frame(Verb::kHello, ours)));
+    const auto hello = receive(socket);
+    if (!hello) return fail(within("NIXL_LISTEN_SECRET is set here and may not be there", hello.error()));
+    if (hello->verb != Verb::kHello || hello->body.size() != Seal::kNonceBytes)
+      return fail(Code::kMismatch, "the listener does not answer to NIXL_LISTEN_SECRET");
+    return Seal(secret_, Seal::Side::kCaller, ours, hello->body);
+  }
+
+  Result<void> send_all(const Fd& socket, const std::string& bytes) {
     std::size_t written = 0;
-    while (written < frame.size()) {
-      const ssize_t sent = ::send(socket.get(), frame.data() + written, frame.size() - written, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (written < bytes.size()) {
+      const ssize_t sent = ::send(socket.get(), bytes.data() + written, bytes.size() - written, MSG_DONTWAIT | MSG_NOSIGNAL);
       if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) return fail(errno_error("send", errno));
       if (sent > 0)
         written += static_cast<std::size_t>(sent);
       else
         NIXL_TRY(wait(socket.get(), POLLOUT, Deadline::after(kBodyTime)));
     }
-    if (!reply) {
-      shutdown(socket.get(), SHUT_WR);
-      return {};
-    }
+    return {};
+  }
+
+  Result<Frame> receive(const Fd& socket) {
     FrameReader input;
     std::vector<char> buffer(256 << 10);
     const Deadline deadline = Deadline::after(kBodyTime);
@@ -205,11 +235,8 @@ class ExchangeImpl final : public Exchange {
       if (got < 0) return fail(errno_error("recv", errno));
       if (got == 0) return fail(Code::kPeerLost, "the connection was closed before the answer was whole");
       input.append(buffer.data(), static_cast<std::size_t>(got));
-      NIXL_ASSIGN(auto frame_in, input.next());
-      if (frame_in) {
-        *reply = std::move(*frame_in);
-        return {};
-      }
+      NIXL_ASSIGN(auto frame, input.next());
+      if (frame) return std::move(*frame);
     }
   }
 
@@ -314,6 +341,7 @@ class ExchangeImpl final : public Exchange {
 
   const Hooks hooks_;
   StoreChoice store_;
+  const std::string secret_;  // NIXL_LISTEN_SECRET; empty: none
   const Nanoseconds watch_timeout_;
   const bool discovers_;
   std::mutex publish_mutex_;
@@ -332,7 +360,8 @@ class ExchangeImpl final : public Exchange {
 Result<std::unique_ptr<Exchange>> Exchange::open(Hooks hooks, Options options, const Settings& settings, Catalog& catalog) {
   NIXL_ASSIGN(StoreChoice store, open_store(settings, options.use_etcd, catalog));
   const bool discovers = options.use_etcd.value_or(false);
-  auto exchange = std::make_unique<ExchangeImpl>(std::move(hooks), std::move(store), options.watch_timeout_ns, discovers);
+  auto exchange = std::make_unique<ExchangeImpl>(std::move(hooks), std::move(store), settings.text("NIXL_LISTEN_SECRET").value_or(""),
+                                                 options.watch_timeout_ns, discovers);
   if (options.listen) NIXL_TRY(exchange->listen(options.port));
   return std::unique_ptr<Exchange>(std::move(exchange));
 }

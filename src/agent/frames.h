@@ -8,16 +8,18 @@
 
 namespace nixl::core {
 
-enum class Verb { kLoad, kSend, kInvalidate };
+enum class Verb { kLoad, kSend, kInvalidate, kHello, kSealed };
 
 struct Frame {
   Verb verb = Verb::kSend;
-  std::string body;  // kLoad: metadata; kInvalidate: agent name
+  std::string body;  // kLoad: metadata; kInvalidate: agent name; kHello: nonce; kSealed: see seal.h
 };
 
 inline constexpr std::size_t kMaxFrameBytes = 1u << 30;
 
 std::string encode_frame(Verb verb, std::string_view body);
+// What follows a frame's length: verb and body.
+Result<Frame> decode_payload(std::string_view payload);
 
 // Collects what arrives on one connection and cuts it into frames.
 class FrameReader {

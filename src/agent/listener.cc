@@ -12,12 +12,12 @@ constexpr std::size_t kMostGuests = 1024;
 constexpr Nanoseconds kBodyTime = 5'000'000'000;
 }  // namespace
 
-Result<std::unique_ptr<Listener>> Listener::open(std::uint16_t port, const Exchange::Hooks& hooks) {
+Result<std::unique_ptr<Listener>> Listener::open(std::uint16_t port, std::string secret, const Exchange::Hooks& hooks) {
   auto socket = net::listen_tcp({"", port});
   if (!socket) return fail(Code::kIo, "agent '%s' cannot listen on port %u: %s", hooks.agent.c_str(), port, socket.error().reason.c_str());
   NIXL_ASSIGN(const net::Endpoint here, net::local_endpoint(socket->get()));
   NIXL_ASSIGN(net::Wakeup wakeup, net::Wakeup::open());
-  std::unique_ptr<Listener> listener(new Listener(std::move(*socket), here.port, std::move(wakeup), hooks));
+  std::unique_ptr<Listener> listener(new Listener(std::move(*socket), here.port, std::move(secret), std::move(wakeup), hooks));
   listener->thread_ = std::thread([self = listener.get()] { self->loop(); });
   return listener;
 }
@@ -80,15 +80,40 @@ void Listener::read(Guest& guest) {
   }
   for (;;) {
     auto frame = guest.input.next();
-    if (!frame) {
-      NIXL_WARN("agent %s: metadata connection dropped: %s", hooks_.agent.c_str(), frame.error().reason.c_str());
+    if (frame && !*frame) break;
+    if (const auto taken = frame ? take(guest, std::move(**frame)) : Result<void>(fail(frame.error())); !taken) {
+      NIXL_WARN("agent %s: metadata connection dropped: %s", hooks_.agent.c_str(), taken.error().reason.c_str());
       guest.over = true;
       return;
     }
-    if (!*frame) break;
-    answer(guest, std::move(**frame));
   }
   if (guest.input.empty() && guest.output.empty()) guest.patience = Deadline::never();
+}
+
+Result<void> Listener::take(Guest& guest, Frame frame) {
+  if (secret_.empty()) {
+    if (frame.verb == Verb::kHello || frame.verb == Verb::kSealed)
+      return fail(Code::kNotAllowed, "the caller uses NIXL_LISTEN_SECRET, which is not set here");
+    answer(guest, std::move(frame));
+    return {};
+  }
+  if (!guest.seal) {
+    if (frame.verb != Verb::kHello || frame.body.size() != Seal::kNonceBytes)
+      return fail(Code::kNotAllowed, "the caller does not use NIXL_LISTEN_SECRET, which is set here");
+    const std::string ours = Seal::nonce();
+    guest.seal.emplace(secret_, Seal::Side::kListener, frame.body, ours);
+    reply(guest, encode_frame(Verb::kHello, ours));
+    return {};
+  }
+  NIXL_ASSIGN(Frame opened, guest.seal->open(frame));
+  answer(guest, std::move(opened));
+  return {};
+}
+
+void Listener::reply(Guest& guest, std::string frame) {
+  guest.output += frame;
+  guest.patience = Deadline::after(kBodyTime);
+  write(guest);
 }
 
 void Listener::answer(Guest& guest, Frame frame) {
@@ -99,14 +124,16 @@ void Listener::answer(Guest& guest, Frame frame) {
       break;
     case Verb::kSend:
       if (auto bytes = hooks_.metadata()) {
-        guest.output += encode_frame(Verb::kLoad, *bytes);
-        guest.patience = Deadline::after(kBodyTime);
-        write(guest);
+        const std::string frame_out = encode_frame(Verb::kLoad, *bytes);
+        reply(guest, guest.seal ? guest.seal->close(frame_out) : frame_out);
       }
       break;
     case Verb::kInvalidate:
       hooks_.remove(frame.body);
       break;
+    case Verb::kHello:
+    case Verb::kSealed:
+      break;  // no business inside a sealed frame
   }
 }
 

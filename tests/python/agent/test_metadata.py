@@ -154,6 +154,38 @@ def test_guide_sequence(ip):
     until(lambda: not target.check_remote_metadata("initiator"))
 
 
+def test_listener_with_a_secret(monkeypatch, capfd):
+    """NIXL_LISTEN_SECRET: who knows it may fetch, send and invalidate; who does not is refused with a reason on both sides."""
+    stranger, open_target = fresh("stranger"), listener("open")
+    monkeypatch.setenv("NIXL_LISTEN_SECRET", "between us")
+    target, friend = listener("target"), fresh("friend")
+    monkeypatch.setenv("NIXL_LISTEN_SECRET", "something else")
+    liar = fresh("liar")
+    port = target.get_listen_port()
+    for one in (stranger, liar):
+        one.fetch_remote_metadata("target", "127.0.0.1", port)
+        one.send_local_metadata("127.0.0.1", port)
+    friend.fetch_remote_metadata("open", "127.0.0.1", open_target.get_listen_port())
+    said = [""]
+
+    def told(*texts):
+        said[0] += capfd.readouterr().err
+        return all(text in said[0] for text in texts)
+
+    until(lambda: told("agent target: metadata connection dropped: the caller does not use NIXL_LISTEN_SECRET",
+                       "agent target: metadata connection dropped: NIXL_LISTEN_SECRET differs",
+                       "agent open: metadata connection dropped: the caller uses NIXL_LISTEN_SECRET",
+                       "agent friend: metadata was not fetched", "NIXL_LISTEN_SECRET is set here and may not be there"))
+    friend.fetch_remote_metadata("target", "127.0.0.1", port)
+    friend.send_local_metadata("127.0.0.1", port)
+    until(lambda: friend.check_remote_metadata("target") and target.check_remote_metadata("friend"))
+    friend.invalidate_local_metadata("127.0.0.1", port)
+    until(lambda: not target.check_remote_metadata("friend"))
+    assert not any(target.check_remote_metadata(name) for name in ("stranger", "liar"))
+    assert not any(one.check_remote_metadata("target") for one in (stranger, liar))
+    assert not friend.check_remote_metadata("open")
+
+
 def test_wrong_name_in_the_answer_is_ignored():
     target, initiator = listener("target"), fresh("initiator")
     initiator.fetch_remote_metadata("somebody", "127.0.0.1", target.get_listen_port())
