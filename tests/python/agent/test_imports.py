@@ -36,6 +36,18 @@ def test_import_is_free_of_side_effects():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_import_warns_of_other_owners_of_our_files(tmp_path):
+    from nixl._installed import others
+    for name in ("nixl_cu12-1.4.0.dist-info", "nixl-1.4.0.dist-info", "nixl_ep-1.4.1.dist-info", "nixlike-1.0.dist-info"):
+        (tmp_path / name).mkdir()
+    code = "import sys; sys.path.append(%r); import nixl" % str(tmp_path)
+    out = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout
+    assert all(f"distribution {name} owns" in out for name in ("nixl", "nixl-cu12", "nixl-ep")) and "nixlike" not in out
+    assert others([str(tmp_path)]) == ["nixl", "nixl-cu12", "nixl-ep"]
+    (tmp_path / "nixl-1.4.0.dist-info" / "RECORD").write_text("nixl/_installed.py,sha256=x,1\n")  # that is our own
+    assert others([str(tmp_path)]) == ["nixl-cu12", "nixl-ep"] and others([str(tmp_path / "none")]) == []
+
+
 @pytest.mark.parametrize("alias", ["nixl_cu12", "nixl_cu13"])
 def test_aliases(alias):
     package = __import__(alias)
