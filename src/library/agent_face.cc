@@ -330,8 +330,15 @@ Notifs Agent::getNewNotifs() {
 int Agent::eventFd() { return unwrap(impl_->core->event_fd()); }
 std::uint16_t Agent::listenPort() const noexcept { return impl_->core->listen_port(); }
 
-Agent::Handle Agent::openView(const std::string& agent, const Descs&, const BackendIds&) {
-  throw Error(-9, "no backend of agent '" + name() + "' gives kernels direct use of memory" + (agent.empty() ? "" : " of agent '" + agent + "'"));
+Agent::Handle Agent::openView(const std::string& agent, const Descs& descs, const BackendIds& backends) {
+  if (descs.rows() == 0) throwInvalid("a memory view needs descriptors; the list is empty");
+  if (!agent.empty()) unwrap(impl_->core->check_peer(agent, nullptr));
+  std::string asked;
+  for (const auto& [backend, id] : backendsHeld())
+    if (backends.empty() || std::find(backends.begin(), backends.end(), id) != backends.end()) asked += (asked.empty() ? "" : ", ") + backend;
+  throw Error(-9, "no backend of agent '" + name() + "' (" + (asked.empty() ? "it has none" : asked) +
+                      ") lets kernels use memory" + (agent.empty() ? "" : " of agent '" + agent + "'") +
+                      " by themselves: transfers that a GPU starts are not in this release; post them from the host");
 }
 
 }  // namespace nixl

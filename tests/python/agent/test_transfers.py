@@ -366,9 +366,12 @@ def test_estimate(pair):
 
 def test_views_answer_not_supported(pair):
     a, b = pair
-    with pytest.raises(nixl.nixlNotSupportedError):
-        a.prep_mem_view(a.get_xfer_descs([a.memory]))
-    with pytest.raises(nixl.nixlNotSupportedError):
+    for backends in (None, list(a.backends)):
+        with pytest.raises(nixl.nixlNotSupportedError, match=r"'alice' \(\w+\) lets kernels use memory by themselves"):
+            a.prep_mem_view(a.get_xfer_descs([a.memory]), backends=backends)
+    with pytest.raises(nixl.nixlNotFoundError, match="ghost"):
+        a.prep_mem_view(a.get_remote_descs([(1, 10, 0, "ghost")], "DRAM"))
+    with pytest.raises(nixl.nixlNotSupportedError, match="of agent 'bob'"):
         a.prep_mem_view(a.get_remote_descs([(b.memory.ctypes.data, 10, 0, "bob")], "DRAM"))
 
 
