@@ -129,11 +129,12 @@ struct CombineArgs {
   void* stream = nullptr;
 };
 
-// A view into device memory: address, and strides in elements.
+// A view into device memory: address, and strides in elements. Whoever holds `owner` may use the memory also after destroy().
 struct View {
   void* data = nullptr;
   std::int64_t shape[3] = {0, 0, 0};
   std::int64_t stride[3] = {0, 0, 0};
+  std::shared_ptr<const void> owner;
 };
 
 // Bytes that update_memory() needs so that every call with up to (max_tokens, hidden) works on a buffer of num_experts
@@ -174,7 +175,8 @@ class NIXL_EXPORT Buffer {
 
   // Memory the caller may fill with the rows of the next combine (zero_copy): bf16 [L, T, H].
   View next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks);
-  // The data memory that peers exchange through; the caller may zero it between operations. Never holds control words.
+  // Memory of this buffer that the caller may overwrite at any time between operations; nothing in flight lies in it, so ranks may
+  // do so at different times. At most num_bytes.
   View data_memory() const;
 
   void mask(const std::vector<int>& ranks, bool masked, void* stream);

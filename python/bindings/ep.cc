@@ -66,6 +66,12 @@ nb::object array(void* data, std::vector<std::int64_t> shape, std::vector<std::i
                                 device == Device::kCuda ? nb::device::cuda::value : nb::device::cpu::value, device_id));
 }
 
+// What keeps a view's memory, as an owner for `array`.
+nb::capsule keep(const View& view) {
+  return nb::capsule(new std::shared_ptr<const void>(view.owner),
+                     [](void* raw) noexcept { delete static_cast<std::shared_ptr<const void>*>(raw); });
+}
+
 nb::object output_block(std::size_t bytes) {
   struct Block {
     void* data;
@@ -202,20 +208,20 @@ void bind_buffer(nb::module_& m) {
               out.append(nb::make_tuple(f.rank, f.operation, static_cast<int>(f.phase), f.expected, f.seen));
             return out;
           })
-      .def("next_combine_buffer", [](nb::handle self, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
+      .def("next_combine_buffer", [](Buffer& self, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
                                      int device, int device_id) {
-            const View v = nb::cast<Buffer&>(self).next_combine_buffer(max_tokens, hidden, num_ranks);
+            const View v = self.next_combine_buffer(max_tokens, hidden, num_ranks);
             return array(v.data, {v.shape[0], v.shape[1], v.shape[2]}, {v.stride[0], v.stride[1], v.stride[2]}, 2,
-                         static_cast<Device>(device), device_id, self);
+                         static_cast<Device>(device), device_id, keep(v));
           })
-      .def("data_memory", [](nb::handle self, std::int64_t offset, std::int64_t bytes, int device, int device_id) {
-            const View v = nb::cast<Buffer&>(self).data_memory();
-            return array(static_cast<char*>(v.data) + offset, {bytes}, {1}, 1, static_cast<Device>(device), device_id, self);
+      .def("data_memory", [](const Buffer& self, std::int64_t offset, std::int64_t bytes, int device, int device_id) {
+            const View v = self.data_memory();
+            return array(static_cast<char*>(v.data) + offset, {bytes}, {1}, 1, static_cast<Device>(device), device_id, keep(v));
           })
       .def("data_bytes", [](const Buffer& self) { return self.data_memory().shape[0]; })
-      .def("fault_view", [](nb::handle self, int device, int device_id) {
-            const View v = nb::cast<Buffer&>(self).fault_view();
-            return array(v.data, {v.shape[0]}, {1}, 4, static_cast<Device>(device), device_id, self);
+      .def("fault_view", [](const Buffer& self, int device, int device_id) {
+            const View v = self.fault_view();
+            return array(v.data, {v.shape[0]}, {1}, 4, static_cast<Device>(device), device_id, keep(v));
           });
 }
 

@@ -270,9 +270,10 @@ class Buffer:
 
     def get_local_buffer_tensor(self, dtype: Any, size: Optional[Sequence[int]] = None, offset: int = 0,
                                 use_rdma_buffer: bool = False) -> Any:
-        """The exchanged memory from byte `offset`: 1-D of `dtype`, or its head in the shape `size`.
+        """Memory of this buffer from byte `offset`: 1-D of `dtype`, or its head in the shape `size`.
 
-        It may be zeroed between operations. There is no separate NVLink buffer, so use_rdma_buffer changes nothing.
+        It may be overwritten between operations, on each rank when it likes: nothing in flight lies in it. There is no separate
+        NVLink buffer, so use_rdma_buffer changes nothing. The tensor keeps its memory, also after destroy().
         """
         native = self._ready()
         whole = native.data_bytes()
@@ -329,7 +330,7 @@ class Buffer:
                 for rank, operation, phase, expected, seen in self._ready().take_faults()]
 
     def fault_tensor(self) -> Any:
-        """int32 [capacity] on the device: nonzero = failed in the newest operation."""
+        """int32 [capacity] on the device: nonzero = failed in the newest operation. Usable, then unchanging, after destroy()."""
         view = self._ready().fault_view(_DEVICES[self._device], self._device_id)
         return torch().from_dlpack(view).view(torch().int32)
 

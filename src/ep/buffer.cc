@@ -44,6 +44,12 @@ T value_of(Result<T> result) {
   return std::move(*result);
 }
 
+// The path keeps its memory until the last view of it is gone.
+View owned(View view, const std::shared_ptr<inner::Path>& path) {
+  if (!view.owner) view.owner = path;
+  return view;
+}
+
 Result<std::uint32_t> draw_incarnation() {
   std::uint32_t value = 0;
   while (value == 0)
@@ -336,10 +342,11 @@ void Buffer::barrier(void* stream) {
 View Buffer::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
   const auto now = value_of(impl_->ready());
   check(inner::check_combine_buffer(max_tokens, hidden, num_ranks, now.limits));
-  return value_of(now.path->next_combine_buffer(max_tokens, hidden, num_ranks));
+  return owned(value_of(now.path->next_combine_buffer(max_tokens, hidden, num_ranks)), now.path);
 }
 View Buffer::data_memory() const {
-  return value_of(impl_->ready()).path->data_memory();
+  const auto now = value_of(impl_->ready());
+  return owned(now.path->data_memory(), now.path);
 }
 
 void Buffer::mask(const std::vector<int>& ranks, bool masked, void* stream) {
@@ -373,7 +380,8 @@ std::string Buffer::take_input_error() {
   return value_of(impl_->ready()).path->take_input_error();
 }
 View Buffer::fault_view() const {
-  return value_of(impl_->ready()).path->fault_view();
+  const auto now = value_of(impl_->ready());
+  return owned(now.path->fault_view(), now.path);
 }
 std::uint64_t Buffer::incarnation() const {
   return impl_->incarnation;

@@ -21,6 +21,10 @@ constexpr std::uint32_t kExportMagic = 0x31706567;  // "gep1"
 // Rows are read 16 bytes at a time.
 std::int64_t zero_copy_stride(std::int64_t hidden) { return align_up<std::int64_t>(zero_copy_row_stride(hidden), 8); }
 
+// Clients zero the memory that is shown to them, each when it suits it. Slots take rows at any time: a faster peer's rows would be
+// lost with them. So what is shown is memory apart, and little of it.
+constexpr std::int64_t kExposedBytes = 2 << 20;
+
 constexpr int kMaxExperts = 8192;                   // a table of them lies in shared memory
 constexpr int kMaxLocalExperts = 8191;              // as entry cells name them
 constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
@@ -61,7 +65,7 @@ CudaPath::~CudaPath() {
   peers_.clear();
   if (state_) (void)cudaFree(state_);
   if (page_) (void)cudaFreeHost(page_);
-  if (zero_copy_) (void)cudaFree(zero_copy_);
+  if (exposed_) (void)cudaFree(exposed_);
   if (event_) (void)cudaEventDestroy(event_);
   if (idle_stream_) (void)cudaStreamDestroy(idle_stream_);
   if (stream_) (void)cudaStreamDestroy(stream_);
@@ -102,6 +106,9 @@ Result<void> CudaPath::allocate() {
   NIXL_ASSIGN(data_, DeviceSpan::reserve(device_, layout_.total(kMaxRanks)));
   NIXL_TRY(data_.grow(layout_.total(capacity_.num_ranks)));
   NIXL_TRY(cuda_check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "allocate the state of a rank"));
+  exposed_bytes_ = std::min(capacity_.num_bytes, kExposedBytes);
+  NIXL_TRY(cuda_check(cudaMalloc(&exposed_, static_cast<std::size_t>(exposed_bytes_)), "allocate the memory shown to clients"));
+  NIXL_TRY(cuda_check(cudaMemset(exposed_, 0, static_cast<std::size_t>(exposed_bytes_)), "zero the memory shown to clients"));
   auto initial = std::make_unique<State>();
   std::memset(static_cast<void*>(initial.get()), 0, sizeof(State));
   for (auto& versions : initial->peers) versions[0] = versions[1] = PeerVersion{};
@@ -448,7 +455,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   if (!a.partials && args.max_tokens * args.topk * a.shape.row_bytes > layout_.exact_bytes)
     return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit the %lld bytes for unsummed rows: give update_memory more bytes",
                 static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.exact_bytes));
-  a.x = static_cast<const std::uint16_t*>(args.zero_copy ? zero_copy_ : args.x);
+  a.x = static_cast<const std::uint16_t*>(args.zero_copy ? zero_copy_.get() : args.x);
   a.x_stride = args.zero_copy ? zero_copy_stride(args.hidden) : args.hidden;
   if (!a.x) return fail(Code::kNotAllowed, "a combine without copy needs next_combine_buffer first");
   a.weights = args.topk_weights;
@@ -492,19 +499,21 @@ Result<View> CudaPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t
                                      "capture: ask for it once before");
     void* memory = nullptr;
     NIXL_TRY(cuda_check(cudaMalloc(&memory, bytes), "allocate memory for a combine without copy"));
-    if (zero_copy_) NIXL_TRY(cuda_check(cudaFree(zero_copy_), "free memory for a combine without copy"));
-    zero_copy_ = memory;
+    zero_copy_.reset(memory, [device = device_](void* old) {
+      const DeviceScope scope(device);
+      (void)cudaFree(old);
+    });
     zero_copy_bytes_ = bytes;
   }
-  return View{zero_copy_, {capacity_.experts_per_rank, rows, hidden}, {rows * stride, stride, 1}};
+  return View{zero_copy_.get(), {capacity_.experts_per_rank, rows, hidden}, {rows * stride, stride, 1}, zero_copy_};
 }
 
 View CudaPath::data_memory() const {
   const std::lock_guard lock(mutex_);
-  return View{data_.data(), {std::min(data_.size(), capacity_.num_bytes), 0, 0}, {1, 0, 0}};
+  return View{exposed_, {exposed_bytes_, 0, 0}, {1, 0, 0}, nullptr};
 }
 View CudaPath::fault_view() const {
-  return View{state_ ? state_->fault_view : nullptr, {capacity_.num_ranks, 0, 0}, {1, 0, 0}};
+  return View{state_ ? state_->fault_view : nullptr, {capacity_.num_ranks, 0, 0}, {1, 0, 0}, nullptr};
 }
 
 std::vector<Fault> CudaPath::take_faults() {

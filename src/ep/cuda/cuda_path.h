@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "device/cuda/memory.h"
@@ -85,7 +86,9 @@ class CudaPath final : public Path {
   std::atomic<void*> last_stream_{nullptr};  // of the newest operation
   std::atomic<bool> has_last_stream_{false};
   std::uint32_t first_count_ = 1;  // of connections made with the newest export
-  void* zero_copy_ = nullptr;
+  void* exposed_ = nullptr;  // what clients may overwrite
+  std::int64_t exposed_bytes_ = 0;
+  std::shared_ptr<void> zero_copy_;
   std::int64_t zero_copy_bytes_ = 0;
   std::map<int, PeerMapping> peers_;
   std::vector<PeerMapping> kept_;  // of detached peers that operations would not let go of

@@ -1,5 +1,6 @@
 """What one process sees without peers: import, names, constructor spellings, Config, size hints, layout, events."""
 
+import gc
 import importlib
 import inspect
 import itertools
@@ -272,6 +273,18 @@ def test_exposed_memory(opened):
             buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True, **wrong)
     head.fill_(3)
     assert whole[64:128].any()
+
+
+def test_views_outlive_the_buffer(opened, device):
+    buffer = opened(device=device)
+    buffer.update_memory_buffers(2, 2, Buffer.get_rdma_size_hint(8, 256, 2, 4))
+    views = [buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True), buffer.fault_tensor()]
+    buffer.destroy()
+    gc.collect()
+    for view in views:
+        assert not view.any()
+        view.fill_(3)
+        assert (view == 3).all()
 
 
 def test_a_large_hint_costs_little_memory(opened):
