@@ -6,6 +6,7 @@
 #include "base/env.h"
 #include "base/fd.h"
 #include "base/log.h"
+#include "base/recycled.h"
 #include "check.h"
 
 using namespace nixl::core;
@@ -30,6 +31,24 @@ TEST(result_carries_reason) {
   CHECK_EQ(bad.error().reason, "half of 3: an even number is needed");
   CHECK_EQ(within("quarter", bad.error()).reason, "quarter: half of 3: an even number is needed");
   CHECK_EQ(errno_text(ENOSPC), "No space left on device (ENOSPC, 28)");
+}
+
+TEST(recycled_arrays) {
+  const std::uint64_t* kept = nullptr;
+  {
+    RecycledVector<std::uint64_t> values(100'000, 7);
+    kept = values.data();
+  }
+  RecycledVector<std::uint64_t> again;
+  again.resize(99'000);  // of the same size class: the block comes back as it was but for its first word
+  CHECK(again.data() == kept);
+  CHECK_EQ(again[50'000], 7u);
+  const RecycledVector<std::uint64_t> other(99'000, 1), small(10, 2), large(5'000'000, 3);
+  CHECK(other.data() != again.data());
+  CHECK_EQ(again[50'000] + other[98'999] + small[9] + large[4'999'999], 7u + 1 + 2 + 3);
+  std::vector<RecycledVector<std::uint64_t>> many;  // more than is kept
+  for (std::size_t i = 0; i < 2 * kMostKept / (8 << 20); ++i) many.emplace_back(1 << 20, i);
+  for (std::size_t i = 0; i < many.size(); ++i) CHECK_EQ(many[i].front() + many[i].back(), 2 * i);
 }
 
 TEST(deadline) {
@@ -91,4 +110,6 @@ TEST(fd_closes_once) {
   CHECK_EQ(fcntl(ends[0], F_GETFD), -1);
 }
 
-int main(int argc, char** argv) { return check::run_tests(argc, argv); }
+int main(int argc, char** argv) {
+  return check::run_tests(argc, argv);
+}
