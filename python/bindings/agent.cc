@@ -86,7 +86,10 @@ class IndexRun {
   template <typename T>
   void convert(const char* from, Py_ssize_t count, Py_ssize_t step) {
     copy_.resize(static_cast<std::size_t>(count));
-    for (Py_ssize_t i = 0; i < count; ++i) copy_[i] = static_cast<std::int64_t>(*reinterpret_cast<const T*>(from + i * step));
+    if (step == sizeof(T))  // a loop that vectorises
+      for (Py_ssize_t i = 0; i < count; ++i) copy_[i] = static_cast<std::int64_t>(reinterpret_cast<const T*>(from)[i]);
+    else
+      for (Py_ssize_t i = 0; i < count; ++i) copy_[i] = static_cast<std::int64_t>(*reinterpret_cast<const T*>(from + i * step));
   }
   // false: the object is better read as a sequence.
   bool read_buffer(PyObject* object) {
@@ -118,7 +121,7 @@ class IndexRun {
     return true;
   }
   Py_buffer view_{};
-  std::vector<std::int64_t> copy_;
+  std::vector<std::int64_t, Uninitialised<std::int64_t>> copy_;
 };
 
 std::unique_ptr<Agent> make_agent(nb::handle name, const Config& config) {

@@ -77,6 +77,18 @@ class Blocks {
   const u64 address_, length_;
 };
 
+// Plain rows of one length, all in one region: what most long lists are.
+template <typename Entry>
+bool is_flat(const PreparedList& list, const Resolved<Entry>& side) {
+  return list.first_block.empty() && list.descs.len.uniform() && !list.descs.addr.uniform() && side.region.uniform() &&
+         side.region[0] != kSpans;
+}
+
+tl::unexpected<Error> bad_index(std::size_t k, std::int64_t i, std::int64_t j, u64 num_local, u64 num_remote) {
+  return fail(Code::kInvalidArgument, "indices %lld, %lld at position %zu: lists have %llu local and %llu remote blocks",
+              static_cast<long long>(i), static_cast<long long>(j), k, ll(num_local), ll(num_remote));
+}
+
 class Builder {
  public:
   Builder(const PreparedList& local, const PreparedList& remote, const Route& route, std::size_t rows)
@@ -110,6 +122,36 @@ class Builder {
     plan.length[last] += mine.length;
     plan.total_bytes += mine.length;
     return true;
+  }
+  // All pairs at once, for two flat lists of one length.
+  Result<void> add_flat(const Descs& local, std::span<const std::int64_t> local_index, const Descs& remote,
+                        std::span<const std::int64_t> remote_index, bool merge) {
+    Plan& plan = built_.plan;
+    const u64 *const from = local.addr.data(), *const to = remote.addr.data();
+    const u64 length = local.len[0], num_local = local.rows(), num_remote = remote.rows();
+    u64 *const address = plan.local_address.data(), *const other = plan.remote_address.data(), *const lengths = plan.length.data();
+    std::size_t rows = 0;
+    u64 last_i = 0, last_j = 0;
+    for (std::size_t k = 0; k < local_index.size(); ++k) {
+      const u64 i = static_cast<u64>(local_index[k]), j = static_cast<u64>(remote_index[k]);
+      if (i >= num_local || j >= num_remote) return bad_index(k, local_index[k], remote_index[k], num_local, num_remote);
+      const u64 here = from[i], there = to[j];
+      const bool follows = merge && k && i == last_i + 1 && j == last_j + 1;
+      last_i = i;
+      last_j = j;
+      if (follows && address[rows - 1] + lengths[rows - 1] == here && other[rows - 1] + lengths[rows - 1] == there) {
+        lengths[rows - 1] += length;
+        continue;
+      }
+      address[rows] = here;
+      other[rows] = there;
+      lengths[rows++] = length;
+    }
+    rows_ = built_.num_descs = rows;
+    plan.total_bytes = length * local_index.size();
+    std::fill_n(plan.local_region.begin(), rows, 0);
+    std::fill_n(plan.remote_region.begin(), rows, 0);
+    return {};
   }
   BuiltPlan take() {
     Plan& plan = built_.plan;
@@ -228,12 +270,15 @@ Result<BuiltPlan> build_plan(const PreparedList& local, std::span<const std::int
                 remote_index.size());
   const u64 num_local = local.num_blocks(), num_remote = remote.num_blocks();
   Builder builder(local, remote, route, count);
+  if (is_flat(local, *route.local) && is_flat(remote, *route.remote) && local.descs.len[0] == remote.descs.len[0]) {
+    NIXL_TRY(builder.add_flat(local.descs, local_index, remote.descs, remote_index, merge));
+    return builder.take();
+  }
   const Blocks ours(local), theirs(remote);
   for (std::size_t k = 0; k < count; ++k) {
     const u64 i = static_cast<u64>(local_index[k]), j = static_cast<u64>(remote_index[k]);
     if (i >= num_local || j >= num_remote)  // negative ones are huge here
-      return fail(Code::kInvalidArgument, "indices %lld, %lld at position %zu: lists have %llu local and %llu remote blocks",
-                  static_cast<long long>(i), static_cast<long long>(j), k, ll(num_local), ll(num_remote));
+      return bad_index(k, local_index[k], remote_index[k], num_local, num_remote);
     const Block mine = ours[i], other = theirs[j];
     if (mine.length != other.length) return length_mismatch(k, mine.length, other.length);
     const bool follows = merge && k && local_index[k] == local_index[k - 1] + 1 && remote_index[k] == remote_index[k - 1] + 1;

@@ -31,7 +31,15 @@ std::vector<Position> cut(const Plan& plan) {
   starts.reserve(plan.num_blocks / kMaxPieces + plan.total_bytes / kMaxChunkBytes + 2);
   std::uint64_t pieces = kMaxPieces,
                 bytes = kMaxChunkBytes;  // used in the current chunk: full, so that the first row opens one
-  for (std::size_t row = 0; row < plan.num_rows(); ++row) {
+  const std::size_t rows = plan.num_rows();
+  const bool runs = plan.has_runs();
+  for (std::size_t row = 0; row < rows; ++row) {
+    // What fits as it is, in a loop that a hundred thousand rows take: the rest of this function is for the others.
+    for (; !runs && row < rows && pieces < kMaxPieces && plan.length[row] <= kMaxChunkBytes - bytes; ++row) {
+      pieces += plan.length[row] != 0;
+      bytes += plan.length[row];
+    }
+    if (row == rows) break;
     const std::uint64_t length = plan.length[row], blocks = blocks_of(plan, row);
     if (length == 0) continue;
     for (std::uint64_t block = 0, offset = 0; block < blocks;) {

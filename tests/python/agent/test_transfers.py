@@ -82,6 +82,8 @@ def test_make_prepped_refusals(pair):
     remote = a.prep_xfer_dlist("bob", [(b.memory.ctypes.data, 64, 0), (b.memory.ctypes.data + 64, 64, 0)], "DRAM")
     bad = [(local, [], remote, []), (local, [0], remote, [0, 1]), (local, [2], remote, [0]), (local, [-1], remote, [0]),
            (local, [1], remote, [1]), (remote, [0], remote, [0]), (local, [0], local, [0])]
+    equal = a.prep_xfer_dlist("", [(block, 64, 0), (block + 64, 64, 0)], "DRAM")
+    bad += [(equal, [0, i], remote, [0, j]) for i, j in ((2, 0), (-1, 0), (1, 2), (1, -1))]
     for mine, li, theirs, ri in bad:
         with pytest.raises(nixl.nixlInvalidParamError):
             a.make_prepped_xfer("WRITE", mine, li, theirs, ri)
