@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import ep_oracle as oracle
@@ -28,6 +29,7 @@ from ep_oracle import Payload
 SHAPE = Shape(ranks=4, experts_per_rank=2, max_tokens=32, hidden=1024, topk=4)
 TIMEOUT_MS = 500  # a loaded machine may keep a healthy rank off its cores for a while
 INPUTS = 3  # different inputs, in turn
+JUDGED = 12  # operations before, and as many after, the one that named somebody
 
 
 @dataclass
@@ -140,18 +142,41 @@ def without(received: oracle.Received, lost) -> oracle.Received:
     )
 
 
-def serve(rank, operations: int, shape: Shape = SHAPE, lost=()) -> Service:
-    """`operations` dispatches and combines, judged afterwards; `lost`: peers already masked when this begins."""
-    seen, lost, records = Service(), set(lost), []
-    for number in range(operations):
+def serve(rank, operations: int | None, shape: Shape = SHAPE, lost=(), leader: int | None = None) -> Service:
+    """`operations` dispatches and combines, judged afterwards; `lost`: peers already masked when this begins.
+
+    Without a number until the test wants an end: then `leader`, one that lives, says which operation is the last, and says it
+    before the others can have finished the one before. Of so many the ones around faults, and the last, are judged.
+    """
+    seen, lost = Service(), set(lost)
+    recent, chosen, follow = deque(maxlen=JUDGED), [], 0
+    number = 0
+    while not is_last(rank, number, operations, leader):
         rank.progress[rank.rank] = number
         payload = (Payload.BF16, Payload.FP8)[number % 2]
-        records.append(one_operation(rank, seen, lost, shape, payload, number % INPUTS))
-    rank.progress[rank.rank] = operations
-    for number, record in enumerate(records):
+        named = len(seen.named)
+        record = number, one_operation(rank, seen, lost, shape, payload, number % INPUTS)
+        recent.append(record)
+        if operations is not None or len(seen.named) > named or follow > 0:
+            follow = JUDGED if len(seen.named) > named else follow - 1
+            chosen += recent
+            recent.clear()
+        number += 1
+    rank.progress[rank.rank] = number
+    for number, record in chosen + list(recent):
         problems = judge(rank, shape, record)
         seen.problems += [f"rank {rank.rank}, operation {number}, {record.payload.value}: {p}" for p in problems]
     return seen
+
+
+def is_last(rank, number: int, operations: int | None, leader: int | None) -> bool:
+    """Whether no operation `number` is to come."""
+    if operations is not None:
+        return number >= operations
+    wanted, end = rank.ending
+    if wanted and not end and rank.rank == leader:
+        rank.ending[1] = end = number + 2
+    return 0 < end <= number
 
 
 def one_operation(rank, seen: Service, lost: set, shape: Shape, payload: Payload, seed: int) -> Record:

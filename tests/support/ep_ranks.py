@@ -46,6 +46,7 @@ class Rank:
     device: str
     store_port: int
     progress: Any  # one int64 a rank, shared with the parent
+    ending: Any  # int64 [2], shared: whether the parent wants the running call to end, and after which operation it does
     call: int = 0  # number of the running call, equal on all of its ranks
     state: dict = field(default_factory=dict)  # stays between calls
     _meeting: Any = None  # (call, its store)
@@ -134,6 +135,7 @@ class RankGroup:
         self.device = device
         self.broken = False
         self.progress = _context.RawArray("q", ranks)
+        self.ending = _context.RawArray("q", 2)
         self._environment = dict(environment or {})
         self._folder = tempfile.TemporaryDirectory(prefix="ep_ranks_")
         self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -203,14 +205,15 @@ class RankGroup:
 
     def _start(self, rank: int) -> _RankProcess:
         printed = pathlib.Path(self._folder.name) / f"rank{rank}.{next(self._starts)}"
-        return _RankProcess(rank, self.device, self._server.port, self.progress, self._environment, printed)
+        shared = self.progress, self.ending
+        return _RankProcess(rank, self.device, self._server.port, shared, self._environment, printed)
 
 
 class _RankProcess:
-    def __init__(self, rank, device, store_port, progress, environment, printed: pathlib.Path):
+    def __init__(self, rank, device, store_port, shared, environment, printed: pathlib.Path):
         self.connection, theirs = _context.Pipe()
         self._printed = printed
-        context = Rank(rank, device, store_port, progress)
+        context = Rank(rank, device, store_port, *shared)
         arguments = (context, theirs, environment, list(sys.path), str(printed), os.getpid())
         self._process = _context.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
         self._process.start()

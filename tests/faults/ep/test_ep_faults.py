@@ -54,12 +54,22 @@ def wait_for_progress(group: RankGroup, rank: int, operation: int, timeout: floa
         time.sleep(0.0003)
 
 
-def start_serving(group: RankGroup, victims, operations: int, **keywords):
-    """(pending of the survivors, pending of the victims)."""
+def start_serving(group: RankGroup, victims, present=RANKS, **keywords):
+    """Everyone serves until end_serving; (pending of the survivors, pending of the victims)."""
     for rank in RANKS:
         group.progress[rank] = 0
-    survivors = group.start(serve, operations, ranks=others(*victims), **keywords)
-    return survivors, group.start(serve, operations, ranks=list(victims), **keywords)
+    group.ending[0] = group.ending[1] = 0
+    alive = [rank for rank in present if rank not in victims]
+    keywords["leader"] = (alive or list(present))[0]
+    return group.start(serve, None, ranks=alive, **keywords), group.start(serve, None, ranks=list(victims), **keywords)
+
+
+def end_serving(group: RankGroup, *pending, past: int = 0) -> list[dict[int, Service]]:
+    """Ends it once all of the first of `pending` are past that operation."""
+    for rank in pending[0].waiting:
+        wait_for_progress(group, rank, past)
+    group.ending[0] = 1
+    return [each.wait(30) for each in pending]
 
 
 def check_survivors(group, results: dict[int, Service], victims, when: float) -> list[float]:
@@ -97,13 +107,14 @@ def rejoin(group: RankGroup, tag: str, victims) -> None:
 
 def kill_at_random(group: RankGroup, points: random.Random, victims, number=signal.SIGKILL):
     """Kills the victims a random while after a random operation began; returns the detection times."""
-    survivors, doomed = start_serving(group, victims, 12)
+    survivors, doomed = start_serving(group, victims)
     wait_for_progress(group, victims[0], points.randint(1, 6))
     time.sleep(points.random() * 0.02)  # the random part of the point
     for victim in victims:
         when = group.signal(victim, number)
         doomed.forget(victim)
-    times = check_survivors(group, survivors.wait(30), victims, when)
+    reached = max(group.progress[victim] for victim in victims)
+    times = check_survivors(group, end_serving(group, survivors, past=reached + 3)[0], victims, when)
     check_masked(group, victims)
     return times
 
@@ -132,7 +143,7 @@ def test_random_stops(group, capsys):
     points, times = random.Random(SEED + 1), []
     for turn in range(FAULTS - FAULTS // 2):
         victim = points.choice(RANKS)
-        survivors, stopped = start_serving(group, [victim], 60)
+        survivors, stopped = start_serving(group, [victim])
         wait_for_progress(group, victim, points.randint(1, 6))
         time.sleep(points.random() * 0.02)  # the random part of the point
         when = group.signal(victim, signal.SIGSTOP)
@@ -140,8 +151,9 @@ def test_random_stops(group, capsys):
         for rank in others(victim):
             wait_for_progress(group, rank, reached + 3)
         group.signal(victim, signal.SIGCONT)
-        times += check_survivors(group, survivors.wait(30), [victim], when)
-        for seen in stopped.wait(30).values():
+        served, woken = end_serving(group, survivors, stopped)
+        times += check_survivors(group, served, [victim], when)
+        for seen in woken.values():
             assert not seen.problems, "\n".join(seen.problems)
             assert seen.named == set(others(victim)), f"the woken rank named {seen.named}"
         check_masked(group, [victim])
@@ -170,12 +182,11 @@ def test_one_after_another(group, request):
     """A second rank dies while the first is still out; the first comes back before the second."""
     points = random.Random(SEED + 4)
     kill_at_random(group, points, [1])
-    survivors = group.start(serve, 12, ranks=[0, 3], lost=[1])
-    doomed = group.start(serve, 12, ranks=[2], lost=[1])
+    survivors, doomed = start_serving(group, [2], present=[0, 2, 3], lost=[1])
     time.sleep(points.random() * 0.03)  # the random part of the point
     when = group.signal(2, signal.SIGKILL)
     doomed.forget(2)
-    check_survivors(group, survivors.wait(30), [2], when)
+    check_survivors(group, end_serving(group, survivors, past=group.progress[2] + 3)[0], [2], when)
     rejoin(group, request.node.name, [1, 2])
 
 
@@ -190,12 +201,13 @@ def test_killed_between_operations(group, request):
 def test_a_short_stop_masks_nobody(ranks_of, request):
     group = ranks_of(4)
     group.run(open_service, request.node.name, None, 5000)
-    survivors, stopped = start_serving(group, [2], 30)
+    survivors, stopped = start_serving(group, [2])
     wait_for_progress(group, 2, 5)
     group.signal(2, signal.SIGSTOP)
     time.sleep(0.3)  # the length of the stop
     group.signal(2, signal.SIGCONT)
-    for rank, seen in (survivors.wait(30) | stopped.wait(30)).items():
+    served, resumed = end_serving(group, survivors, stopped, past=group.progress[2] + 10)
+    for rank, seen in (served | resumed).items():
         assert not seen.problems and not seen.named, (rank, seen)
     group.run(close_service)
 
