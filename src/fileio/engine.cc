@@ -15,7 +15,10 @@
 namespace nixl::core::fileio {
 namespace {
 
-constexpr std::size_t kSubmitBatch = 64;
+constexpr std::size_t kReapBatch = 64;
+// Jobs given to a queue at once. The kernel holds a batch back until it has all of it, and nobody looks for finished ones
+// meanwhile: with long batches the device runs dry between them. Threads pay a lock a batch instead of a system call.
+constexpr std::size_t kKernelBatch = 4, kThreadBatch = 64;
 constexpr std::size_t kTurn = 32;  // jobs of one request before another request gets its turn
 
 // Misaligned memory of the caller, for direct I/O.
@@ -189,7 +192,8 @@ Result<Engine::State> Engine::start(Request& request) {
     if (request.lanes[i].next >= request.lanes[i].jobs.size()) continue;
     request.lanes[i].queued = true;
     lanes_[i].runnable.push_back(&request);
-    pump_locked(i);
+    while (pump_locked(i)) {
+    }
   }
   return State::kRunning;
 }
@@ -255,16 +259,16 @@ bool Engine::arm() noexcept {
 
 bool Engine::advance_locked() noexcept {
   bool moved = false;
-  Done done[kSubmitBatch];
+  Done done[kReapBatch];
   for (int i = 0; i < kNumLanes; ++i) {
     // Bounded, so that one caller does not end up working for all the others.
-    for (int round = 0; round < 8; ++round) {
+    for (int round = 0; round < 32; ++round) {
       const std::size_t count = lanes_[i].queue->reap(done);
       for (std::size_t k = 0; k < count; ++k) complete_locked(i, done[k]);
-      moved |= count > 0;
-      if (count < kSubmitBatch) break;
+      const bool more = pump_locked(i);
+      moved |= count > 0 || more;
+      if (count < kReapBatch && !more) break;
     }
-    if (moved || !lanes_[i].retry.empty() || !lanes_[i].runnable.empty()) moved |= pump_locked(i);
   }
   return moved;
 }
@@ -281,43 +285,42 @@ Io Engine::io_of(int lane, std::uint32_t index) const noexcept {
   return io;
 }
 
+// Gives the queue one batch; true when it took some of it.
 bool Engine::pump_locked(int lane_index) noexcept {
   Lane& lane = lanes_[lane_index];
-  bool moved = false;
-  Io batch[kSubmitBatch];
-  for (;;) {
-    std::size_t count = 0;
-    for (; count < kSubmitBatch && !lane.retry.empty(); lane.retry.pop_back())
-      batch[count++] = io_of(lane_index, lane.retry.back());
-    while (count < kSubmitBatch && !lane.runnable.empty() && !lane.free.empty()) {
-      Request& request = *lane.runnable.front();
-      auto& jobs = request.lanes[lane_index];
-      for (std::size_t turn = 0;
-           turn < kTurn && count < kSubmitBatch && !lane.free.empty() && jobs.next < jobs.jobs.size(); ++turn) {
-        const std::uint32_t index = lane.free.back();
-        lane.free.pop_back();
-        Slot& slot = lane.slots[index];
-        slot.request = &request;
-        slot.job = static_cast<std::uint32_t>(jobs.next);
-        slot.done = 0;
-        slot.fd = jobs.jobs[jobs.next++].fd;
-        ++request.in_flight;
-        batch[count++] = io_of(lane_index, index);
-      }
-      lane.runnable.pop_front();
-      jobs.queued = jobs.next < jobs.jobs.size();
-      if (jobs.queued) lane.runnable.push_back(&request);
+  if (lane.retry.empty() && (lane.runnable.empty() || lane.free.empty())) return false;
+  Io batch[kThreadBatch];
+  const std::size_t most = lane_index == kKernel ? kKernelBatch : kThreadBatch;
+  std::size_t count = 0;
+  for (; count < most && !lane.retry.empty(); lane.retry.pop_back())
+    batch[count++] = io_of(lane_index, lane.retry.back());
+  while (count < most && !lane.runnable.empty() && !lane.free.empty()) {
+    Request& request = *lane.runnable.front();
+    auto& jobs = request.lanes[lane_index];
+    for (std::size_t turn = 0;
+         turn < kTurn && count < most && !lane.free.empty() && jobs.next < jobs.jobs.size(); ++turn) {
+      const std::uint32_t index = lane.free.back();
+      lane.free.pop_back();
+      Slot& slot = lane.slots[index];
+      slot.request = &request;
+      slot.job = static_cast<std::uint32_t>(jobs.next);
+      slot.done = 0;
+      slot.fd = jobs.jobs[jobs.next++].fd;
+      ++request.in_flight;
+      batch[count++] = io_of(lane_index, index);
     }
-    if (count == 0) return moved;
-    const auto taken = lane.queue->submit({batch, count});
-    if (!taken) {
-      refuse_locked(lane_index, {batch, count}, taken.error());
-      return true;
-    }
-    for (std::size_t i = *taken; i < count; ++i) lane.retry.push_back(batch[i].slot);
-    moved |= *taken > 0;
-    if (*taken < count) return moved;
+    lane.runnable.pop_front();
+    jobs.queued = jobs.next < jobs.jobs.size();
+    if (jobs.queued) lane.runnable.push_back(&request);
   }
+  if (count == 0) return false;
+  const auto taken = lane.queue->submit({batch, count});
+  if (!taken) {
+    refuse_locked(lane_index, {batch, count}, taken.error());
+    return true;
+  }
+  for (std::size_t i = *taken; i < count; ++i) lane.retry.push_back(batch[i].slot);
+  return *taken == count;
 }
 
 // The queue itself failed: it took none of these.
