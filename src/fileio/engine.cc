@@ -24,12 +24,20 @@ constexpr std::size_t kTurn = 32;  // jobs of one request before another request
 // Misaligned memory of the caller, for direct I/O.
 class AligningCopier final : public Copier {
  public:
-  Result<void> to_host(void* host, const void* memory, std::size_t bytes) override {
-    std::memcpy(host, memory, bytes);
+  Result<void> to_host(void* host, std::span<const iovec> memory) override {
+    for (const iovec& part : memory) {
+      std::memcpy(host, part.iov_base, part.iov_len);
+      host = static_cast<std::byte*>(host) + part.iov_len;
+    }
     return {};
   }
-  Result<void> from_host(void* memory, const void* host, std::size_t bytes) override {
-    std::memcpy(memory, host, bytes);
+  Result<void> from_host(std::span<const iovec> memory, const void* host, std::size_t bytes) override {
+    for (const iovec& part : memory) {
+      const std::size_t count = std::min(bytes, part.iov_len);
+      std::memcpy(part.iov_base, host, count);
+      host = static_cast<const std::byte*>(host) + count;
+      bytes -= count;
+    }
     return {};
   }
   std::string last_error() const override { return {}; }

@@ -15,23 +15,10 @@
 #include <string_view>
 #include <vector>
 
+#include "base/copier.h"
 #include "base/result.h"
 
 namespace nixl::core::fileio {
-
-// Memory that the kernel cannot read or write in place (another device's, or misaligned for direct I/O): a worker
-// copies through an aligned host buffer. Called from worker threads, several at a time. Blocking.
-class Copier {
- public:
-  virtual ~Copier() = default;
-  virtual Result<void> to_host(void* host, const void* memory, std::size_t bytes) = 0;
-  virtual Result<void> from_host(void* memory, const void* host, std::size_t bytes) = 0;
-  // Why the last failed copy failed: an Io that came back with kCopyFailed.
-  virtual std::string last_error() const = 0;
-  // The bounce buffer of one worker: aligned to a page, pinned where that makes the copy faster. nullptr: none left.
-  virtual void* allocate(std::size_t bytes) = 0;
-  virtual void free(void* buffer, std::size_t bytes) = 0;
-};
 
 struct Io {
   std::uint32_t slot = 0;  // the asker's number, comes back in Done; at most one in flight with the same number
@@ -40,7 +27,7 @@ struct Io {
   std::uint64_t offset = 0;
   const iovec* iov = nullptr;  // stays valid, with the memory it names, until the Io came back
   std::uint32_t num_iov = 0;
-  Copier* copier = nullptr;  // only queues with `copies()`; then one iovec of at most kMaxCopyBytes
+  Copier* copier = nullptr;  // only queues with `copies()`; then at most kMaxCopyBytes in all
 };
 
 struct Done {

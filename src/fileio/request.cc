@@ -80,7 +80,7 @@ class Cutter {
     if (job.offset + job.bytes != piece.offset || job.bytes >= kMaxJobBytes) return false;
     if (extends(job, piece.memory)) return true;
     // The iovecs of a job lie together, so only the job that owns the last of them can get another.
-    return !piece.copier && job.first_iov + job.num_iov == out_.iovs.size() && job.num_iov < rules_.max_iov[lane];
+    return job.first_iov + job.num_iov == out_.iovs.size() && job.num_iov < rules_.max_iov[lane];
   }
   bool extends(const Job& job, const std::byte* memory) const {
     if (job.num_iov == 0) return false;

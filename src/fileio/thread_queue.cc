@@ -50,12 +50,14 @@ class Bounce {
       buffers_.erase(io.copier);
       return -ENOMEM;
     }
-    iovec host = {buffer, std::min(io.iov->iov_len, kMaxCopyBytes)};
+    iovec host = {buffer, bytes_of(io)};
     Io copy = io;
     copy.iov = &host;
-    if (io.write && !io.copier->to_host(buffer, io.iov->iov_base, host.iov_len)) return kCopyFailed;
+    copy.num_iov = 1;
+    const std::span memory(io.iov, io.num_iov);
+    if (io.write && !io.copier->to_host(buffer, memory)) return kCopyFailed;
     const std::int64_t got = plain_call(copy, 0);
-    if (!io.write && got > 0 && !io.copier->from_host(io.iov->iov_base, buffer, static_cast<std::size_t>(got)))
+    if (!io.write && got > 0 && !io.copier->from_host(memory, buffer, static_cast<std::size_t>(got)))
       return kCopyFailed;
     return got;
   }
@@ -200,7 +202,8 @@ class ThreadQueue final : public Queue {
     if (helping && (one.cold || io.copier)) return false;
     if (helping && (io.write ? now_ns() < no_writes_until_ : io.fd == blocking_fd_)) return false;
     const auto& written = state_->written;
-    return !io.write || std::find(written.begin(), written.end(), io.fd) == written.end();
+    // Copies through a buffer go on while another one is written: that is the pipeline.
+    return !io.write || io.copier || std::find(written.begin(), written.end(), io.fd) == written.end();
   }
   std::deque<Waiting>::iterator first_eligible_locked(bool helping) {
     auto& waiting = state_->waiting;
@@ -216,17 +219,20 @@ class ThreadQueue final : public Queue {
     if (first == waiting.end()) return;
     const Io like = first->io;
     const std::size_t share = waiting.size() / (num_running_ + 1) + 1;  // of reads, some are left for the others
-    const std::size_t most = helping ? kHelpIos : like.write ? kBatchIos : std::min(kBatchIos, share);
+    const bool alone = like.write && !like.copier;  // writes of a file in place: one thread at a time
+    const std::size_t most = helping ? kHelpIos : alone ? kBatchIos : std::min(kBatchIos, share);
     std::size_t bytes = 0;
     auto at = first;
     for (; at != waiting.end() && batch.count < most && bytes < kBatchBytes; ++at) {
-      if (at->io.write != like.write || (like.write && at->io.fd != like.fd) || !eligible(*at, helping)) break;
+      if (at->io.write != like.write || at->io.copier != like.copier || (like.write && at->io.fd != like.fd) ||
+          !eligible(*at, helping))
+        break;
       bytes += bytes_of(at->io);
       batch.ios[batch.count++] = at->io;
     }
     waiting.erase(first, at);
     num_waiting_ = waiting.size();
-    if (like.write) state_->written.push_back(batch.written = like.fd);
+    if (alone) state_->written.push_back(batch.written = like.fd);
   }
   void give_back_locked(const Batch& batch) {
     if (batch.written >= 0) {

@@ -154,7 +154,7 @@ Result<ObjectEngine::State> ObjectEngine::start(ObjectRequest& request) {
   return State::kRunning;
 }
 
-ObjectEngine::State ObjectEngine::state_of(const ObjectRequest& request) const noexcept {
+ObjectEngine::State ObjectEngine::poll(const ObjectRequest& request) const noexcept {
   return request.state;
 }
 const Error& ObjectEngine::error_of(const ObjectRequest& request) noexcept {

@@ -73,7 +73,7 @@ class ObjectEngine {
 
   enum class State { kIdle, kRunning, kDone, kFailed };
   Result<State> start(ObjectRequest& request);
-  State state_of(const ObjectRequest& request) const noexcept;
+  State poll(const ObjectRequest& request) const noexcept;
   static const Error& error_of(const ObjectRequest& request) noexcept;
   // True when it has ended; from then on memory is untouched.
   bool cancel(ObjectRequest& request) noexcept;

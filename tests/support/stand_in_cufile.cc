@@ -1,6 +1,7 @@
 // Stands in for libcufile.so.0 and libcuda.so.1: "GPU memory" is host memory, files are read and written by pread and
 // pwrite. STAND_IN_FAULT makes it misbehave: "short" moves at most 1000 bytes a call, "entry" fails the third entry of
-// a batch, "driver" refuses to start, "io" answers every call with EIO.
+// a batch, "driver" refuses to start, "io" answers every call with EIO, "file" refuses to register files, "copy" fails
+// every copy between GPU and host.
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -67,6 +68,7 @@ Error cuFileDriverGetProperties(void* properties) {
   return {0, 0};
 }
 Error cuFileHandleRegister(void** file, Description* description) {
+  if (fault("file")) return {5027, 0};
   *file = reinterpret_cast<void*>(static_cast<long>(description->fd) + 1);
   return {0, 0};
 }
@@ -120,5 +122,29 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
 }
 int cuCtxSetCurrent(void*) {
   return 0;
+}
+int cuThreadExchangeStreamCaptureMode(int*) {
+  return 0;
+}
+int cuMemHostAlloc(void** buffer, size_t size, unsigned) {
+  *buffer = std::aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+  return *buffer ? 0 : 2;
+}
+int cuMemFreeHost(void* buffer) {
+  return std::free(buffer), 0;
+}
+int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t size, void*) {
+  if (fault("copy")) return 700;
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
+  return 0;
+}
+int cuStreamCreate(void** stream, unsigned) {
+  return *stream = stream, 0;
+}
+int cuStreamSynchronize(void*) {
+  return 0;
+}
+int cuGetErrorString(int, const char** text) {
+  return *text = "an illegal memory access was encountered", 0;
 }
 }

@@ -12,7 +12,12 @@ namespace nixl::core::gds {
 namespace {
 
 constexpr int kAllowCompatibility = 1;  // CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE
+constexpr int kForceCompatibility = 2;  // CUFILE_PARAM_FORCE_COMPAT_MODE
 constexpr int kFirstError = 5000, kDriverMissing = 5001, kDriverOpenAlready = 5026;
+
+bool has_kernel_driver() {
+  return ::access("/proc/driver/nvidia-fs/stats", F_OK) == 0;
+}
 
 // Where this library lies, so that a cuFile of the same Python environment is found.
 std::string own_folder() {
@@ -44,7 +49,7 @@ bool find(void* library, const char* name, F& into) {
 
 Result<Cufile> open_libraries() {
   Cufile c;
-  NIXL_ASSIGN(void* const cuda, open_one_of("NIXL_CUDA_LIBRARY", {"libcuda.so.1"}, ": no NVIDIA driver"));
+  NIXL_ASSIGN(c.driver, GpuDriver::load());
   const std::string site = own_folder() + "/../../nvidia/";
   NIXL_ASSIGN(void* const cufile, open_one_of("NIXL_CUFILE_LIBRARY",
                                               {"libcufile.so.0", "/usr/local/cuda/lib64/libcufile.so.0",
@@ -57,12 +62,10 @@ Result<Cufile> open_libraries() {
       find(cufile, "cuFileBufDeregister", c.deregister_buffer) & find(cufile, "cuFileRead", c.read) &
       find(cufile, "cuFileWrite", c.write) & find(cufile, "cuFileBatchIOSetUp", c.batch_setup) &
       find(cufile, "cuFileBatchIOSubmit", c.batch_submit) & find(cufile, "cuFileBatchIOGetStatus", c.batch_status) &
-      find(cufile, "cuFileBatchIODestroy", c.batch_destroy) & find(cuda, "cuInit", c.cuda_init) &
-      find(cuda, "cuDeviceGetCount", c.cuda_device_count) & find(cuda, "cuDeviceGet", c.cuda_device) &
-      find(cuda, "cuDevicePrimaryCtxRetain", c.cuda_retain_context) & find(cuda, "cuCtxSetCurrent", c.cuda_set_context);
+      find(cufile, "cuFileBatchIODestroy", c.batch_destroy);
   if (!all) {
     const char* error = ::dlerror();
-    return fail(Code::kUnsupported, "libcufile.so.0 or libcuda.so.1 is too old: %s",
+    return fail(Code::kUnsupported, "libcufile.so.0 is too old: %s",
                 error ? error : "a function is missing");
   }
   find(cufile, "cuFileSetParameterBool", c.set_flag);
@@ -82,13 +85,13 @@ Result<std::string> Cufile::start() const {
   static std::string mode;
   const std::lock_guard lock(mutex);
   if (!mode.empty()) return mode;
-  int count = 0;
-  if (const int error = cuda_init(0)) return fail(Code::kUnsupported, "libcuda.so.1: cuInit answers error %d", error);
-  if (const int error = cuda_device_count(&count); error || count == 0)
-    return fail(Code::kUnsupported, "libcuda.so.1 finds no GPU (error %d, %d devices)", error, count);
+  NIXL_TRY(driver->start());
   // Without nvidia-fs cuFile goes through host memory, if it is allowed to; asked for here so that no file must be
-  // edited.
-  if (set_flag) set_flag(kAllowCompatibility, true);
+  // edited. Forced, it does not look for what direct storage would need.
+  if (set_flag) {
+    set_flag(kAllowCompatibility, true);
+    if (!has_kernel_driver()) set_flag(kForceCompatibility, true);
+  }
   const CufileError opened = driver_open();
   if (opened.error != 0 && opened.error != kDriverOpenAlready)
     return fail(
@@ -96,9 +99,14 @@ Result<std::string> Cufile::start() const {
         opened.error == kDriverMissing ? "; set CUFILE_ALLOW_COMPAT_MODE=true, or load the module nvidia_fs" : "");
   DriverProperties properties = {};
   const bool known = driver_properties(&properties).error == 0;
-  mode = known && properties.nvfs_major > 0 && ::access("/proc/driver/nvidia-fs/stats", F_OK) == 0 ? "nvidia-fs"
-                                                                                                   : "compatibility";
+  mode = known && properties.nvfs_major > 0 && has_kernel_driver() ? "nvidia-fs" : "compatibility";
   return mode;
+}
+
+std::string Cufile::remark() {
+  if (has_kernel_driver()) return "";
+  return "compatibility mode: the kernel driver nvidia-fs is not loaded (no /proc/driver/nvidia-fs), so files go through "
+         "host memory";
 }
 
 std::string Cufile::text_of(CufileError error) {
@@ -121,6 +129,8 @@ std::string Cufile::text_of(CufileError error) {
                               {20, "the file is not open with O_DIRECT"},
                               {22, "invalid argument"},
                               {25, "permission denied"},
+                              {27, "file descriptor is not registered"},
+                              {28, "file descriptor is already registered"},
                               {30, "internal error"},
                               {34, "disabled by configuration on this file"},
                               {37, "batch is full"},

@@ -1,4 +1,4 @@
-// cuFile and the few calls of the CUDA driver that go with it, opened at run time. The declarations are our own and
+// cuFile, opened at run time. The declarations are our own and
 // hold what is used; they follow the interface of cuFile 1.x.
 #pragma once
 #include <sys/types.h>
@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/result.h"
+#include "device/staging/gpu_driver.h"
 
 namespace nixl::core::gds {
 
@@ -66,11 +67,7 @@ struct Cufile {
   void (*batch_destroy)(BatchHandle) = nullptr;
   CufileError (*set_flag)(int, bool) = nullptr;  // newer versions only
 
-  int (*cuda_init)(unsigned) = nullptr;
-  int (*cuda_device_count)(int*) = nullptr;
-  int (*cuda_device)(int*, int) = nullptr;
-  int (*cuda_retain_context)(void**, int) = nullptr;
-  int (*cuda_set_context)(void*) = nullptr;
+  const GpuDriver* driver = nullptr;
 
   // Opens the libraries (once a process, found through NIXL_CUFILE_LIBRARY and NIXL_CUDA_LIBRARY, else under their
   // usual names and places). kUnsupported: what was looked for and where. Initialises nothing.
@@ -79,6 +76,8 @@ struct Cufile {
   // "compatibility".
   Result<std::string> start() const;
 
+  // Where nvidia-fs is missing: that files go through host memory. Else "".
+  static std::string remark();
   // "cuFile error 5008 (GPUDirect Storage not supported on current file)".
   static std::string text_of(CufileError error);
 };

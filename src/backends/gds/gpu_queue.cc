@@ -118,7 +118,7 @@ Result<GpuQueue::State> GpuQueue::start(GpuRequest& request) {
   return State::kRunning;
 }
 
-GpuQueue::State GpuQueue::state_of(const GpuRequest& request) noexcept {
+GpuQueue::State GpuQueue::poll(const GpuRequest& request) noexcept {
   return request.state;
 }
 const Error& GpuQueue::error_of(const GpuRequest& request) noexcept {
@@ -163,10 +163,11 @@ void GpuQueue::run() {
     Work work;
     take_locked(work);
     lock.unlock();
-    use_context_of(work.request->pieces[work.first].gpu);
-    if (work.batch && !batch && cufile_.batch_setup(&batch, config_.batch_limit).error != 0) batch = nullptr;
     Error error = kFine;
-    if (work.batch && batch) {
+    if (auto ready = cufile_.driver->use(work.request->pieces[work.first].gpu); !ready) error = ready.error();
+    if (work.batch && !batch && cufile_.batch_setup(&batch, config_.batch_limit).error != 0) batch = nullptr;
+    if (failed(error)) {
+    } else if (work.batch && batch) {
       error = move_batch(work, batch);
       if (failed(error)) {  // a batch that went wrong may still hold entries: it is not used again
         cufile_.batch_destroy(batch);
@@ -201,16 +202,6 @@ void GpuQueue::settle_locked(GpuRequest& request) {
   request.state = request.stopping ? State::kFailed : State::kDone;
   const std::uint64_t one = 1;
   (void)!::write(event_.get(), &one, sizeof one);
-}
-
-void GpuQueue::use_context_of(int gpu) const {
-  thread_local int current = -1;
-  if (gpu == current) return;
-  int device = 0;
-  void* context = nullptr;
-  if (cufile_.cuda_device(&device, gpu) == 0 && cufile_.cuda_retain_context(&context, device) == 0 &&
-      cufile_.cuda_set_context(context) == 0)
-    current = gpu;
 }
 
 Error GpuQueue::move(const GpuRequest& request, std::size_t index, std::uint64_t done) const {

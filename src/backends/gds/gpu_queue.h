@@ -58,7 +58,7 @@ class GpuQueue {
   Result<std::unique_ptr<GpuRequest>> prepare(bool write, std::vector<GpuPiece> pieces);
   enum class State { kIdle, kRunning, kDone, kFailed };
   Result<State> start(GpuRequest& request);
-  static State state_of(const GpuRequest& request) noexcept;
+  static State poll(const GpuRequest& request) noexcept;
   static const Error& error_of(const GpuRequest& request) noexcept;
   bool cancel(GpuRequest& request) noexcept;  // true: ended
   int event_fd() const noexcept { return event_.get(); }
@@ -71,7 +71,6 @@ class GpuQueue {
   Error move(const GpuRequest& request, std::size_t piece, std::uint64_t done) const;
   Error move_batch(Work& work, BatchHandle batch) const;
   void settle_locked(GpuRequest& request);
-  void use_context_of(int gpu) const;
 
   const Cufile& cufile_;
   const GpuQueueConfig config_;

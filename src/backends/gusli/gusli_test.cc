@@ -64,6 +64,9 @@ struct Rig {
     plan.remote_address = {offset};
     plan.length = {memory.size()};
     plan.local_region = plan.remote_region = {0};
+    const Region region = {MemKind::kDram, plan.local_address[0], memory.size(), 0, ""};
+    const auto local = std::move(*CHECK_OK(backend->add_region(region)));
+    plan.local_regions = {local.get()};
     plan.remote_regions = {target.get()};
     plan.num_blocks = 1;
     auto transfer = backend->prepare(std::move(plan));

@@ -1,58 +1,18 @@
 #include "backends/objects/object_backend.h"
 
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
 #include "http/object_request.h"
 
 namespace nixl::core {
 namespace {
 
-using http::ObjectEngine;
-
 constexpr Nanoseconds kQueryPatience = 5'000'000'000;
 
-struct Self final : Connection {};
-struct Memory final : LocalRegion {};
-struct ObjectRegion final : LocalRegion {
-  std::string key;
-  std::shared_ptr<KeyTable::Use> use;
-};
-struct ObjectTarget final : RemoteRegion {
-  std::string key;
-};
-
-std::string key_of(const Region& region) {
-  return region.meta.empty() ? std::to_string(region.device) : region.meta;
-}
-
-class ObjectTransfer final : public Transfer {
- public:
-  ObjectTransfer(ObjectEngine& engine, std::unique_ptr<http::ObjectRequest> request, std::string path)
-      : engine_(engine), request_(std::move(request)), path_(std::move(path)) {}
-
-  Result<TransferState> submit(std::optional<std::string_view>) override {
-    NIXL_ASSIGN(const auto state, engine_.start(*request_));
-    return state == ObjectEngine::State::kDone ? TransferState::kDone : TransferState::kRunning;
-  }
-  Result<TransferState> poll() override {
-    switch (engine_.state_of(*request_)) {
-      case ObjectEngine::State::kRunning:
-        return TransferState::kRunning;
-      case ObjectEngine::State::kDone:
-        return TransferState::kDone;
-      case ObjectEngine::State::kFailed:
-        return fail(ObjectEngine::error_of(*request_));
-      case ObjectEngine::State::kIdle:
-        break;
-    }
-    return fail(Code::kNotPosted, "the transfer was never submitted");
-  }
-  bool cancel() noexcept override { return engine_.cancel(*request_); }
-  std::string path() const override { return path_; }
-
- private:
-  ObjectEngine& engine_;
-  std::unique_ptr<http::ObjectRequest> request_;
-  std::string path_;
-};
+constexpr Nanoseconds kFirstContact = 2'000'000'000;
 
 }  // namespace
 
@@ -74,54 +34,23 @@ void KeyTable::remove(std::uint64_t id) {
   if (--at->second.uses == 0) keys_.erase(at);
 }
 
-const Abilities& ObjectBackend::abilities() const noexcept {
-  static const Abilities kAbilities{{MemKind::kDram}, {MemKind::kObject}, false, true, true};
-  return kAbilities;
+Result<ObjectPlace> ObjectBackend::open_place(const Region& region) {
+  ObjectPlace place;
+  place.key = region.meta.empty() ? std::to_string(region.device) : region.meta;
+  NIXL_ASSIGN(place.use, keys_->add(region.device, place.key));
+  return place;
 }
 
-Result<std::unique_ptr<LocalRegion>> ObjectBackend::add_region(const Region& region) {
-  if (region.kind == MemKind::kDram) return std::make_unique<Memory>();
-  if (region.kind != MemKind::kObject)
-    return fail(Code::kUnsupported, "%s takes DRAM_SEG and OBJ_SEG, not %s", name_.c_str(),
-                nixl::core::name(region.kind));
-  auto added = std::make_unique<ObjectRegion>();
-  added->key = key_of(region);
-  NIXL_ASSIGN(added->use, keys_->add(region.device, added->key));
-  return added;
-}
-
-Result<std::unique_ptr<RemoteRegion>> ObjectBackend::loopback_region(Connection&, const Region& region,
-                                                                     LocalRegion& local) {
-  if (region.kind != MemKind::kObject) return std::make_unique<RemoteRegion>();
-  auto target = std::make_unique<ObjectTarget>();
-  target->key = static_cast<ObjectRegion&>(local).key;
-  return target;
-}
-
-Result<std::unique_ptr<Connection>> ObjectBackend::connect(const PeerId& peer, std::string_view) {
-  if (peer.name != config_.self.name)
-    return fail(Code::kInvalidArgument, "%s serves its own agent '%s' only, not '%s'", name_.c_str(),
-                config_.self.name.c_str(), peer.name.c_str());
-  return std::make_unique<Self>();
-}
-
-Result<std::unique_ptr<Transfer>> ObjectBackend::prepare(Plan plan) {
-  if (plan.local_kind != MemKind::kDram || plan.remote_kind != MemKind::kObject)
-    return fail(Code::kInvalidArgument, "%s moves between DRAM_SEG (local) and OBJ_SEG (remote), not %s and %s",
-                name_.c_str(), nixl::core::name(plan.local_kind), nixl::core::name(plan.remote_kind));
+Result<std::unique_ptr<Transfer>> ObjectBackend::prepare_transfer(const Plan& plan) {
+  auto places = places_of(plan);
   std::vector<http::ObjectPiece> pieces;
   pieces.reserve(plan.num_blocks);
-  for (std::size_t row = 0; row < plan.num_rows(); ++row) {
-    const std::string& key = static_cast<ObjectTarget*>(plan.remote_regions[plan.remote_region[row]])->key;
-    const std::uint64_t count = plan.has_runs() ? plan.count[row] : 1;
-    for (std::uint64_t block = 0; block < count; ++block) {
-      const std::uint64_t memory = plan.local_address[row] + (block ? block * plan.local_stride[row] : 0);
-      const std::uint64_t offset = plan.remote_address[row] + (block ? block * plan.remote_stride[row] : 0);
-      pieces.push_back({key, offset, reinterpret_cast<std::byte*>(memory), plan.length[row]});
-    }
-  }
+  NIXL_TRY(each_block(plan, [&](const Block& block) -> Result<void> {
+    pieces.push_back({places[block.remote].key, block.offset, block.memory, block.bytes});
+    return {};
+  }));
   NIXL_ASSIGN(auto request, engine_->prepare(plan.op == Op::kWrite, pieces));
-  return std::make_unique<ObjectTransfer>(*engine_, std::move(request), path_);
+  return make_transfer(*engine_, std::move(request), std::vector<ObjectPlace>(), path_);
 }
 
 Result<std::vector<std::optional<Params>>> ObjectBackend::query(std::span<const Region> regions) {
@@ -134,6 +63,23 @@ Result<std::vector<std::optional<Params>>> ObjectBackend::query(std::span<const 
   for (const Region& region : regions)
     answers.push_back(!region.meta.empty() && there[next++] ? std::optional<Params>(Params{}) : std::nullopt);
   return answers;
+}
+
+Result<std::unique_ptr<http::Client>> open_client(const Parameters& params, std::string ca_bundle) {
+  http::ClientConfig config;
+  NIXL_ASSIGN(const std::int64_t threads, params.number("num_threads", half_the_cores(), 1));
+  config.num_threads = static_cast<unsigned>(std::min<std::int64_t>(threads, 64));
+  if (!ca_bundle.empty() && ::access(ca_bundle.c_str(), R_OK) != 0)
+    return fail(errno_error("parameter ca_bundle: " + ca_bundle, errno));
+  config.ca_bundle = std::move(ca_bundle);
+  return http::Client::open(config);
+}
+
+Result<void> first_contact(http::Client& client, http::Call call, const char* what) {
+  call.deadline = Deadline::after(kFirstContact);
+  const http::Outcome outcome = client.perform(std::move(call));
+  if (!outcome.failed || outcome.error.code == Code::kTimeout) return {};
+  return fail(within(what, outcome.error));
 }
 
 }  // namespace nixl::core

@@ -5,7 +5,8 @@
 #include <mutex>
 #include <string>
 
-#include "contract/backend.h"
+#include "backends/storage/parameters.h"
+#include "backends/storage/storage_backend.h"
 #include "http/objects.h"
 
 namespace nixl::core {
@@ -35,17 +36,20 @@ class KeyTable : public std::enable_shared_from_this<KeyTable> {
   std::map<std::uint64_t, Entry> keys_;
 };
 
-class ObjectBackend final : public Backend, private MemoryQuery {
+// A registered key: the id stays taken as long as this is kept.
+struct ObjectPlace {
+  std::string key;
+  std::shared_ptr<KeyTable::Use> use;
+};
+
+class ObjectBackend final : public StorageBackend<ObjectPlace>, private MemoryQuery {
  public:
   // `name`: for messages, "OBJ". `path`: what transfers answer, "https+s3".
   ObjectBackend(std::string name, std::string path, BackendConfig config, std::unique_ptr<http::ObjectEngine> engine)
-      : name_(std::move(name)), path_(std::move(path)), config_(std::move(config)), engine_(std::move(engine)) {}
+      : StorageBackend(std::move(name), std::move(config), MemKind::kObject),
+        path_(std::move(path)),
+        engine_(std::move(engine)) {}
 
-  const Abilities& abilities() const noexcept override;
-  Result<std::unique_ptr<LocalRegion>> add_region(const Region& region) override;
-  Result<std::unique_ptr<RemoteRegion>> loopback_region(Connection&, const Region& region, LocalRegion& local) override;
-  Result<std::unique_ptr<Connection>> connect(const PeerId& peer, std::string_view) override;
-  Result<std::unique_ptr<Transfer>> prepare(Plan plan) override;
   bool progress() noexcept override { return engine_->drain(); }
   int event_fd() const noexcept override { return engine_->event_fd(); }
   bool arm() noexcept override { return !engine_->drain(); }
@@ -53,10 +57,18 @@ class ObjectBackend final : public Backend, private MemoryQuery {
   Result<std::vector<std::optional<Params>>> query(std::span<const Region> regions) override;
 
  private:
-  const std::string name_, path_;
-  const BackendConfig config_;
+  Result<ObjectPlace> open_place(const Region& region) override;
+  Result<std::unique_ptr<Transfer>> prepare_transfer(const Plan& plan) override;
+
+  const std::string path_;
   std::shared_ptr<KeyTable> keys_ = std::make_shared<KeyTable>();
   std::unique_ptr<http::ObjectEngine> engine_;
 };
+
+// The HTTP client that the parameter num_threads asks for. `ca_bundle`: checked to be readable; empty: the system's.
+Result<std::unique_ptr<http::Client>> open_client(const Parameters& params, std::string ca_bundle);
+// Is the server there? One that refuses at once is told now, not at the first transfer; what it answers does not matter:
+// the rights to look at the bucket may be missing where those to use its objects are given. `what`: for the message.
+Result<void> first_contact(http::Client& client, http::Call call, const char* what);
 
 }  // namespace nixl::core
