@@ -6,6 +6,7 @@ at rank ``e // L``.
 """
 import os
 import time
+import weakref
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _native, layout
@@ -52,7 +53,7 @@ class _Runtime:
 
     def __init__(self, native: Any, buffer: "Buffer") -> None:
         self.native = native
-        self._buffer = buffer
+        self._buffer = weakref.proxy(buffer)  # no cycle: the memory goes with the last reference
 
     def is_available(self) -> bool:
         return self._buffer.group_size > 0
