@@ -155,7 +155,8 @@ Result<Params> Agent::full_params(const BackendEntry& entry, const Params& given
   std::string unknown;
   for (const auto& [key, value] : given) {
     bool known = params.count(key) || (!entry.param_prefix.empty() && key.starts_with(entry.param_prefix));
-    for (const BackendEntry* stand_in : catalog_.stand_ins(entry.name)) known |= stand_in->off_param == key;
+    for (const BackendEntry* stand_in : catalog_.stand_ins(entry.name))
+      known |= stand_in->off_param == key || stand_in->params.count(key);
     if (!known) unknown += (unknown.empty() ? "" : ", ") + key;
     if (!value.empty() || !params.count(key)) params[key] = value;
   }
@@ -226,7 +227,10 @@ void Agent::add_companions(Slot& owner) {
       NIXL_INFO("backend %s: %s is not used: %s", owner.name().c_str(), entry->name.c_str(), seen.reason.c_str());
       continue;
     }
-    auto opened = open_slot(*entry, entry->params, true);
+    Params params = entry->params;
+    for (auto& [key, value] : params)
+      if (const auto given = owner.params.find(key); given != owner.params.end()) value = given->second;
+    auto opened = open_slot(*entry, std::move(params), true);
     if (!opened) {
       NIXL_WARN("%s; peers of this host are served by %s alone", opened.error().reason.c_str(), owner.name().c_str());
       continue;

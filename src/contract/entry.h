@@ -34,7 +34,8 @@ struct BackendEntry {
   std::string threads_param;         // parameter that the agent's num_threads sets; empty: none
   std::vector<std::string> excludes; // may not be in one agent with these
   // Not asked for by name: opened beside the first of these that an agent creates, and preferred for peers it can connect to
-  // and regions it accepted. Off when the environment variable `off_env` or the other's parameter `off_param` says no.
+  // and regions it accepted; `params` are set by the other's parameters of the same names. Off when the environment variable
+  // `off_env` or the other's parameter `off_param` says no.
   std::vector<std::string> stands_in_for;
   std::string off_env, off_param;
 
