@@ -1,6 +1,7 @@
 """The same-host path as agents see it: chosen by itself, told by query_xfer_path, switched off in both ways, and peers that die,
 stop, restart or give their memory back."""
 
+import base64
 import os
 import pathlib
 import signal
@@ -91,6 +92,44 @@ def test_switched_off(how, monkeypatch):
     assert held.agent.query_xfer_path(handle) != "cma"
     held.agent.release_xfer_handle(handle)
     held.close()
+
+
+def huge_bytes(buffer):
+    """How much of a buffer of this process is in huge pages."""
+    total, ours = 0, False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            ours = begin < buffer.address + buffer.size and end > buffer.address
+        elif ours and first == "AnonHugePages:":
+            total += int(line.split()[1]) << 10
+    return total
+
+
+@pytest.mark.parametrize("how", ["default", "environment", "parameter"])
+def test_memory_of_a_connected_peer_becomes_huge(how, monkeypatch):
+    mode = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not mode.exists() or "[never]" in mode.read_text():
+        pytest.skip(f"no transparent huge pages: {mode} is missing or says never")
+    if "[always]" in mode.read_text():
+        pytest.skip(f"every page is huge already: {mode} says always")
+    config = {}
+    if how == "environment":
+        monkeypatch.setenv("NIXL_SAME_HOST_HUGE_PAGES", "n")
+    elif how == "parameter":
+        config["backend_params"] = {"UCX": {"same_host_huge_pages": "false"}}
+    held = Pair(f"huge-by-{how}", **config)
+    try:
+        held.near.write(pattern(SIZE, 7, 0))
+        held.helper.ask(do="load", blob=base64.b64encode(held.agent.get_agent_metadata()).decode())
+        deadline = time.monotonic() + (20 if how == "default" else 1)
+        while huge_bytes(held.near) < SIZE - (4 << 20) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert huge_bytes(held.near) >= SIZE - (4 << 20) if how == "default" else huge_bytes(held.near) == 0
+        assert numpy.array_equal(held.near.read(), pattern(SIZE, 7, 0))
+    finally:
+        held.close()
 
 
 def test_killed_peer_and_its_successor_of_the_same_name(pair):

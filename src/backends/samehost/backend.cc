@@ -54,6 +54,8 @@ class SameHostBackend final : public Backend, private Notifier, private CostMode
   std::shared_ptr<SlotTable> slots_;
   std::shared_ptr<PeerTable> peers_;
   std::shared_ptr<CopyThreads> threads_;
+  std::shared_ptr<HugePages> pages_;  // null: off
+  std::atomic<bool> pages_started_{false};
   std::string address_;
   std::atomic<bool> slept_{false};
   std::atomic<Nanoseconds> looked_at_{0};
@@ -67,7 +69,8 @@ Result<std::unique_ptr<Backend>> SameHostBackend::open(BackendConfig config) {
   std::uint64_t incarnation = 0;
   if (::getrandom(&incarnation, sizeof incarnation, 0) != sizeof incarnation)
     return fail(errno_error("getrandom", errno));
-  NIXL_ASSIGN(backend->mailbox_, Mailbox::open(incarnation));
+  NIXL_ASSIGN(backend->pages_, HugePages::open(config.params));
+  NIXL_ASSIGN(backend->mailbox_, Mailbox::open(incarnation, config.self.name));
   NIXL_ASSIGN(backend->peers_, PeerTable::open(config.events, backend->mailbox_->socket()));
   backend->slots_ = std::make_shared<SlotTable>(backend->mailbox_);
   backend->abilities_.local_kinds = backend->abilities_.remote_kinds = usable_kinds();
@@ -108,7 +111,8 @@ Result<std::unique_ptr<LocalRegion>> SameHostBackend::add_region(const Region& r
     return fail(Code::kUnsupported, "%s is not moved by the same-host path", name(region.kind));
   }
   NIXL_ASSIGN(const auto slot, slots_->take());
-  return std::make_unique<OwnRegion>(slots_, slot.first, slot.second, std::move(exported));
+  HugeRange pages(region.kind == MemKind::kDram ? pages_ : nullptr, region.address, region.length);
+  return std::make_unique<OwnRegion>(slots_, slot.first, slot.second, std::move(exported), std::move(pages));
 }
 
 Result<std::string> SameHostBackend::export_region(const LocalRegion& region) {
@@ -158,6 +162,7 @@ Result<std::unique_ptr<Connection>> SameHostBackend::connect(const PeerId& peer,
   auto connection =
       std::make_unique<PeerConnection>(peer, std::move(*process), std::move(*writer), address, mailbox_, peers_);
   NIXL_TRY(peers_->add(*connection));
+  connection->announce();
   return connection;
 }
 
@@ -174,6 +179,9 @@ Result<std::unique_ptr<Transfer>> SameHostBackend::prepare(Plan plan) {
 
 bool SameHostBackend::progress() noexcept {
   bool any = mailbox_->collect();
+  if (pages_ && mailbox_->met_peer() && !pages_started_.load(std::memory_order_relaxed) &&
+      !pages_started_.exchange(true))
+    pages_->start();
   const Nanoseconds now = now_ns();
   if (slept_.exchange(false, std::memory_order_acq_rel) ||
       now - looked_at_.load(std::memory_order_relaxed) >= kLookEvery) {
@@ -248,6 +256,7 @@ std::span<const BackendEntry> backends_of_samehost() {
   static const BackendEntry entry = [] {
     BackendEntry e;
     e.name = "SAME_HOST";
+    e.params[samehost::HugePages::kParam] = "";
     e.list_params = false;
     e.kinds = {MemKind::kDram, MemKind::kVram};
     e.remote = e.local = e.notifications = true;

@@ -183,8 +183,12 @@ void SlotTable::give_back(std::uint32_t slot) noexcept {
 }
 
 OwnRegion::OwnRegion(std::shared_ptr<SlotTable> slots, std::uint32_t slot, std::uint64_t generation,
-                     std::unique_ptr<VramExport> vram)
-    : slots_(std::move(slots)), slot_(slot), generation_(generation), vram_(std::move(vram)) {}
+                     std::unique_ptr<VramExport> vram, HugeRange pages)
+    : slots_(std::move(slots)),
+      slot_(slot),
+      generation_(generation),
+      vram_(std::move(vram)),
+      pages_(std::move(pages)) {}
 
 OwnRegion::~OwnRegion() {
   slots_->give_back(slot_);

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "backends/samehost/huge_pages.h"
 #include "backends/samehost/mailbox.h"
 #include "backends/samehost/peer.h"
 #include "contract/backend.h"
@@ -31,6 +32,8 @@ class PeerConnection final : public Connection {
   Result<void> check_alive(bool now = false);
   void note_lost(const Error& why);
 
+  // Wakes the peer, if it sleeps, to see that we have connected.
+  void announce() noexcept { mailbox_->ring(process_.segment(), doorbell_); }
   void send(std::string_view message);
   // Moves queued message parts into the peer's lane; true while some are left.
   bool push();
@@ -76,7 +79,7 @@ class PeerTable {
 class OwnRegion final : public LocalRegion {
  public:
   OwnRegion(std::shared_ptr<class SlotTable> slots, std::uint32_t slot, std::uint64_t generation,
-            std::unique_ptr<VramExport> vram);
+            std::unique_ptr<VramExport> vram, HugeRange pages);
   ~OwnRegion() override;
   const VramExport* vram() const noexcept { return vram_.get(); }  // null: DRAM
   std::uint32_t slot() const noexcept { return slot_; }
@@ -87,6 +90,7 @@ class OwnRegion final : public LocalRegion {
   std::uint32_t slot_;
   std::uint64_t generation_;
   std::unique_ptr<VramExport> vram_;
+  HugeRange pages_;
 };
 
 class SlotTable {

@@ -159,6 +159,7 @@ void LaneReader::take_frame(Sender& sender, FrameKind kind, std::string payload,
   switch (kind) {
     case kHello:
       sender = {std::move(payload), {}};
+      if (sender.name != own_name_) met_peer_.store(true, std::memory_order_relaxed);
       return;
     case kPart:
       sender.partial += payload;

@@ -1,6 +1,7 @@
 // Messages through the lanes of a segment. LaneWriter is a sender's end of one lane in the peer's segment; LaneReader
 // is the receiving end of all lanes of our own. Neither blocks; neither is thread-safe (the owner holds a lock).
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <string>
@@ -44,10 +45,12 @@ class LaneWriter {
 
 class LaneReader {
  public:
-  explicit LaneReader(Segment& own) : own_(&own), senders_(kNumLanes) {}
+  LaneReader(Segment& own, std::string own_name) : own_(&own), own_name_(std::move(own_name)), senders_(kNumLanes) {}
   bool has_news() const noexcept;
   // Appends whole messages that have arrived; true when a lane had anything.
   bool collect(std::vector<Notification>& out);
+  // Another agent than the one named in the constructor has opened a lane; stays true. Any thread.
+  bool met_peer() const noexcept { return met_peer_.load(std::memory_order_relaxed); }
 
  private:
   struct Sender {
@@ -58,7 +61,9 @@ class LaneReader {
   void take_frame(Sender& sender, FrameKind kind, std::string payload, std::vector<Notification>& out);
 
   Segment* own_;
+  const std::string own_name_;
   std::vector<Sender> senders_;
+  std::atomic<bool> met_peer_{false};
 };
 
 }  // namespace nixl::core::samehost

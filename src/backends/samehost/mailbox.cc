@@ -16,9 +16,9 @@ Doorbell Doorbell::named(const std::string& name) noexcept {
   return bell;
 }
 
-Result<std::shared_ptr<Mailbox>> Mailbox::open(std::uint64_t incarnation) {
+Result<std::shared_ptr<Mailbox>> Mailbox::open(std::uint64_t incarnation, const std::string& own_name) {
   NIXL_ASSIGN(Segment segment, Segment::create(incarnation));
-  std::shared_ptr<Mailbox> box(new Mailbox(std::move(segment)));
+  std::shared_ptr<Mailbox> box(new Mailbox(std::move(segment), own_name));
   box->socket_ = Fd(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!box->socket_) return fail(errno_error("socket of the same-host doorbell", errno));
   sockaddr_un address{};

@@ -25,7 +25,7 @@ struct Doorbell {
 // Thread-safe; shared with jobs that may end after the backend.
 class Mailbox {
  public:
-  static Result<std::shared_ptr<Mailbox>> open(std::uint64_t incarnation);
+  static Result<std::shared_ptr<Mailbox>> open(std::uint64_t incarnation, const std::string& own_name);
 
   Segment& segment() noexcept { return segment_; }
   int socket() const noexcept { return socket_.get(); }
@@ -40,11 +40,13 @@ class Mailbox {
 
   // Moves arrived messages aside; true when there were any.
   bool collect();
+  // Some other agent of this host has connected to us; stays true.
+  bool met_peer() const noexcept { return reader_.met_peer(); }
   // Collects, and appends all messages set aside.
   void drain(std::vector<Notification>& out);
 
  private:
-  explicit Mailbox(Segment segment) : segment_(std::move(segment)), reader_(segment_) {}
+  Mailbox(Segment segment, const std::string& own_name) : segment_(std::move(segment)), reader_(segment_, own_name) {}
 
   Segment segment_;
   Fd socket_;

@@ -94,7 +94,8 @@ Params default_params(bool with_engines) {
                    {"ucx_error_handling_mode", "peer"},
                    {"ucx_ep_close_force", "false"},
                    {"engine_config", ""},
-                   {"same_host", ""}};
+                   {"same_host", ""},
+                   {"same_host_huge_pages", ""}};
   if (with_engines) params["num_ucx_engines"] = "8";
   return params;
 }
