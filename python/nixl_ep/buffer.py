@@ -21,6 +21,7 @@ _DEVICES = {"cpu": 0, "cuda": 1}
 _COMBINES = {"exact": 0, "reduced": 1}
 _PHASES = ("dispatch", "combine", "barrier", "connect")
 _WHOLE, _SEND, _RECEIVE = 0, 1, 2
+_LEGACY_STREAM = 1  # CUDA's name for the default stream where 0 would mean none
 
 
 class Fault(NamedTuple):
@@ -306,7 +307,7 @@ class Buffer:
         if hasattr(rank_to_mask, "tolist"):
             rank_to_mask = rank_to_mask.tolist()
         ranks = [rank_to_mask] if not isinstance(rank_to_mask, (list, tuple, range)) else rank_to_mask
-        _native_call(native.mask, [int(rank) for rank in ranks], bool(mask), self._stream())
+        _native_call(native.mask, [int(rank) for rank in ranks], bool(mask), self._change_stream())
 
     def query_mask_buffer(self, mask_status: Any) -> None:
         """Writes int32 [capacity]: 0 active, 1 masked, -1 never connected. Asynchronous on the current stream."""
@@ -316,7 +317,7 @@ class Buffer:
 
     def clean_mask_buffer(self) -> None:
         """Unmasks every connected rank."""
-        _native_call(self._ready().clean_masks, self._stream())
+        _native_call(self._ready().clean_masks, self._change_stream())
 
     def active_ranks(self) -> Tuple[List[int], List[int]]:
         """(ranks active by the API, ranks active on the device now): a timeout changes the second only."""
@@ -599,6 +600,11 @@ class Buffer:
 
     def _stream(self) -> int:
         return torch().cuda.current_stream().cuda_stream if self._device == "cuda" else 0
+
+    def _change_stream(self) -> int:
+        """Like _stream, but never 0, which asks for a change at once, behind no stream: work that the caller has queued in the
+        default stream, replays of graphs for one, comes first."""
+        return self._stream() or (_LEGACY_STREAM if self._device == "cuda" else 0)
 
     def _operation_stream(self, async_finish: bool) -> int:
         """Asynchronous operations run on the comm stream after the current one, all others on the current stream, which

@@ -105,7 +105,7 @@ def expected_dispatch(rank, shape: Shape, payload: Payload, seed: int, lost: fro
 
 
 @cached
-def expected_combine(rank, shape: Shape, payload: Payload, seed: int, lost: frozenset):
+def expected_combine(rank, shape: Shape, payload: Payload, seed: int, lost: frozenset, mode: str = "exact"):
     received = routed(rank, shape, payload, seed)
     y = {
         holder: [
@@ -117,7 +117,7 @@ def expected_combine(rank, shape: Shape, payload: Payload, seed: int, lost: froz
     holders = oracle.all_links(shape.ranks, range(shape.ranks))
     holders[rank.rank, list(lost)] = False
     mine = {rank.rank: group_inputs(rank, shape, seed)[rank.rank]}
-    return oracle.combine(shape.layout(), mine, received, y, "exact", holders)[rank.rank]
+    return oracle.combine(shape.layout(), mine, received, y, mode, holders)[rank.rank]
 
 
 def without(received: oracle.Received, lost) -> oracle.Received:

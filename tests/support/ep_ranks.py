@@ -142,6 +142,7 @@ class RankGroup:
         self._calls = 0
         self._starts = itertools.count()
         self._processes = {rank: self._start(rank) for rank in range(ranks)}
+        self._ended: list[_RankProcess] = []  # replaced
 
     def __enter__(self):
         return self
@@ -179,6 +180,18 @@ class RankGroup:
         self._processes[rank].end()
         self._processes[rank] = self._start(rank)
 
+    def start_spare(self, rank: int, function, *args) -> _RankProcess:
+        """A further process for `rank` that runs `function` and then waits to take the place of the one that dies."""
+        spare = self._start(rank)
+        self._calls += 1
+        spare.connection.send((self._calls, function, args, {}))
+        return spare
+
+    def replace(self, rank: int, spare: _RankProcess) -> None:
+        """Puts a ready spare in place of a dead process, whose end is not waited for."""
+        self._ended.append(self._processes[rank])
+        self._processes[rank] = spare
+
     def dump(self, ranks) -> str:
         """Stacks of all threads of these ranks, and what else they printed."""
         for rank in ranks:
@@ -190,7 +203,7 @@ class RankGroup:
 
     def abandon(self) -> None:
         self.broken = True
-        for process in self._processes.values():
+        for process in [*self._processes.values(), *self._ended]:
             process.end()
 
     def close(self) -> None:
@@ -200,6 +213,8 @@ class RankGroup:
         for process in self._processes.values():
             if process.is_alive():
                 process.join(GRACE_S)
+            process.end()
+        for process in self._ended:
             process.end()
         self._folder.cleanup()
 
@@ -218,6 +233,7 @@ class _RankProcess:
         self._process = _context.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
         self._process.start()
         theirs.close()
+        self._ready = False
         self.rank = rank
         self.pid = self._process.pid
         self.sentinel = self._process.sentinel
@@ -228,6 +244,15 @@ class _RankProcess:
 
     def is_alive(self) -> bool:
         return self._process.is_alive()
+
+    def is_ready(self) -> bool:
+        """Of a spare: whether its function has ended. Raises with what went wrong in it."""
+        if not self._ready and self.connection.poll():
+            kind, value = self.connection.recv() if self.is_alive() else ("error", f"exit code {self.exitcode}\n")
+            if kind == "error":
+                raise RankFailure(f"spare of rank {self.rank} failed\n{value}{self.printed()}")
+            self._ready = True
+        return self._ready
 
     def join(self, timeout: float) -> None:
         self._process.join(timeout)
