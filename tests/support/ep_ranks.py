@@ -162,6 +162,15 @@ class RankGroup:
             self._processes[rank].connection.send((self._calls, function, args, kwargs))
         return Pending(self, function.__name__, set(ranks))
 
+    def start_parts(self, parts) -> list[Pending]:
+        """Begins one call that has a function for each part: [(function, ranks, args)]. Its ranks can meet."""
+        pending = []
+        for function, ranks, args in parts:
+            pending.append(self.start(function, *args, ranks=ranks))
+            self._calls -= 1
+        self._calls += 1
+        return pending
+
     def run(self, function, *args, ranks=None, timeout: float = 60, **kwargs) -> dict[int, Any]:
         return self.start(function, *args, ranks=ranks, **kwargs).wait(timeout)
 
