@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run gpu test | gpu bench ep|local [arguments]: what needs CUDA GPUs.
+# ./run gpu test | bench ep|local | kills | growth | elastic | sanitize [arguments]: what needs CUDA GPUs.
 #
 # Builds what is missing. On a machine without the system packages of the build, NIXL_PREBUILT names a folder with
 # libnixl.so.1, plugins/ and the native programs from elsewhere; then only the small Python modules are compiled.
@@ -53,7 +53,7 @@ gpu_test() {
   program=$(native ep_cuda_test) && [ -n "$program" ] && step 300 "kernels, native" "$program" "$gpus" "$gpus"
   program=$(native samehost_vram_test) && [ -n "$program" ] && step 200 "same-host transfers of GPU memory" "$program"
   step 100 "files and GPU memory" "$python" -m pytest -q -rs --timeout 60 tests/gpu/test_gds.py
-  step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q -x --timeout 120 \
+  step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail 4 --timeout 120 \
     tests/conformance/ep "$@"
   step 400 "faults" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --timeout 200 tests/faults/ep "$@"
 }
@@ -76,12 +76,42 @@ gpu_bench() {
   esac
 }
 
+# 200 kills at random points; further calls go on counting (--seconds, --kills and others: tests/faults/ep/kill_loop.py).
+gpu_kills() {
+  mkdir -p build
+  step 900 "kills" "$python" tests/faults/ep/kill_loop.py --device cuda --state build/kills.json "$@"
+}
+
+gpu_growth() { step 200 "operations while ranks connect" "$python" tests/gpu/ep_growth.py --device cuda "$@"; }
+
+# gpu elastic [TIMES]: acceptance of the elastic suite; the plan with a fault runs TIMES times (default 1).
+gpu_elastic() {
+  local times=${1:-1} turn
+  local run=("$python" tests/elastic/elastic.py --device cuda --num-processes 4 --num-experts-per-rank 32 --num-topk 8 --num-tokens 256
+    --timeout-ms 10000 --validate-phase-failures --store-port 0 --rank-server-port 0 --limit-seconds 290 --plan)
+  step 300 "elastic: no expansion" "${run[@]}" no_expansion.json
+  for ((turn = 1; turn <= times; turn++)); do
+    step 300 "elastic: expansion, fault, contraction ($turn of $times)" "${run[@]}" expansion_fault_contraction.json
+  done
+}
+
+# Kernels of two ranks under the memory checker, a small case: polling is slow there.
+gpu_sanitize() {
+  local program checker
+  checker=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null) ||
+    { say "skipped: sanitize (there is no compute-sanitizer on this machine)"; return; }
+  program=$(native ep_cuda_test) && [ -n "$program" ] || die "ep_cuda_test was not built (no nvcc?)"
+  step 300 "memory checker" env EP_TEST_BLOCKS=8 "$checker" --tool memcheck --target-processes all --error-exitcode 9 "$program" 2 "$gpus" "${1:-one token}"
+}
+
 command=${1:-}
 shift || true
 case $command in
   test) prepare; gpu_test "$@" ;;
   bench) [ -n "${NIXL_PREBUILT:-}" ] || ./run build dev || exit 1; gpu_bench "$@" ;;
-  *) die "usage: ./run gpu test | ./run gpu bench ep|local" ;;
+  kills | growth | elastic) prepare; "gpu_$command" "$@" ;;
+  sanitize) [ -n "${NIXL_PREBUILT:-}" ] || ./run build dev || exit 1; gpu_sanitize "$@" ;;
+  *) die "usage: ./run gpu test | bench ep|local | kills | growth | elastic | sanitize" ;;
 esac
 for name in "${failed[@]}"; do say "FAILED $name"; done
 ((${#failed[@]} == 0))
