@@ -517,7 +517,7 @@ View CudaPath::fault_view() const {
 }
 
 std::vector<Fault> CudaPath::take_faults() {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(faults_mutex_);
   std::vector<Fault> faults;
   if (!page_) return faults;
   const unsigned long long written = __atomic_load_n(&page_->faults, __ATOMIC_ACQUIRE);
@@ -532,7 +532,6 @@ std::vector<Fault> CudaPath::take_faults() {
 }
 
 std::string CudaPath::take_input_error() {
-  const std::lock_guard lock(mutex_);
   if (!page_) return "";
   const unsigned long long found = __atomic_exchange_n(&page_->input_error, 0ull, __ATOMIC_ACQ_REL);
   if (found == 0) return "";

@@ -79,6 +79,7 @@ class CudaPath final : public Path {
   gpu::State* state_ = nullptr;
   gpu::HostPage* page_ = nullptr;
   gpu::HostPage* page_on_device_ = nullptr;
+  std::mutex faults_mutex_;  // apart: nobody who asks for faults waits for a change of peers
   unsigned long long faults_taken_ = 0;
   cudaStream_t stream_ = nullptr;  // for changes of peers
   cudaStream_t idle_stream_ = nullptr;  // where detach waits: changes must not wait with it

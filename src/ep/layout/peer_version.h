@@ -44,6 +44,13 @@ NIXL_HD constexpr bool names_operation(const PushHeader& header, const PeerVersi
   return header.incarnation == version.incarnation && header.count == expected_in(version, number);
 }
 
+// Whether the header in the slot of operation `number` says that the peer will not take part in it: it took its message back, as it
+// gave this rank up, or is past that operation.
+NIXL_HD constexpr bool is_past(const PushHeader& header, const PeerVersion& version, std::uint64_t number) {
+  if (header.incarnation != version.incarnation) return false;
+  return names_operation(header, version, number) ? (header.word & kHeaderWithdrawn) != 0 : later(header.count, expected_in(version, number));
+}
+
 // Of two versions the one that holds for operation `number`.
 NIXL_HD constexpr const PeerVersion& version_for(const PeerVersion& a, const PeerVersion& b, std::uint64_t number) {
   if (a.from > number) return b;

@@ -90,9 +90,10 @@ class Model {
     for (std::size_t i = 0; i < rank.to_hear.size(); ++i) {
       const int other = rank.to_hear[i];
       const PushHeader& header = rank.inbox[other][flag_slot(expected_in(running(own, other), rank.begun - 1))];
-      if (!names_operation(header, running(own, other), rank.begun - 1)) continue;
+      const bool past = is_past(header, running(own, other), rank.begun - 1);
+      if (!past && !names_operation(header, running(own, other), rank.begun - 1)) continue;
       rank.to_hear.erase(rank.to_hear.begin() + static_cast<std::ptrdiff_t>(i));
-      if (header.word & kHeaderWithdrawn)
+      if (past)
         rank.failed.push_back(other);
       else
         in_step_ = in_step_ && header.awaits == sent_in(running(own, other), rank.begun - 1);

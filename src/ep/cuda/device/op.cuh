@@ -201,11 +201,10 @@ static __device__ __noinline__ bool look_at(const Op& op, int rank, unsigned lon
   atomicAdd(&op.state->looking, ~0ull);
   return there;
 }
-// Whether the message of this operation was taken back: its sender has given this rank up.
-static __device__ __noinline__ bool taken_back(const Op& op, const Block& block, int rank) {
+// Whether waiting is in vain.
+static __device__ __noinline__ bool past_operation(const Op& op, const Block& block, int rank) {
   const PeerVersion then = version_at(op.state->peers[rank], block.number);
-  const PushHeader header = load_header(op, rank, flag_slot(expected_in(then, block.number)));
-  return names_operation(header, then, block.number) && (header.word & kHeaderWithdrawn);
+  return is_past(load_header(op, rank, flag_slot(expected_in(then, block.number))), then, block.number);
 }
 
 // Whether to go on waiting for `rank`. Called again and again while something of it is missing.
@@ -217,10 +216,13 @@ static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& bloc
   if (patience.limit == 0) patience.limit = timeout == 0 ? 1 : timeout;
   if (timeout == 0) return false;
   if (now < patience.next_look) return true;
-  patience.next_look = now + timeout / 32;
+  // Often enough to learn in a millisecond that others gave it up, and exactly when the time is over.
+  patience.next_look = now + (timeout / 32 < 1'000'000 ? timeout / 32 : 1'000'000);
+  const std::uint64_t end = patience.start + patience.limit;
+  if (now < end && end < patience.next_look) patience.next_look = end;
   if (load_strong(&op.state->failed[rank]) == block.number + 1) return false;
   if (version_at(op.state->peers[rank], ~0ull - 1).status != PeerStatus::kActive) return false;
-  if (taken_back(op, block, rank)) return false;
+  if (past_operation(op, block, rank)) return false;
   if (waited < timeout / 4) return true;
   auto* own = reinterpret_cast<volatile unsigned long long*>(op.control);
   *own = static_cast<unsigned long long>(rank + 1) << 32 | static_cast<std::uint32_t>(now >> 10);
