@@ -185,7 +185,7 @@ class nixl_agent:
             setting = _native.plugin_details().get(canonical, ("", ""))[1]
             if setting:
                 params[setting] = str(self._num_threads)
-        params.update(self._backend_params.get(canonical, {}))
+        params.update({str(key): _text_of(value) for key, value in self._backend_params.get(canonical, {}).items()})
         params.update({str(key): _text_of(value) for key, value in initParams.items()})
         number = self.agent.createBackend(canonical, params)
         self.backends[canonical] = number
@@ -229,14 +229,18 @@ class nixl_agent:
         """Registers with `backends`, or with every created backend that supports the kind. Returns the nixlRegDList."""
         numbers = self._numbers(backends)
         regs = self._reg_list(reg_list, mem_type)
+        self._with_reasons(self.agent.registerMem, regs, numbers)
+        return regs
+
+    def _with_reasons(self, call, *arguments):
+        """Calls; what is not found for want of a backend is told together with why backends were skipped."""
         try:
-            self.agent.registerMem(regs, numbers)
+            return call(*arguments)
         except nixlBind.nixlNotFoundError as error:
-            if not self._skipped:
+            if not self._skipped or "backend" not in error.reason:
                 raise
             skipped = "; ".join(f"{name} was skipped: {reason}" for name, reason in self._skipped.items())
             raise nixlBind.nixlNotFoundError(f"{error.reason}; {skipped}") from None
-        return regs
 
     def deregister_memory(self, dereg_list, backends=[]):
         numbers = self._numbers(backends)
@@ -264,9 +268,9 @@ class nixl_agent:
         descs = self._xfer_list(xfer_list, mem_type)
         agent_name = _name(agent_name)
         if agent_name in ("NIXL_INIT_AGENT", nixlBind.NIXL_INIT_AGENT):
-            number = self.agent.prepXferDlist(descs, numbers)
+            number = self._with_reasons(self.agent.prepXferDlist, descs, numbers)
         else:
-            number = self.agent.prepXferDlist(agent_name, descs, numbers)
+            number = self._with_reasons(self.agent.prepXferDlist, agent_name, descs, numbers)
         return nixl_prepped_dlist_handle(self.agent, number)
 
     def _xfer_list(self, descs, mem_type=None):
@@ -292,8 +296,8 @@ class nixl_agent:
         numbers = self._numbers(backends)
         if local_descs is None or remote_descs is None:
             raise TypeError("descriptor lists are needed, not None")
-        number = self.agent.createXferReq(op, self._xfer_list(local_descs), self._xfer_list(remote_descs), remote_agent, notif_msg,
-                                          numbers)
+        number = self._with_reasons(self.agent.createXferReq, op, self._xfer_list(local_descs), self._xfer_list(remote_descs),
+                                    remote_agent, notif_msg, numbers)
         return nixl_xfer_handle(self.agent, number)
 
     def transfer(self, handle, notif_msg=b""):

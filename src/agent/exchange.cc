@@ -143,9 +143,12 @@ class ExchangeImpl final : public Exchange {
     if (!done && done.error().code == Code::kTimeout) return fail(Code::kNotFound, "%s", done.error().reason.c_str());
     return done;
   }
+  // Also what an earlier life of this agent has left.
   void withdraw() override {
     workers_.run([this] {
-      if (auto done = withdraw_all(); !done) warn(done.error());
+      auto done = withdraw_all();
+      if (done && store_.etcd) done = store_.store->withdraw_prefix(store_.key(hooks_.agent, ""));
+      if (!done) warn(done.error());
     });
   }
   void close() noexcept override {

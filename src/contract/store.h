@@ -41,6 +41,8 @@ class Store {
   virtual Result<std::string> fetch(std::string_view key, Deadline deadline) = 0;
   // Removes the key; a missing key is success.
   virtual Result<void> withdraw(std::string_view key) = 0;
+  // Removes every key that begins so, whoever published it; stores that cannot say kUnsupported.
+  virtual Result<void> withdraw_prefix(std::string_view) { return fail(Code::kUnsupported, "this store removes single keys only"); }
   virtual StoreWatcher* watcher() noexcept { return nullptr; }
 };
 

@@ -58,6 +58,13 @@ Result<void> parse_engine_config(const std::string& text, Options& options) {
   return {};
 }
 
+bool have_efa_device() {
+  std::error_code ignored;
+  for (const auto& device : std::filesystem::directory_iterator("/sys/class/infiniband", ignored))
+    if (std::filesystem::read_symlink(device.path() / "device/driver", ignored).filename() == "efa") return true;
+  return false;
+}
+
 // Ours, where neither the caller nor the environment says otherwise.
 std::vector<std::pair<std::string, std::string>> own_defaults(const Api& api) {
   std::vector<std::pair<std::string, std::string>> list = {
@@ -78,6 +85,10 @@ std::vector<std::pair<std::string, std::string>> own_defaults(const Api& api) {
       list.emplace_back("MAX_HCA_PER_GPU", "auto");
     }
     if (version >= 1022) list.emplace_back("RNDV_PIPELINE_ERROR_HANDLING", "y");
+  }
+  if (have_efa_device()) {
+    list.emplace_back("ADDRESS_VERSION", "v2");
+    list.emplace_back("MAX_COMPONENT_MDS", "32");
   }
   return list;
 }

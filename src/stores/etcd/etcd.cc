@@ -158,6 +158,13 @@ class Etcd final : public Store, private StoreWatcher {
     NIXL_TRY(ask("/v3/kv/deleterange", "{\"key\":" + coded(key) + "}", own_deadline()));
     return {};
   }
+  Result<void> withdraw_prefix(std::string_view prefix) override {
+    const std::lock_guard lock(publish_mutex_);
+    std::erase_if(published_, [&](const auto& entry) { return entry.first.starts_with(prefix); });
+    NIXL_TRY(ask("/v3/kv/deleterange", "{\"key\":" + coded(prefix) + ",\"range_end\":" + coded(range_end(std::string(prefix))) + "}",
+                 own_deadline()));
+    return {};
+  }
 
   StoreWatcher* watcher() noexcept override { return this; }
   Result<std::unique_ptr<StoreWatch>> watch(std::string_view prefix,

@@ -191,6 +191,11 @@ def test_unavailable_backend_is_skipped_with_its_reason(caplog):
         one.create_backend(missing)
     with pytest.raises(nixl.nixlNotFoundError, match=f"{missing} was skipped: "):
         one.register_memory([(0, 64, 1)], "VRAM")
+    with pytest.raises(nixl.nixlNotFoundError, match=f"{missing} was skipped: "):
+        one.prep_xfer_dlist("", [(0, 64, 1)], "VRAM")
+    listed = one.get_xfer_descs([(0, 64, 1)], "VRAM")
+    with pytest.raises(nixl.nixlNotFoundError, match=f"{missing} was skipped: "):
+        one.initialize_xfer("WRITE", listed, listed, "a")
 
 
 def test_backend_creation_errors():

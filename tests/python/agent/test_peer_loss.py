@@ -181,22 +181,65 @@ def test_stopped_peer_goes_on(one, peers):
         raise AssertionError("20 notifications did not arrive")
 
 
-def test_nothing_is_left_of_dead_peers(one, peers):
-    """File descriptors and mappings of a survivor over connect, kill, reconnect."""
-    def held():
-        with open("/proc/self/maps") as maps:
-            return len(os.listdir("/proc/self/fd")), sum(1 for _ in maps)
+MANY_PEERS = textwrap.dedent("""
+    import os, signal, sys
+    import numpy as np
+    from nixl._api import nixl_agent, nixl_agent_config
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            one = nixl_agent("peer", nixl_agent_config(backends=["UCX"]))
+            memory = np.full(1 << 20, int(line), np.uint8)
+            one.register_memory([memory])
+            print(one.get_agent_metadata().hex(), memory.ctypes.data, os.getpid(), flush=True)
+            while True:
+                signal.pause()
+        os.waitpid(child, 0)
+""")
 
+
+def held():
+    """File descriptors, mappings and resident bytes of this process."""
+    with open("/proc/self/maps") as maps, open("/proc/self/statm") as sizes:
+        return len(os.listdir("/proc/self/fd")), sum(1 for _ in maps), int(sizes.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("same_host", [True, False])
+def test_nothing_is_left_of_dead_peers(monkeypatch, same_host):
+    """A survivor over many rounds of connect, transfer, SIGKILL, reconnect; the loss is found, or told, or seen from the new metadata."""
+    rounds = 1000 if os.environ.get("NIXL_TEST_ALL") == "1" else 8
+    monkeypatch.setenv("NIXL_SAME_HOST", "y" if same_host else "n")
+    one = agent("survivor", "UCX")
+    one.memory = np.zeros(1 << 20, np.uint8)
+    one.register_memory([one.memory])
     seen = []
-    for round_ in range(8):
-        peer = peers()
-        one.add_remote_agent(peer.metadata)
-        h = request(one, peer)
-        one.transfer(h)
-        done(one, h)
-        peer.kill()
-        one.remove_remote_agent("peer")
-        h.release()
-        seen.append(held())
-    until(lambda: held()[0] <= seen[2][0] + 2, 20)
-    assert seen[-1][1] <= seen[2][1] + 12, seen
+    with subprocess.Popen([sys.executable, "-c", MANY_PEERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=dict(os.environ, NIXL_LOG_LEVEL="WARN")) as server:
+        try:
+            for turn in range(rounds):
+                server.stdin.write(f"{turn % 200 + 1}\n")
+                server.stdin.flush()
+                blob, address, pid = next(line for line in server.stdout if not line.startswith("20")).split()
+                one.add_remote_agent(bytes.fromhex(blob))
+                h = one.initialize_xfer("READ", one.get_xfer_descs([one.memory]),
+                                        one.get_xfer_descs([(int(address), 1 << 20, 0)], "DRAM"), "peer")
+                one.transfer(h)
+                done(one, h)
+                assert (one.memory == turn % 200 + 1).all()
+                one.send_notif("peer", b"unread")
+                os.kill(int(pid), signal.SIGKILL)
+                if turn % 3 == 0:
+                    one.remove_remote_agent("peer")
+                elif turn % 3 == 1:
+                    until(lambda: not one.check_remote_metadata("peer"), 30)
+                h.release()
+                seen.append(held())
+        finally:
+            server.kill()
+    one.remove_remote_agent("peer")
+    start = max(3, rounds // 10)  # caches are warm by then
+    until(lambda: held()[0] <= seen[start][0] + 2, 20)
+    print(f"{rounds} rounds, same host {same_host}: (fds, mappings, resident bytes) {seen[start]} after {start + 1}, {seen[-1]} at the end")
+    assert seen[-1][1] <= seen[start][1] + 12, seen[::max(1, rounds // 20)]
+    assert seen[-1][2] <= seen[start][2] + (8 << 20), seen[::max(1, rounds // 20)]

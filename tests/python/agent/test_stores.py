@@ -89,6 +89,21 @@ def test_labels(etcd):
     until(lambda: a.check_remote_metadata("b", a.get_xfer_descs([b.memory])))
 
 
+def test_invalidation_takes_the_whole_prefix(etcd):
+    """Also keys that an earlier life of the agent has left."""
+    a, b = with_memory("a"), with_memory("b")
+    b.send_partial_agent_metadata(b.regs, True, label="layers")
+    a.fetch_remote_metadata("b", label="layers")
+    until(lambda: a.check_remote_metadata("b"))
+    bb = with_memory("bb")
+    bb.send_local_metadata()
+    again = with_memory("b")  # has published nothing
+    again.invalidate_local_metadata()
+    until(lambda: not a.check_remote_metadata("b"))
+    a.fetch_remote_metadata("bb")
+    until(lambda: a.check_remote_metadata("bb"))  # a longer name is another agent
+
+
 def test_changes_are_followed(etcd):
     a, b = with_memory("a"), with_memory("b")
     b.send_local_metadata()
