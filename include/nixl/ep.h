@@ -99,9 +99,10 @@ struct Dispatch {
   std::int32_t* src_info = nullptr;       // [L, T] token index at the source
   std::int64_t* layout_range = nullptr;   // [L, R] first row << 32 | count
   // Optional: the place of each row in its token's top-k, and (only with places and topk_weights) its weight. Handed to
-  // combine, places let it send rows without asking the owners first; weights let it sum them in its send phase.
+  // combine, weights let it sum rows in its send phase.
   float* recv_weights = nullptr;          // [L, T]
   std::uint8_t* recv_places = nullptr;    // [L, T]
+  void* records = nullptr;                // record_bytes() of memory that the combines of this dispatch get; CUDA only
   std::int32_t* recv_stats = nullptr;     // optional [L], counts are added
   std::int64_t* wait_cost = nullptr;      // optional [R], time waited for each source is added (ns; CUDA: clock cycles)
   void* stream = nullptr;
@@ -119,6 +120,7 @@ struct CombineArgs {
   const std::int64_t* layout_range = nullptr;  // from dispatch
   const float* recv_weights = nullptr;         // from dispatch, optional; without them and with sends_only a combine is
   const std::uint8_t* recv_places = nullptr;   //   exact whatever Options::combine says
+  const void* records = nullptr;               // from dispatch; CUDA only
   std::int64_t max_tokens = 0;     // M of the handle
   int num_ranks = 0;               // R of the handle
   bool zero_copy = false;          // rows are in the buffer of next_combine_buffer()
@@ -140,6 +142,9 @@ struct View {
 // Bytes that update_memory() needs so that every call with up to (max_tokens, hidden) works on a buffer of num_experts
 // experts in all. Positive, a multiple of 128, linear in max_tokens and in hidden, independent of num_ranks.
 NIXL_EXPORT std::int64_t size_hint(std::int64_t max_tokens, std::int64_t hidden, int num_ranks, int num_experts);
+
+// Bytes of Dispatch::records for a dispatch of these bounds; 0 on the CPU.
+NIXL_EXPORT std::int64_t record_bytes(Device device, std::int64_t max_tokens, int topk, int num_ranks);
 
 // Why Device::kCuda cannot be used here ("" when it can): no kernels in this build, no driver, no device.
 NIXL_EXPORT std::string cuda_unavailable_reason();

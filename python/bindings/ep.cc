@@ -126,7 +126,7 @@ void bind_operations(nb::module_& m) {
              self->stream = pointer(stream);
            })
       .def("outputs", [](Dispatch& self, Address x, Address scales, Address count, Address src_info, Address layout_range,
-                         Address weights, Address places) {
+                         Address weights, Address places, Address records) {
         self.recv_x = pointer(x);
         self.recv_scales = pointer(scales);
         self.recv_count = pointer<std::int32_t>(count);
@@ -134,6 +134,7 @@ void bind_operations(nb::module_& m) {
         self.layout_range = pointer<std::int64_t>(layout_range);
         self.recv_weights = pointer<float>(weights);
         self.recv_places = pointer<std::uint8_t>(places);
+        self.records = pointer(records);
       });
   nb::class_<CombineArgs>(m, "Combine")
       .def("__init__",
@@ -155,11 +156,12 @@ void bind_operations(nb::module_& m) {
              self->stream = pointer(stream);
            })
       .def("handle",
-           [](CombineArgs& self, Address src_info, Address layout_range, Address weights, Address places) {
+           [](CombineArgs& self, Address src_info, Address layout_range, Address weights, Address places, Address records) {
              self.src_info = pointer<std::int32_t>(src_info);
              self.layout_range = pointer<std::int64_t>(layout_range);
              self.recv_weights = pointer<float>(weights);
              self.recv_places = pointer<std::uint8_t>(places);
+             self.records = pointer(records);
            })
       .def("modes", [](CombineArgs& self, bool zero_copy, bool logfmt, bool sends_only) {
         self.zero_copy = zero_copy;
@@ -231,6 +233,9 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // an undestroyed buffer at interpreter exit is allowed
   m.def("version", &nixl::version);
   m.def("size_hint", &size_hint);
+  m.def("record_bytes", [](int device, std::int64_t max_tokens, int topk, int num_ranks) {
+    return record_bytes(static_cast<Device>(device), max_tokens, topk, num_ranks);
+  });
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
   m.def("output_block", &output_block);
   bind_operations(m);

@@ -43,10 +43,13 @@ class Handle(tuple):
 
     src_info holds each row's token index at its source; layout_range[e, r] = first row << 32 | count. When weights travelled
     with dispatch, `weights` (float32 [L, T]) and `places` (uint8 [L, T]) hold each row's weight and its place in the top-k.
+    `records` (uint8) is what dispatch notes for its combines on CUDA; src_info carries it too, so that a plain tuple of the same
+    tensors serves as a handle.
     """
 
     weights: Optional[Any] = None
     places: Optional[Any] = None
+    records: Optional[Any] = None
 
 
 class _Runtime:
@@ -441,9 +444,12 @@ class Buffer:
         handle = Handle((empty((experts, rows), t.int32), empty((experts, ranks), t.int64), bound, hidden))
         if topk_weights is not None:
             handle.weights, handle.places = empty((experts, rows), t.float32), empty((experts, rows), t.uint8)
+        noted = _native.record_bytes(_DEVICES[self._device], bound, topk, ranks)
+        if noted:
+            handle.records = handle[0].nixl_records = empty((noted,), t.uint8)
         args.outputs(address(recv), address(storage), address(count), address(handle[0]), address(handle[1]),
-                     address(handle.weights), address(handle.places))
-        keep = (x, topk_idx, topk_weights, recv, storage, count, handle, handle.weights, handle.places,
+                     address(handle.weights), address(handle.places), address(handle.records))
+        keep = (x, topk_idx, topk_weights, recv, storage, count, handle, handle.weights, handle.places, handle.records,
                 cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
         event, hook = self._run(native.dispatch, args, async_finish, return_recv_hook, keep)
         return (recv, storage.transpose(1, 2)) if payload else recv, count, handle, event, hook
@@ -490,13 +496,16 @@ class Buffer:
         if out is None:
             out = self._allocator.empty((tokens, hidden), t.bfloat16)
         weights, places = getattr(handle, "weights", None), getattr(handle, "places", None)
+        records = getattr(handle, "records", None)
+        if records is None:
+            records = getattr(src_info, "nixl_records", None)
         args = _native.Combine(
             0 if zero_copy else address(x), tokens, hidden, address(topk_idx), topk, topk_idx.element_size(),
             address(topk_weights), bound, ranks, address(out), address(combine_wait_recv_cost_stats),
             self._operation_stream(async_finish))
-        args.handle(address(src_info), address(layout_range), address(weights), address(places))
+        args.handle(address(src_info), address(layout_range), address(weights), address(places), address(records))
         args.modes(zero_copy, use_logfmt, return_recv_hook)
-        keep = (x, topk_idx, topk_weights, handle, weights, places, out, combine_wait_recv_cost_stats)
+        keep = (x, topk_idx, topk_weights, handle, weights, places, records, out, combine_wait_recv_cost_stats)
         event, hook = self._run(native.combine, args, async_finish, return_recv_hook, keep)
         return out, event, hook
 

@@ -11,6 +11,7 @@
 #include "ep/arguments.h"
 #include "ep/default_store.h"
 #include "ep/group/group.h"
+#include "ep/layout/push.h"
 #include "ep/layout/shape.h"
 #include "ep/path.h"
 #include "nixl/ep.h"
@@ -393,6 +394,13 @@ std::int64_t size_hint(std::int64_t max_tokens, std::int64_t hidden, int num_ran
                 std::to_string(num_ranks) + " ranks, " + std::to_string(num_experts) +
                 " experts: all must be positive");
   return inner::size_hint_bytes(max_tokens, hidden, num_experts);
+}
+
+std::int64_t record_bytes(Device device, std::int64_t max_tokens, int topk, int num_ranks) {
+  if (max_tokens <= 0 || topk <= 0 || num_ranks <= 0)
+    throw Error("record_bytes of " + std::to_string(max_tokens) + " tokens, top-k " + std::to_string(topk) + ", " + std::to_string(num_ranks) +
+                " ranks: all must be positive");
+  return device == Device::kCuda ? inner::make_record_layout(max_tokens, topk, num_ranks).total : 0;
 }
 
 std::string cuda_unavailable_reason() {

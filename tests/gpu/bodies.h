@@ -11,7 +11,7 @@ struct Tensors {
   Case c;
   int rank;
   Device<std::uint16_t> x, y, out;
-  Device<std::uint8_t> ids, recv_x, places;
+  Device<std::uint8_t> ids, recv_x, places, records;
   Device<float> weights, recv_weights;
   Device<std::uint32_t> scales;
   Device<std::int32_t> count, info, stats;
@@ -42,6 +42,8 @@ struct Tensors {
     recv_x = Device<std::uint8_t>(rows * layout::row_bytes(c.payload, c.hidden));
     scales = Device<std::uint32_t>(rows * layout::scale_words(c.payload, c.hidden));
     places = Device<std::uint8_t>(rows);
+    records = Device<std::uint8_t>(layout::make_record_layout(c.max_tokens, c.topk, c.ranks).total);
+    records.fill(0xee);
     recv_weights = Device<float>(rows);
     count = Device<std::int32_t>(c.experts);
     info = Device<std::int32_t>(rows);
@@ -75,7 +77,8 @@ struct Tensors {
     d.src_info = info.get();
     d.layout_range = range.get();
     d.recv_weights = c.weights ? recv_weights.get() : nullptr;
-    d.recv_places = c.places ? places.get() : nullptr;
+    d.recv_places = places.get();
+    d.records = records.get();
     d.recv_stats = stats.get();
     d.wait_cost = cost.get();
     d.stream = stream;
@@ -93,7 +96,8 @@ struct Tensors {
     a.src_info = info.get();
     a.layout_range = range.get();
     a.recv_weights = c.weights ? recv_weights.get() : nullptr;
-    a.recv_places = c.places ? places.get() : nullptr;
+    a.recv_places = places.get();
+    a.records = records.get();
     a.max_tokens = c.max_tokens;
     a.num_ranks = c.ranks;
     a.zero_copy = c.zero_copy;

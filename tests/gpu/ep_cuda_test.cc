@@ -25,7 +25,7 @@ std::vector<Case> cases(int ranks) {
   add("fp8", [](Case&) {});
   add("one token", [](Case& c) { c.max_tokens = 1; });
   add("one token exact", [](Case& c) { c.max_tokens = 1; c.exact = true; });
-  add("eight tokens, no places", [](Case& c) { c.max_tokens = 8; c.places = false; });
+  add("eight tokens", [](Case& c) { c.max_tokens = 8; });
   add("bf16", [](Case& c) { c.payload = 0; });
   add("power of two scales", [](Case& c) { c.payload = 2; c.hidden = 5120; });
   add("ue8m0, int64", [](Case& c) { c.payload = 3; c.hidden = 4096; c.index_bytes = 8; });
@@ -39,9 +39,8 @@ std::vector<Case> cases(int ranks) {
   add("duplicates", [](Case& c) { c.duplicates = true; c.spread = 3; c.max_tokens = 20; });
   add("all to one rank", [](Case& c) { c.spread = c.experts; c.topk = 4; });
   add("exact", [](Case& c) { c.exact = true; });
-  add("exact, no places", [](Case& c) { c.exact = true; c.places = false; });
   add("split", [](Case& c) { c.split = true; });
-  add("split, no places", [](Case& c) { c.split = true; c.places = false; });
+  add("split, eight tokens", [](Case& c) { c.split = true; c.max_tokens = 8; c.topk = 2; });
   add("split, weights", [](Case& c) { c.split = true; c.weights = true; });
   add("weights", [](Case& c) { c.weights = true; c.topk = 16; });
   add("top-k 32", [](Case& c) { c.topk = 32; c.experts = 16; c.max_tokens = 24; c.hidden = 2048; });
@@ -75,7 +74,7 @@ void check_dispatch(const Tensors& t, const std::vector<bool>& absent, int times
     for (const Row& r : present) {
       const std::size_t at = std::size_t(expert) * c.rows() + row;
       CHECK_EQ(info[at], r.token);
-      if (c.places) CHECK_EQ(int(places[at]), r.place);
+      CHECK_EQ(int(places[at]), r.place);
       if (c.weights) CHECK_EQ(weights[at], token_weight(c, r.source, r.token, r.place));
       const Quantized want = quantized(c, token_row(c, r.source, r.token));
       if (std::memcmp(got.data() + row * bytes, want.bytes.data(), bytes) != 0) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ep/layout/layout.h"
+#include "ep/layout/push.h"
 #include "ep/layout/quantize.h"
 #include "nixl/ep.h"
 
@@ -19,7 +20,7 @@ struct Case {
   int payload = 1;
   int index_bytes = 4;
   bool exact = false;
-  bool split = false, places = true, weights = false, zero_copy = false;
+  bool split = false, weights = false, zero_copy = false;
   int holes = 0;        // of 16 ids this many are negative
   bool duplicates = false;
   int spread = 0;       // experts that ids are drawn from; 0: all

@@ -1,9 +1,8 @@
 // Combine. The rank that holds a token's rows sends them, or their weighed sum, to the token's owner, which adds what comes.
 //
-// Which rows of an expert belong to which place of a token's top-k is known from dispatch (places), or owners send it first
-// (entries: expert, index, weight of every place). Sums of one rank need the weights, so they use entries.
+// Dispatch left records: what each message's rows are and what each own token waits for. So rows go out without being asked
+// for, and nobody counts. Sums of one rank need the weights: the owner sends those first, unless they came with dispatch.
 #include "ep/cuda/device/op.cuh"
-#include "ep/cuda/device/route.cuh"
 #include "ep/cuda/launch.h"
 #include "ep/layout/reduce.h"
 
@@ -11,17 +10,22 @@ namespace nixl::core::ep {
 namespace gpu {
 namespace {
 
-constexpr int kSendThreads = kSenders * 32;
-constexpr int kBatch = 4;  // chunks or rows whose loads are in flight together
-enum Barrier { kAll, kSending };
+constexpr int kControl = kWarps - 1;  // the warp that begins the operation; it has the fewest rows to send
+constexpr int kMaxPer = 7;            // chunks of a piece, in registers
+constexpr int kBatch = 4;             // contributions whose loads are in flight together
+constexpr std::uint32_t kNoWeight = 0xffffffff;  // in a weight's place: this entry is not part of the sum
+__device__ __forceinline__ std::uint32_t weight_bits(float weight) {
+  const std::uint32_t bits = __float_as_uint(weight);
+  return bits == kNoWeight ? 0x7fffffff : bits;  // a NaN stays one
+}
 
 struct Shared {
   Block* block;
   Peer* peers;
-  Routes routes;
-  int* first;   // [experts][ranks] of the caller's rows: where a source's rows of an expert begin
-  int* count;   //                  and how many they are
-  int* starts;  // [experts * ranks + 1] rows to send before such a block
+  int* rank;      // [own tokens][topk] rank of the entry; -1: none
+  int* route;     //                    its message, or its row here; -1: nothing comes
+  float* weight;
+  int* turns;     // of this warp: the lane whose contribution is added at this turn
 };
 
 __device__ Shared carve(const CombineOp& a, std::uint8_t* memory) {
@@ -30,37 +34,34 @@ __device__ Shared carve(const CombineOp& a, std::uint8_t* memory) {
   Shared s;
   s.block = &block;
   s.peers = reinterpret_cast<Peer*>(memory + at.peers);
-  s.first = reinterpret_cast<int*>(memory + at.first);
-  s.count = reinterpret_cast<int*>(memory + at.count);
-  s.starts = reinterpret_cast<int*>(memory + at.starts);
-  s.routes.per_expert = reinterpret_cast<int*>(memory + at.per_expert);
-  s.routes.per_rank = reinterpret_cast<int*>(memory + at.per_rank);
-  s.routes.expert = reinterpret_cast<int*>(memory + at.expert);
-  s.routes.index = reinterpret_cast<int*>(memory + at.index);
-  s.routes.message = reinterpret_cast<int*>(memory + at.message);
+  s.rank = reinterpret_cast<int*>(memory + at.rank);
+  s.route = reinterpret_cast<int*>(memory + at.route);
+  s.weight = reinterpret_cast<float*>(memory + at.weight);
+  s.turns = reinterpret_cast<int*>(memory + at.turns) + threadIdx.x / 32 * 32;
   return s;
+}
+
+// The own tokens of this block: first, first + step, ... Where there are at least twice as many blocks as tokens, `parts` blocks
+// share a token. Tokens are spread over blocks, so that what arrives first gives every block something to add up.
+struct Share {
+  int first, step, part, parts;
+};
+__device__ __forceinline__ Share share_of_tokens(const CombineOp& a) {
+  const unsigned grid = gridDim.x, block = blockIdx.x, n = a.route.num_tokens;
+  const unsigned wanted = (a.shape.chunks + kWarps - 1) / kWarps;
+  if (n == 0 || 2 * n > grid) return {static_cast<int>(block), static_cast<int>(grid), 0, 1};
+  const unsigned most = grid / n, parts = most < wanted ? most : wanted;
+  const unsigned part = block / n;
+  return {static_cast<int>(part < parts ? block - part * n : n), static_cast<int>(n), static_cast<int>(part), static_cast<int>(parts)};
 }
 
 __device__ __forceinline__ uint4 load_row(const CombineOp& a, const std::uint16_t* row, int chunk, int lane) {
   const int channel = chunk * 256 + lane * 8;
   return channel < a.hidden ? __ldcs(reinterpret_cast<const uint4*>(row + channel)) : make_uint4(0, 0, 0, 0);
 }
-// Ranges that the caller's tensors cannot hold count as empty. Threads [from, kThreads).
-__device__ void load_ranges(const CombineOp& a, const Shared& s, int from) {
-  const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) - from; i < a.op.experts * a.op.ranks; i += kThreads - from) {
-    const std::int64_t range = a.layout_range[i];
-    s.first[i] = range_first(range);
-    s.count[i] = range_valid(range, rows, a.route.max_tokens) ? range_count(range) : 0;
-  }
-}
-// The row of (local expert, source, index inside the two); null when dispatch delivered no such row.
-__device__ __forceinline__ const std::uint16_t* find_row(const CombineOp& a, const Shared& s, int expert, int source, int index) {
-  const int block = expert * a.op.ranks + source;
-  if (index < 0 || index >= s.count[block]) return nullptr;
-  const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
-  return a.x + (expert * rows + s.first[block] + index) * a.x_stride;
+__device__ __forceinline__ const std::uint16_t* row_at(const CombineOp& a, int row) {
+  const bool inside = row >= 0 && row < a.op.experts * a.op.ranks * a.route.max_tokens;
+  return inside ? a.x + row * a.x_stride : nullptr;
 }
 
 __device__ __forceinline__ float low_value(std::uint32_t pair) { return float_from_bits(pair << 16); }
@@ -90,224 +91,219 @@ __device__ __forceinline__ uint4 rounded(const float (&sum)[8]) {
   return make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
 }
 
-// Sends the chunks of one piece as they are made; collects the words that tags displace for the tail. One warp.
+// Sends the chunks of one piece as they are made, and after them the words that their tags displaced. One warp.
 template <int kLanes>
 class PieceSender {
   using Line = Lines<kLanes>;
-  static constexpr int kMaxTails = kLanes == 1 ? 5 : 1;
 
  public:
-  __device__ PieceSender(std::uint8_t* to, std::uint32_t tag) : to_(to), tag_(tag) {}
+  __device__ PieceSender(const RowShape& shape, std::uint8_t* to, std::uint32_t tag) : to_(to), tail_(to + shape.per * kChunkBytes), tag_(tag) {}
   __device__ __forceinline__ void send(int chunk, int lane, uint4 v) {
-#pragma unroll
-    for (int t = 0; t < kMaxTails; ++t)
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int i = t * Line::kWords + Line::first_word(lane) + q;
-        const std::uint32_t word = __shfl_sync(~0u, v.w, i % Line::kPerChunk * kLanes + kLanes - 1);
-        if (i / Line::kPerChunk == chunk) tail_[t][q] = word;
-      }
+    if (kLanes == 1) {  // eleven cells take the 32 words
+      uint4 cell;
+      cell.x = __shfl_sync(~0u, v.w, 3 * lane % 32);
+      cell.y = __shfl_sync(~0u, v.w, (3 * lane + 1) % 32);
+      cell.z = __shfl_sync(~0u, v.w, (3 * lane + 2) % 32);
+      cell.w = tag_;
+      if (lane < 11) store_cell(tail_ + (chunk * 11 + lane) * 16, cell);
+    } else {  // lane c carries those of chunk c
+      const std::uint32_t words[4] = {__shfl_sync(~0u, v.w, 7), __shfl_sync(~0u, v.w, 15), __shfl_sync(~0u, v.w, 23), __shfl_sync(~0u, v.w, 31)};
+      if (lane == chunk) displaced_ = make_uint4(words[0], words[1], words[2], words[3]);
+    }
     Line::store(to_ + chunk * kChunkBytes, lane, v, tag_);
   }
-  __device__ __forceinline__ void finish(const RowShape& shape, int lane) {
-#pragma unroll
-    for (int t = 0; t < kMaxTails; ++t)
-      if (t < shape.tails)
-        Line::store(to_ + (shape.per + t) * kChunkBytes, lane, make_uint4(tail_[t][0], tail_[t][1], tail_[t][2], tail_[t][3]), tag_);
+  __device__ __forceinline__ void finish(int lane) {
+    if (kLanes != 1) Line::store(tail_, lane, displaced_, tag_, 1);
   }
 
  private:
   std::uint8_t* to_;
+  std::uint8_t* tail_;
   std::uint32_t tag_;
-  std::uint32_t tail_[kMaxTails][4] = {};
+  uint4 displaced_ = {};
 };
 
-// Chunks [first, first + kBatch) of a row, as far as they are below `end`; zeros for a missing row.
-struct Batch {
-  uint4 chunk[kBatch];
-  __device__ __forceinline__ void load(const CombineOp& a, const std::uint16_t* row, int first, int end, int lane) {
+// The chunks of a piece of a row as they lie in the caller's memory; zeros for a missing row.
+struct Piece {
+  uint4 chunk[kMaxPer];
+  __device__ __forceinline__ void load(const CombineOp& a, const std::uint16_t* row, int first, int chunks, int lane) {
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u)
-      chunk[u] = row && first + u < end ? load_row(a, row, first + u, lane) : make_uint4(0, 0, 0, 0);
+    for (int u = 0; u < kMaxPer; ++u)
+      if (u < chunks) chunk[u] = row ? load_row(a, row, first + u, lane) : make_uint4(0, 0, 0, 0);
   }
 };
 
-// A piece of one row as it is; `head` is its first batch.
-template <int kLanes>
-__device__ __forceinline__ void send_row(const CombineOp& a, const std::uint16_t* row, Batch head, int piece, std::uint8_t* to, std::uint32_t tag) {
-  const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
-  PieceSender<kLanes> out(to + piece * a.shape.piece_bytes, tag);
-#pragma unroll 1
-  for (int c = 0; c < chunks; c += kBatch) {
-    Batch next;
-    if (c + kBatch < chunks) next.load(a, row, first + c + kBatch, first + chunks, lane);
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u)
-      if (c + u < chunks) out.send(c + u, lane, head.chunk[u]);
-    head = next;
-  }
-  out.finish(a.shape, lane);
+// A message that rows go back to, as dispatch recorded it: lane e has row and place of entry e.
+struct Message {
+  int token, entries;
+  int place;
+  const std::uint16_t* row;
+};
+__device__ __forceinline__ Message load_message(const CombineOp& a, int rank, int number, int lane) {
+  const auto* at = reinterpret_cast<const int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, number));
+  const int2 head = __ldg(at);
+  const int2 entry = lane < a.route.topk ? __ldg(at + 1 + lane) : make_int2(-1, 0);
+  Message m;
+  m.token = head.x >= 0 && head.x < a.route.max_tokens ? head.x : 0;
+  m.entries = head.y < a.route.topk ? head.y : a.route.topk;
+  m.place = entry.y & 31;
+  m.row = lane < m.entries ? row_at(a, entry.x) : nullptr;
+  return m;
 }
 
-// A piece of the weighed sum of a token's rows held here. The lanes of `held` have row and weight of an entry each, in order
-// of places.
-template <int kLanes>
-__device__ __forceinline__ void send_sum(const CombineOp& a, const std::uint16_t* row, float weight, unsigned held, int piece, std::uint8_t* to,
-                         std::uint32_t tag) {
-  const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
-  PieceSender<kLanes> out(to + piece * a.shape.piece_bytes, tag);
-  const auto address = reinterpret_cast<unsigned long long>(row);
-#pragma unroll 1
-  for (int c = 0; c < chunks; c += kBatch) {
-    float sum[kBatch][8] = {};
-#pragma unroll 1
-    for (unsigned left = held; left; left &= left - 1) {  // two entries at a time, their loads together
-      const int e = __ffs(left) - 1;
-      left &= left - 1;
-      const int f = left ? __ffs(left) - 1 : e;
-      Batch one, two;
-      one.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first + c, first + chunks, lane);
-      if (f != e) two.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, f)), first + c, first + chunks, lane);
-      const float w = __shfl_sync(~0u, weight, e), v = __shfl_sync(~0u, weight, f);
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) add_weighted(sum[u], w, one.chunk[u]);
-      if (f == e) break;
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) add_weighted(sum[u], v, two.chunk[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u)
-      if (c + u < chunks) out.send(c + u, lane, rounded(sum[u]));
-  }
-  out.finish(a.shape, lane);
+// Where a row that is not summed goes: in the sender's slot while rows of all entries fit there, else to an area that all
+// senders share, by the parity of the owner's operation.
+__device__ __forceinline__ std::uint8_t* row_in_slot(const CombineOp& a, std::uint8_t* slot, int message, int entry) {
+  return slot + (std::int64_t{message} * a.route.topk + entry) * a.shape.row_bytes;
 }
-
-__device__ __forceinline__ std::uint8_t* exact_row(const CombineOp& a, std::uint8_t* areas, std::uint32_t parity, int token, int place) {
+__device__ __forceinline__ std::uint8_t* row_by_place(const CombineOp& a, std::uint8_t* areas, std::uint32_t parity, int token, int place) {
   return areas + a.op.layout.exact_of(parity) + (std::int64_t{token} * a.route.topk + place) * a.shape.row_bytes;
 }
 
-// Entry cells of this block's tokens: for every message to a rank {expert | place << 13 | entries << 18, index, weight or
-// token, tag}, topk cells apart. A message whose entries were all cut off is one cell without entries. The sending warps.
-__device__ void send_entries(const CombineOp& a, const Shared& s) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
+// Rows as they are: entries `first_entry`, first_entry + a.split, ...; `rows` holds the first one's piece.
+template <int kLanes>
+__device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, const Message& m, int number, Piece& rows, int piece, int first_entry) {
+  const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
+  const auto address = reinterpret_cast<unsigned long long>(m.row);
 #pragma unroll 1
-  for (int token = s.block->first_token + warp; token < s.block->end_token; token += kSenders) {
-    const std::int64_t at = std::int64_t{token} * topk + lane;
-    const int local = (token - s.block->first_token) * topk;
-    const int id = lane < topk ? s.routes.expert[local + lane] : -1;
-    const bool inside = id >= 0;
-    const int rank = inside ? rank_of_expert(a.op, id) : -1 - lane;
-    const int index = inside ? s.routes.index[local + lane] : -1;
-    const unsigned same = __match_any_sync(~0u, rank), here = same & __ballot_sync(~0u, index >= 0);
-    const unsigned before = (1u << lane) - 1;
-    const bool sends = inside && (index >= 0 || (here == 0 && !(same & before)));
-    if (!sends || rank == a.op.rank || !s.peers[rank].active) continue;
-    const int message = s.routes.message[local + __ffs(same) - 1];
-    const std::uint32_t what = (id - rank * a.op.experts) | lane << 13 | __popc(here) << 18;
-    store_cell(s.peers[rank].remote + a.entries + (std::int64_t{message} * topk + __popc(here & before)) * 16,
-               make_uint4(what, index, a.partials ? bits_of(a.weights[at]) : token, s.peers[rank].tag_out));
+  for (int e = first_entry; e < m.entries; e += a.split) {
+    const int place = __shfl_sync(~0u, m.place, e);
+    std::uint8_t* to = a.rows == Rows::kInSlot ? row_in_slot(a, peer.remote, number, e) : row_by_place(a, peer.exact, peer.parity, m.token, place);
+    PieceSender<kLanes> out(a.shape, to + piece * a.shape.piece_bytes, peer.tag_out);
+    if (e != first_entry) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first, chunks, lane);
+#pragma unroll
+    for (int u = 0; u < kMaxPer; ++u)
+      if (u < chunks) out.send(u, lane, rows.chunk[u]);
+    out.finish(lane);
   }
 }
 
-// One message of a source: waits for its entries, sends the piece of its sum or of each of its rows. One warp.
-template <int kLanes>
-__device__ void serve_message(const CombineOp& a, const Shared& s, int rank, int message, int piece) {
-  const int lane = threadIdx.x % 32, topk = a.route.topk;
+// The weight of each lane's entry: from dispatch, or from the owner, who sends those of all places of the token. False when they
+// do not come.
+__device__ __forceinline__ bool await_weights(const CombineOp& a, const Shared& s, int rank, const Message& m, std::uint32_t* weight) {
+  const int lane = threadIdx.x % 32, cells = (a.route.topk + 2) / 3;
+  if (a.row_weights) {
+    const auto row = m.row ? (m.row - a.x) / a.x_stride : 0;
+    *weight = m.row ? weight_bits(__ldg(a.row_weights + row)) : kNoWeight;
+    return true;
+  }
   Peer& peer = s.peers[rank];
-  const std::uint8_t* cells = peer.local + a.entries + std::int64_t{message} * topk * 16;
-  uint4 cell;
-  int entries;
+  const std::uint8_t* at = peer.local + a.entries + (std::int64_t{m.token} * cells + lane) * 16;
+  uint4 cell = make_uint4(0, 0, 0, 0);
   Patience patience;
 #pragma unroll 1
   for (;;) {
-    cell = lane < topk ? load_cell(cells + lane * 16) : make_uint4(0, 0, 0, 0);
-    const bool first = __shfl_sync(~0u, cell.w, 0) == peer.tag_in;
-    entries = static_cast<int>(__shfl_sync(~0u, cell.x, 0) >> 18);
-    if (__all_sync(~0u, first && (lane >= entries || cell.w == peer.tag_in))) break;
+    if (lane < cells) cell = load_cell(at);
+    if (__all_sync(~0u, lane >= cells || cell.w == peer.tag_in)) break;
     if (!warp_patient(a.op, *s.block, rank, patience)) {
       if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
-      return;
+      return false;
     }
   }
-  const std::uint16_t* row = nullptr;
-  if (lane < entries && static_cast<int>(cell.x & 8191) < a.op.experts) row = find_row(a, s, cell.x & 8191, rank, cell.y);
-  if (a.partials) {
-    send_sum<kLanes>(a, row, float_from_bits(cell.z), __ballot_sync(~0u, row != nullptr), piece, peer.remote + std::int64_t{message} * a.shape.row_bytes, peer.tag_out);
-    return;
-  }
-  const auto address = reinterpret_cast<unsigned long long>(row);
-#pragma unroll 1
-  for (int e = 0; e < entries; ++e) {
-    const int token = __shfl_sync(~0u, cell.z, e), place = __shfl_sync(~0u, cell.x, e) >> 13 & 31;
-    const auto* from = reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e));
-    Batch head;
-    head.load(a, from, piece * a.shape.per, piece * a.shape.per + a.shape.chunks_of(piece), lane);
-    send_row<kLanes>(a, from, head, piece, exact_row(a, peer.exact, peer.parity, token, place), peer.tag_out);
-  }
-}
-template <int kLanes>
-__device__ void serve_messages(const CombineOp& a, const Shared& s) {
-  const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces;
-  const unsigned items = static_cast<unsigned>(s.block->most_messages) * others * pieces;
-#pragma unroll 1
-  for (unsigned item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += kWarps * gridDim.x) {
-    const unsigned in_turn = item / pieces;
-    const int piece = static_cast<int>(item - in_turn * pieces);
-    const int message = static_cast<int>(in_turn / others);
-    int rank = a.op.rank + 1 + static_cast<int>(in_turn - message * others);
-    if (rank >= a.op.ranks) rank -= a.op.ranks;
-    if (s.peers[rank].active && message < s.peers[rank].messages) serve_message<kLanes>(a, s, rank, message, piece);
-  }
+  const unsigned from = static_cast<unsigned>(m.place) / 3, which = m.place - 3 * from;
+  const std::uint32_t x = __shfl_sync(~0u, cell.x, from), y = __shfl_sync(~0u, cell.y, from), z = __shfl_sync(~0u, cell.z, from);
+  *weight = !m.row ? kNoWeight : which == 0 ? x : which == 1 ? y : z;
+  return true;
 }
 
-// Rows whose places are known go out at once, each to its (token, place). All warps. Where: by the parity of the owner's
-// operation, which follows from its last header; right after it joined, from its header of this operation.
+// A piece of the weighed sum of a message's rows, in order of places; `rows` holds the first row's.
 template <int kLanes>
-__device__ void send_rows(const CombineOp& a, const Shared& s) {
-  const Op& op = a.op;
-  const int lane = threadIdx.x % 32, blocks = op.experts * op.ranks;
-  const std::int64_t rows = std::int64_t{op.ranks} * a.route.max_tokens;
-  if (threadIdx.x < 32) {
+__device__ __forceinline__ void send_sum(const CombineOp& a, const Shared& s, int rank, const Message& m, int number, Piece& rows, int piece) {
+  const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
+  std::uint32_t weight;
+  if (!await_weights(a, s, rank, m, &weight)) return;
+  const Peer& peer = s.peers[rank];
+  const auto address = reinterpret_cast<unsigned long long>(m.row);
+  float sum[kMaxPer][8] = {};
 #pragma unroll 1
-    for (int rank = lane; rank < op.ranks; rank += 32)
-      if (s.peers[rank].active && rank != op.rank && s.peers[rank].parity == kUnknownParity)
-        await_header(op, *s.block, s.peers[rank], rank, nullptr);
-    __syncwarp();
-    int sum = 0;
-#pragma unroll 1
-    for (int begin = 0; begin < blocks; begin += 32) {
-      const int block = begin + lane, rank = block % op.ranks;
-      const int own = block < blocks && rank != op.rank && s.peers[rank].active ? s.count[block] : 0;
-      int up_to = own;
+  for (int e = 0; e < m.entries; ++e) {
+    const std::uint32_t bits = __shfl_sync(~0u, weight, e);
+    if (e > 0) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first, chunks, lane);
+    if (bits == kNoWeight) continue;
 #pragma unroll
-      for (int step = 1; step < 32; step <<= 1) {
-        const int other = __shfl_up_sync(~0u, up_to, step);
-        if (lane >= step) up_to += other;
-      }
-      if (block < blocks) s.starts[block] = sum + up_to - own;
-      sum += __shfl_sync(~0u, up_to, 31);
-    }
-    if (lane == 0) s.starts[blocks] = sum;
+    for (int u = 0; u < kMaxPer; ++u)
+      if (u < chunks) add_weighted(sum[u], __uint_as_float(bits), rows.chunk[u]);
   }
-  __syncthreads();
-  const unsigned pieces = a.shape.pieces, items = static_cast<unsigned>(s.starts[blocks]) * pieces;
+  PieceSender<kLanes> out(a.shape, peer.remote + std::int64_t{number} * a.shape.row_bytes + piece * a.shape.piece_bytes, peer.tag_out);
+#pragma unroll
+  for (int u = 0; u < kMaxPer; ++u)
+    if (u < chunks) out.send(u, lane, rounded(sum[u]));
+  out.finish(lane);
+}
+
+// Item `item` of the grid is (message, source, piece, share of the entries), sources in turn.
+struct Item {
+  int rank, number, piece, entry;
+  bool exists;
+  Message message;
+  Piece rows;
+  __device__ __forceinline__ void load(const CombineOp& a, unsigned item) {
+    const int lane = threadIdx.x % 32;
+    const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces;
+    entry = static_cast<int>(item % a.split);
+    item /= a.split;
+    const unsigned in_turn = item / pieces;
+    piece = static_cast<int>(item - in_turn * pieces);
+    number = static_cast<int>(others == 1 ? in_turn : in_turn / others);
+    rank = a.op.rank + 1 + static_cast<int>(in_turn - number * others);
+    if (rank >= a.op.ranks) rank -= a.op.ranks;
+    const int count = __ldg(reinterpret_cast<const int*>(a.records + a.record.counts) + rank);
+    message = load_message(a, rank, number, lane);
+    exists = number < count && message.entries > entry;
+    if (exists) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(message.row), entry)),
+                          piece * a.shape.per, a.shape.chunks_of(piece), lane);
+  }
+};
+template <int kLanes, bool kSummed>
+__device__ __forceinline__ void serve(const CombineOp& a, const Shared& s, Item& item) {
+  if (!item.exists || !s.peers[item.rank].active) return;
+  if (kSummed)
+    send_sum<kLanes>(a, s, item.rank, item.message, item.number, item.rows, item.piece);
+  else
+    send_rows<kLanes>(a, s.peers[item.rank], item.message, item.number, item.rows, item.piece, item.entry);
+}
+// The most messages of any source, as far as they were kept.
+__device__ __forceinline__ int most_messages(const CombineOp& a) {
+  const int lane = threadIdx.x % 32;
+  int most = 0;
 #pragma unroll 1
-  for (unsigned item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += kWarps * gridDim.x) {
-    const int ordinal = static_cast<int>(item / pieces), piece = static_cast<int>(item - ordinal * pieces);
-    int low = 0, high = blocks;  // the last block that starts at or before `ordinal`
+  for (int rank = lane; rank < a.op.ranks; rank += 32) {
+    const int count = rank == a.op.rank ? 0 : __ldg(reinterpret_cast<const int*>(a.records + a.record.counts) + rank);
+    most = count > most ? count : most;
+  }
+  most = __reduce_max_sync(~0u, most);
+  return most < a.route.max_tokens ? most : a.route.max_tokens;
+}
+
+// Entry i of an own token: its rank, where its row comes from, its weight.
+__device__ __forceinline__ void load_entry(const CombineOp& a, const Shared& s, int token, int place, int at) {
+  const std::int64_t entry = std::int64_t{token} * a.route.topk + place;
+  const bool wide = a.route.index_bytes == 8;
+  const int* words = static_cast<const int*>(a.route.topk_idx) + (wide ? 2 * entry : entry);
+  const int low = __ldg(words), high = wide ? __ldg(words + 1) : low >> 31;
+  const bool inside = high == 0 && low >= 0 && low < a.op.ranks * a.op.experts;
+  s.rank[at] = inside ? rank_of_expert(a.op, low) : -1;
+  s.route[at] = __ldg(reinterpret_cast<const int*>(a.records + a.record.routes) + entry);
+  s.weight[at] = a.weights[entry];
+}
+// The weights of this block's tokens to the ranks that hold their rows. One warp.
+__device__ void send_weights(const CombineOp& a, const Shared& s, Share share) {
+  const int lane = threadIdx.x % 32, topk = a.route.topk, cells = (topk + 2) / 3;
 #pragma unroll 1
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (s.starts[middle] <= ordinal ? low : high) = middle;
+  for (int token = share.first, slot = 0; token < a.route.num_tokens; token += share.step, ++slot) {
+    const int at = slot * topk + lane;
+    const int rank = lane < topk ? s.rank[at] : -1;
+    const bool remote = rank >= 0 && rank != a.op.rank && s.route[at] >= 0 && s.peers[rank].active;
+    const std::uint32_t weight = rank >= 0 ? weight_bits(s.weight[at]) : kNoWeight;
+    const int from = 3 * lane;
+    const uint4 cell = make_uint4(__shfl_sync(~0u, weight, from % 32), __shfl_sync(~0u, weight, (from + 1) % 32), __shfl_sync(~0u, weight, (from + 2) % 32), 0);
+    const unsigned same = __match_any_sync(~0u, remote ? rank : -1 - lane);
+    unsigned left = __ballot_sync(~0u, remote && !(same & ((1u << lane) - 1)));
+#pragma unroll 1
+    for (; left; left &= left - 1) {
+      const Peer& peer = s.peers[__shfl_sync(~0u, rank, __ffs(left) - 1)];
+      if (lane < cells) store_cell(peer.remote + a.entries + (std::int64_t{token} * cells + lane) * 16, make_uint4(cell.x, cell.y, cell.z, peer.tag_out));
     }
-    const int expert = low / op.ranks, rank = low % op.ranks;
-    const std::int64_t at = expert * rows + s.first[low] + ordinal - s.starts[low];
-    const std::uint16_t* row = a.x + at * a.x_stride;
-    Batch head;
-    head.load(a, row, piece * a.shape.per, piece * a.shape.per + a.shape.chunks_of(piece), lane);
-    const int token = a.src_info[at], place = a.places[at];
-    if (token < 0 || token >= a.route.max_tokens || place >= a.route.topk) continue;
-    send_row<kLanes>(a, row, head, piece, exact_row(a, s.peers[rank].exact, s.peers[rank].parity, token, place), s.peers[rank].tag_out);
   }
 }
 
@@ -316,135 +312,116 @@ template <int kLanes>
 struct Arriving {
   using Line = Lines<kLanes>;
   uint4 data, tail;
-  __device__ __forceinline__ void load(const RowShape& shape, const std::uint8_t* row, int chunk, int lane) {
-    const std::uint8_t* piece = row + chunk / shape.per * shape.piece_bytes;
-    const int c = chunk % shape.per;
-    data = Line::load(piece + c * kChunkBytes, lane);
-    if (kLanes == 1) {
-      const int word = c * 32 + lane;
-      tail = load_cell(piece + (shape.per + word / Line::kWords) * kChunkBytes + word % Line::kWords / 3 * 16);
-    } else {
-      tail = Line::load(piece + shape.per * kChunkBytes, lane);
-    }
+  // `data_at`, `tail_at`: offsets inside the row of the chunk and of what this lane reads of its tail.
+  __device__ __forceinline__ void load(const std::uint8_t* row, int data_at, int tail_at, int lane) {
+    data = Line::load(row + data_at, lane);
+    tail = kLanes == 1 ? load_cell(row + tail_at) : load_line(row + tail_at);
   }
   __device__ __forceinline__ bool fresh(int lane, std::uint32_t tag) const {
-    return Line::fresh(data, lane, tag) && (kLanes == 1 ? tail.w == tag : Line::fresh(tail, lane, tag));
+    return Line::fresh(data, lane, tag) && (!Line::holds_tag(lane) || tail.w == tag);
   }
-  __device__ __forceinline__ uint4 value(const RowShape& shape, int chunk, int lane) const {
-    const int word = chunk % shape.per * Line::kPerChunk + lane / kLanes;
-    const int in_line = word % Line::kLineWords;
-    std::uint32_t w[4] = {tail.x, tail.y, tail.z, tail.w};
-    if (kLanes != 1) {
-      const int from = word / Line::kLineWords * kLanes + in_line / 4;
-#pragma unroll
-      for (int q = 0; q < 4; ++q) w[q] = __shfl_sync(~0u, w[q], from);
-    }
-    const int q = kLanes == 1 ? word % Line::kWords % 3 : in_line % 4;
+  __device__ __forceinline__ uint4 value(int c, int lane) const {
+    const int q = kLanes == 1 ? lane % 3 : lane / 8;
+    std::uint32_t word = q == 0 ? tail.x : q == 1 ? tail.y : q == 2 ? tail.z : tail.w;
+    if (kLanes != 1) word = __shfl_sync(~0u, word, lane / 8 * 8 + c);
     uint4 v = data;
-    if (Line::holds_tag(lane)) v.w = q == 0 ? w[0] : q == 1 ? w[1] : q == 2 ? w[2] : w[3];
+    if (Line::holds_tag(lane)) v.w = word;
     return v;
   }
 };
 
 // What a token's sum is made of: lane p of the warp holds the p-th contribution in the order of summation.
 struct Contribution {
-  unsigned long long from = 0;  // a row of lines, or a plain row of our own
-  float weight = 0;
-  int rank = -1;
-  bool lines = false;    // else plain
-  bool partial = false;  // a rank's sum, not to be weighed
-  bool last = false;     // of its rank
+  unsigned long long from;  // a row of lines, or a plain row of our own
+  float weight;
+  int rank;
+  int kind;  // bits below
 };
-__device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int token, int* count) {
+constexpr int kLast = 1;     // of its rank
+constexpr int kPartial = 2;  // a rank's sum, not to be weighed
+constexpr int kLines = 4;    // else plain
+constexpr int kNothing = 8;
+template <bool kSummed>
+__device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int token, int slot, int* count) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
-  const int local = (token - s.block->first_token) * topk + lane;
-  const int id = lane < topk ? s.routes.expert[local] : -1;
-  const int index = lane < topk ? s.routes.index[local] : -1;
-  const bool inside = id >= 0;
-  const int rank = inside ? rank_of_expert(a.op, id) : -1;
-  Contribution own;
-  own.rank = rank;
-  bool valid = inside && index >= 0 && s.peers[rank].active;
-  // The sum of a rank's rows comes once; its message is numbered at the first entry for that rank.
-  const int message = inside ? s.routes.message[local] : -1;
+  const int at = slot * topk + lane;
+  const int rank = lane < topk ? s.rank[at] : -1;
+  const int route = rank >= 0 ? s.route[at] : -1;
+  const bool own = rank == a.op.rank;
+  bool valid = route >= 0 && s.peers[rank].active;
+  const unsigned same = __match_any_sync(~0u, valid ? rank : -1 - lane);
+  const unsigned before = same & ((1u << lane) - 1);
+  Contribution c{0, 0, rank, same >> lane == 1 ? kLast : 0};
   if (valid) {
-    own.weight = a.weights[std::int64_t{token} * topk + lane];
-    if (rank == a.op.rank) {
-      const auto* row = find_row(a, s, id - rank * a.op.experts, rank, index);
-      own.from = reinterpret_cast<unsigned long long>(row);
-      valid = row != nullptr;
-    } else if (a.partials) {
-      own.lines = own.partial = true;
-      own.from = reinterpret_cast<unsigned long long>(s.peers[rank].local + std::int64_t{message} * a.shape.row_bytes);
+    c.weight = s.weight[at];
+    if (own) {
+      c.from = reinterpret_cast<unsigned long long>(row_at(a, route));
     } else {
-      own.lines = true;
-      own.from = reinterpret_cast<unsigned long long>(exact_row(a, a.op.data, s.block->number & 1, token, lane));
+      const Peer& peer = s.peers[rank];
+      c.kind |= kLines;
+      if (kSummed) {
+        c.kind |= kPartial;
+        c.from = reinterpret_cast<unsigned long long>(peer.local + std::int64_t{route} * a.shape.row_bytes);
+        valid = before == 0;
+      } else {
+        c.from = reinterpret_cast<unsigned long long>(a.rows == Rows::kInSlot ? row_in_slot(a, const_cast<std::uint8_t*>(peer.local), route, __popc(before))
+                                                                             : row_by_place(a, a.op.data, s.block->number & 1, token, lane));
+      }
     }
-  }
-  if (a.partials && inside && rank != a.op.rank) valid = message >= 0 && s.peers[rank].active;
-  if (valid && own.from == 0) {  // the first entry of a message may itself have been cut off (more rows than fit)
-    own.lines = own.partial = true;
-    own.from = reinterpret_cast<unsigned long long>(s.peers[rank].local + std::int64_t{message} * a.shape.row_bytes);
+    valid = valid && c.from != 0;
   }
   const unsigned all = __ballot_sync(~0u, valid);
-  int place = 0;
-  bool last = true;
-#pragma unroll 1
-  for (unsigned left = all; left; left &= left - 1) {
-    const int other = __ffs(left) - 1;
-    const int other_rank = __shfl_sync(~0u, rank, other);
-    place += a.exact ? other < lane : other_rank < rank || (other_rank == rank && other < lane);
-    last = last && !(other_rank == rank && other > lane);
-  }
-  own.last = last;
-  // Hands every contribution to the lane of its turn.
-  Contribution mine;
   *count = __popc(all);
+  int turn = __popc(all & ((1u << lane) - 1));
+  if (!a.exact) {  // by rank, then place
+    turn = 0;
 #pragma unroll 1
-  for (int turn = 0; turn < *count; ++turn) {
-    const int holder = __ffs(__ballot_sync(~0u, valid && place == turn)) - 1;
-    const auto from = __shfl_sync(~0u, own.from, holder);
-    const float weight = __shfl_sync(~0u, own.weight, holder);
-    const int bits = __shfl_sync(~0u, own.rank << 3 | own.lines << 2 | own.partial << 1 | static_cast<int>(own.last), holder);
-    if (lane != turn) continue;
-    mine.from = from;
-    mine.weight = weight;
-    mine.rank = bits >> 3;
-    mine.lines = bits >> 2 & 1;
-    mine.partial = bits >> 1 & 1;
-    mine.last = bits & 1;
+    for (unsigned left = all; left; left &= left - 1) {
+      const int other = __ffs(left) - 1, other_rank = __shfl_sync(~0u, rank, other);
+      turn += other_rank < rank || (other_rank == rank && other < lane);
+    }
   }
-  return mine;
+  __syncwarp();
+  if (valid) s.turns[turn] = lane;
+  __syncwarp();
+  const int holder = lane < *count ? s.turns[lane] : 0;
+  c.from = __shfl_sync(~0u, c.from, holder);
+  c.weight = __shfl_sync(~0u, c.weight, holder);
+  c.rank = __shfl_sync(~0u, c.rank, holder);
+  c.kind = __shfl_sync(~0u, c.kind, holder);
+  if (lane >= *count) c.kind = kNothing;
+  return c;
 }
 
 // Adds up chunks of one token, one warp: chunk = first, first + step, ...
-template <int kLanes>
-__device__ void sum_token(const CombineOp& a, const Shared& s, int token, int first, int step) {
+template <int kLanes, bool kSummed>
+__device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, int token, int slot, int first, int step) {
   const int lane = threadIdx.x % 32;
+  if (first >= a.shape.chunks) return;
   int count;
-  const Contribution turn = contribution_of(a, s, token, &count);
-  const int bits = turn.lines << 2 | turn.partial << 1 | static_cast<int>(turn.last);
+  const Contribution turn = contribution_of<kSummed>(a, s, token, slot, &count);
 #pragma unroll 1
   for (int chunk = first; chunk < a.shape.chunks; chunk += step) {
+    const int piece = static_cast<unsigned>(chunk) / static_cast<unsigned>(a.shape.per), c = chunk - piece * a.shape.per;
+    const int data_at = piece * a.shape.piece_bytes + c * kChunkBytes;
+    const int tail_at = piece * a.shape.piece_bytes + a.shape.per * kChunkBytes + (kLanes == 1 ? (c * 11 + lane / 3) * 16 : lane % 8 * 16);
     float total[8] = {}, group[8] = {};
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kBatch) {
       Arriving<kLanes> in[kBatch];
-      const std::uint8_t* from[kBatch];
-      int what[kBatch];
       unsigned missing = 0;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        from[u] = reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, turn.from, (begin + u) % 32));
-        what[u] = begin + u < count ? __shfl_sync(~0u, bits, begin + u) : 8;
-        if (what[u] & 8) continue;
-        if (what[u] & 4) {
-          in[u].load(a.shape, from[u], chunk, lane);
+        if (begin + u >= count) continue;
+        const auto* from = reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, turn.from, begin + u));
+        if (__shfl_sync(~0u, turn.kind, begin + u) & kLines) {
+          in[u].load(from, data_at, tail_at, lane);
           missing |= 1u << u;
         } else {
-          in[u].data = load_row(a, reinterpret_cast<const std::uint16_t*>(from[u]), chunk, lane);
+          in[u].data = load_row(a, reinterpret_cast<const std::uint16_t*>(from), chunk, lane);
         }
       }
+      unsigned lost = 0;
       Patience patience;
 #pragma unroll 1
       while (missing) {
@@ -459,22 +436,22 @@ __device__ void sum_token(const CombineOp& a, const Shared& s, int token, int fi
           if (!warp_patient(a.op, *s.block, rank, patience)) {
             if (lane == 0) fail_peer(a.op, *s.block, s.peers[rank], rank);
             missing &= ~(1u << u);
-            what[u] = 8;
+            lost |= 1u << u;
             continue;
           }
-          in[u].load(a.shape, from[u], chunk, lane);
+          in[u].load(reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, turn.from, begin + u)), data_at, tail_at, lane);
         }
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        if (what[u] & 8) continue;
-        const float weight = __shfl_sync(~0u, turn.weight, (begin + u) % 32);
-        const uint4 v = what[u] & 4 ? in[u].value(a.shape, chunk, lane) : in[u].data;
-        if (what[u] & 2)
+        if (begin + u >= count || (lost >> u & 1)) continue;
+        const int kind = __shfl_sync(~0u, turn.kind, begin + u);
+        const uint4 v = kind & kLines ? in[u].value(c, lane) : in[u].data;
+        if (kSummed && (kind & kPartial))
           add_plain(total, v);
         else
-          add_weighted(group, weight, v);
-        if (!a.exact && (what[u] & 3) == 1) {
+          add_weighted(group, __shfl_sync(~0u, turn.weight, begin + u), v);
+        if (!a.exact && (kind & (kPartial | kLast)) == kLast) {
           add_plain(total, rounded(group));
 #pragma unroll
           for (float& value : group) value = 0;
@@ -488,89 +465,105 @@ __device__ void sum_token(const CombineOp& a, const Shared& s, int token, int fi
 }
 
 // One block adds everything up again without the ranks that failed.
-template <int kLanes>
+template <int kLanes, bool kSummed>
 __device__ __noinline__ void repair(const CombineOp& a, Shared& s) {
-  const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
-  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, s.routes, 0, kSendThreads, kSending);
+  const int topk = a.route.topk, span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
 #pragma unroll 1
-  for (int token = 0; token < a.route.num_tokens; token += span) {
-    const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      s.block->first_token = token;
-      s.block->end_token = end;
-    }
-    if (threadIdx.x < 32) count_own(a.op, a.route, s.routes, token, end, nullptr);
+  for (int base = 0; base < a.route.num_tokens; base += span) {
+    const int tokens = base + span < a.route.num_tokens ? span : a.route.num_tokens - base;
     __syncthreads();
 #pragma unroll 1
-    for (int t = token; t < end; ++t) sum_token<kLanes>(a, s, t, threadIdx.x / 32, kWarps);
+    for (int i = threadIdx.x; i < tokens * topk; i += kThreads) load_entry(a, s, base + i / topk, i % topk, i);
+    __syncthreads();
+#pragma unroll 1
+    for (int slot = 0; slot < tokens; ++slot) sum_token<kLanes, kSummed>(a, s, base + slot, slot, threadIdx.x / 32, kWarps);
   }
 }
 
-// Headers of all sources, and the most messages any of them sent. One warp.
+// The header of every source: that it is there, and how long it took. One warp.
 __device__ void await_headers(const CombineOp& a, const Shared& s) {
-  const int lane = threadIdx.x % 32;
-  int most = 0;
 #pragma unroll 1
-  for (int rank = lane; rank < a.op.ranks; rank += 32) {
-    if (!s.peers[rank].active || rank == a.op.rank) continue;
-    await_header(a.op, *s.block, s.peers[rank], rank, a.wait_cost);
-    most = most > s.peers[rank].messages ? most : s.peers[rank].messages;
-  }
-  most = __reduce_max_sync(~0u, most);
-  if (lane == 0) s.block->most_messages = most < a.route.max_tokens ? most : a.route.max_tokens;
+  for (int rank = threadIdx.x % 32; rank < a.op.ranks; rank += 32)
+    if (s.peers[rank].active && rank != a.op.rank) await_header(a.op, *s.block, s.peers[rank], rank, a.wait_cost);
+  __syncwarp();
+}
+
+// Begins the operation, and what only one warp does: headers, weights, and where rows of unsummed sources go.
+__device__ __forceinline__ void control(const CombineOp& a, const Shared& s) {
+  const Op& op = a.op;
+  const int lane = threadIdx.x % 32;
+  begin_operation(op, *s.block, s.peers, a.rows == Rows::kByPlace);
+  __syncwarp();
+  if (!(op.parts & kSends)) return;
+  if (blockIdx.x == gridDim.x - 1)
+#pragma unroll 1
+    for (int rank = lane; rank < op.ranks; rank += 32)
+      if (s.peers[rank].active && rank != op.rank) send_header(op, *s.block, s.peers[rank], 0);
+  if (a.rows != Rows::kByPlace) return;
+#pragma unroll 1
+  for (int rank = lane; rank < op.ranks; rank += 32)
+    if (s.peers[rank].active && rank != op.rank && s.peers[rank].parity == kUnknownParity) await_header(op, *s.block, s.peers[rank], rank, nullptr);
 }
 
 }  // namespace
 }  // namespace gpu
 
-template <int kLanes>
+template <int kLanes, bool kSummed>
 __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constant__ gpu::CombineOp a) {
   using namespace gpu;
   extern __shared__ __align__(128) std::uint8_t memory[];
   Shared s = carve(a, memory);
-  wait_for_predecessor();
-  const int warp = threadIdx.x / 32;
+  const Share share = share_of_tokens(a);
+  const int warp = threadIdx.x / 32, topk = a.route.topk;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  const Share share = share_of_tokens(a.route.num_tokens, (a.shape.chunks + kWarps - 1) / kWarps);
-  const int begin = share.begin, end = share.end;
-  if (warp < kSenders) {
-    count_before(a.op, a.route, s.routes, begin, kSendThreads, kSending);
-    if (warp == 0) count_own(a.op, a.route, s.routes, begin, end, nullptr);
-  } else if (warp == kSenders) {
-    if (threadIdx.x % 32 == 0) {
-      s.block->first_token = begin;
-      s.block->end_token = end;
-    }
-    begin_operation(a.op, *s.block, s.peers, a.places != nullptr);
+  wait_for_predecessor();
+  Item item;
+  unsigned next = blockIdx.x + warp * gridDim.x, items = 0;
+  item.exists = false;
+  if (warp == kControl) {
+    control(a, s);
   } else {
-    load_ranges(a, s, kSendThreads + 32);
+    const int tokens = share.first < a.route.num_tokens ? (a.route.num_tokens - share.first + share.step - 1) / share.step : 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tokens * topk; i += kThreads - 32) {
+      const unsigned slot = static_cast<unsigned>(i) / static_cast<unsigned>(topk);
+      load_entry(a, s, share.first + static_cast<int>(slot) * share.step, i - static_cast<int>(slot) * topk, i);
+    }
+  }
+  if (sends) {
+    items = static_cast<unsigned>(most_messages(a)) * (a.op.ranks - 1) * a.shape.pieces * a.split;
+    if (next < items) item.load(a, next);
   }
   __syncthreads();
-  if (sends && warp < kSenders) {
-    if (blockIdx.x == gridDim.x - 1)
-#pragma unroll 1
-      for (int rank = threadIdx.x; rank < a.op.ranks; rank += kSendThreads)
-        if (s.peers[rank].active && rank != a.op.rank)
-          send_header(a.op, *s.block, s.peers[rank], a.places ? 0 : s.routes.per_rank[rank]);
-    if (!a.places && share.part == 0) send_entries(a, s);
+  if (warp == kControl) {
+    if (kSummed && sends && !a.row_weights && share.part == 0) send_weights(a, s, share);
+    if (receives && blockIdx.x == 0) await_headers(a, s);
   }
-  if (sends && a.places) send_rows<kLanes>(a, s);
+  // Sends in rounds; after a round the sums of tokens whose messages were sent, everywhere, at least one round before. What a sum
+  // waits for was sent by warps that had not begun to wait for any later message, so no circle can form.
+  const unsigned in_round = kWarps * gridDim.x, per_token = (a.op.ranks - 1) * a.shape.pieces * a.split;
+  const int first = share.part * kWarps + (kWarps - 1 - warp), step = share.parts * kWarps;
+  int token = share.first, slot = 0;
+#pragma unroll 1
+  for (unsigned past = 0;; past += in_round) {
+    const bool all_sent = next >= items;
+    if (!all_sent) serve<kLanes, kSummed>(a, s, item);
+    if (receives)
+#pragma unroll 1
+      for (; token < a.route.num_tokens && (all_sent || (token + 1) * per_token <= past); token += share.step, ++slot)
+        sum_token<kLanes, kSummed>(a, s, token, slot, first, step);
+    if (all_sent) break;
+    next += in_round;
+    if (next < items) item.load(a, next);
+  }
   if (!receives) return finish_sending(a.op);
-  if (!a.places) {
-    if (warp == kSenders) await_headers(a, s);
-    __syncthreads();
-    serve_messages<kLanes>(a, s);
-  }
-#pragma unroll 1
-  for (int token = begin; token < end; ++token) sum_token<kLanes>(a, s, token, share.part * kWarps + warp, share.parts * kWarps);
-  if (a.places && blockIdx.x == 0 && warp == kSenders) await_headers(a, s);
-  if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes>(a, s);
+  if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kSummed>(a, s);
 }
 
 namespace gpu {
-const void* combine_kernel(int lanes) {
-  return lanes == 1 ? reinterpret_cast<const void*>(combine<1>) : reinterpret_cast<const void*>(combine<8>);
+const void* combine_kernel(int lanes, bool summed) {
+  if (lanes == 1) return summed ? reinterpret_cast<const void*>(combine<1, true>) : reinterpret_cast<const void*>(combine<1, false>);
+  return summed ? reinterpret_cast<const void*>(combine<8, true>) : reinterpret_cast<const void*>(combine<8, false>);
 }
 }  // namespace gpu
 }  // namespace nixl::core::ep

@@ -27,6 +27,7 @@ constexpr std::int64_t kExposedBytes = 2 << 20;
 
 constexpr int kMaxExperts = 8192;                   // a table of them lies in shared memory
 constexpr int kMaxLocalExperts = 8191;              // as entry cells name them
+constexpr int kMaxCombinePiece = 7;                 // chunks that a warp of combine holds
 constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
 
 // 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.
@@ -134,7 +135,7 @@ Result<void> CudaPath::allocate() {
   NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_), "number of multiprocessors"));
   NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "shared memory of a block"));
   num_blocks_ = options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors;
-  for (const void* kernel : {gpu::dispatch_kernel(lanes_), gpu::combine_kernel(lanes_), gpu::barrier_kernel()}) {
+  for (const void* kernel : {gpu::dispatch_kernel(lanes_), gpu::combine_kernel(lanes_, true), gpu::combine_kernel(lanes_, false), gpu::barrier_kernel()}) {
     cudaFuncAttributes found;
     NIXL_TRY(cuda_check(cudaFuncGetAttributes(&found, kernel), "kernels for this GPU (sm_90 and newer are built)"));
     NIXL_TRY(cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -411,6 +412,7 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   const DeviceScope scope(device_);
   gpu::DispatchOp a;
   NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kDispatch, parts));
+  if (!args.records) return fail(Code::kInvalidArgument, "records is null; its memory (record_bytes) is needed");
   const int payload = static_cast<int>(args.payload);
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
   a.x = static_cast<const std::uint16_t*>(args.x);
@@ -429,6 +431,8 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   a.layout_range = args.layout_range;
   a.recv_weights = args.recv_weights;
   a.recv_places = args.recv_places;
+  a.record = make_record_layout(args.max_tokens, args.topk, args.num_ranks);
+  a.records = static_cast<std::uint8_t*>(args.records);
   a.recv_stats = args.recv_stats;
   a.wait_cost = args.wait_cost;
   const int grid = grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4));
@@ -442,33 +446,41 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   const DeviceScope scope(device_);
   gpu::CombineOp a;
   NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kCombine, parts));
+  if (!args.records)
+    return fail(Code::kInvalidArgument, "the handle lacks what dispatch recorded for its combines: pass the handle that dispatch returned, or at "
+                                        "least its own src_info");
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
   a.hidden = static_cast<int>(args.hidden);
-  a.exact = options_.combine == Combine::kExact || (args.sends_only && !args.recv_weights);
-  a.partials = !a.exact && !args.sends_only && args.max_tokens > kSmallBatch;
-  a.places = a.partials ? nullptr : args.recv_places;
-  NIXL_ASSIGN(a.shape, shape_of(2 * args.hidden, args.max_tokens, 14, 0, 0));
+  const bool weighted = args.sends_only && args.recv_weights;
+  a.exact = options_.combine == Combine::kExact || (args.sends_only && !weighted);
+  const bool summed = !a.exact && (weighted || (!args.sends_only && args.max_tokens > kSmallBatch));
+  NIXL_ASSIGN(a.shape, shape_of(2 * args.hidden, args.max_tokens, kMaxCombinePiece, 0, 0));
+  const std::int64_t all_rows = args.max_tokens * args.topk * a.shape.row_bytes;
+  a.rows = summed ? gpu::Rows::kSummed : all_rows <= layout_.slot_bytes ? gpu::Rows::kInSlot : gpu::Rows::kByPlace;
+  a.split = !summed && args.max_tokens <= kSmallBatch ? 4 : 1;
   a.entries = args.max_tokens * a.shape.row_bytes;
-  if (a.entries + args.max_tokens * args.topk * 16 > layout_.slot_bytes)
+  const std::int64_t cells = args.max_tokens * ((args.topk + 2) / 3) * 16;
+  if (summed && a.entries + cells > layout_.slot_bytes)
     return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit slots of %lld bytes: give update_memory more bytes",
                 static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.slot_bytes));
-  if (!a.partials && args.max_tokens * args.topk * a.shape.row_bytes > layout_.exact_bytes)
+  if (a.rows == gpu::Rows::kByPlace && all_rows > layout_.exact_bytes)
     return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit the %lld bytes for unsummed rows: give update_memory more bytes",
                 static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.exact_bytes));
   a.x = static_cast<const std::uint16_t*>(args.zero_copy ? zero_copy_.get() : args.x);
   a.x_stride = args.zero_copy ? zero_copy_stride(args.hidden) : args.hidden;
   if (!a.x) return fail(Code::kNotAllowed, "a combine without copy needs next_combine_buffer first");
   a.weights = args.topk_weights;
-  a.src_info = args.src_info;
-  a.layout_range = args.layout_range;
+  a.row_weights = weighted ? args.recv_weights : nullptr;
+  a.record = make_record_layout(args.max_tokens, args.topk, args.num_ranks);
+  a.records = static_cast<const std::uint8_t*>(args.records);
   a.out = static_cast<std::uint16_t*>(args.out);
   a.wait_cost = args.wait_cost;
-  const std::int64_t rows = args.max_tokens * (a.partials ? args.num_ranks : args.topk);
+  const std::int64_t rows = args.max_tokens * (summed ? args.num_ranks : args.topk);
   const int grid = grid_for(std::max<std::int64_t>(args.num_tokens, rows * a.shape.pieces / 4));
   const auto shared = gpu::make_combine_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  return launch_operation(gpu::combine_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
+  return launch_operation(gpu::combine_kernel(lanes_, summed), grid, gpu::kThreads, shared.total, &a, args.stream);
 }
 
 Result<void> CudaPath::dispatch(const Dispatch& args) { return dispatch_parts(args, gpu::kSends | gpu::kReceives); }

@@ -99,25 +99,26 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
 #pragma unroll 4
   for (int c = 0; c < chunks; ++c)
     Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane], peer.tag_out);
-  const int displaced = chunks * Line::kPerChunk, scale_words = chunks * a.chunk_words;
+  const int displaced = chunks * Line::kDisplaced, scale_words = chunks * a.chunk_words;
   const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
+  to += a.shape.per * kChunkBytes;
 #pragma unroll 1
-  for (int t = 0; t < a.shape.tails; ++t) {
+  for (int t = 0, lines = a.shape.tail_lines; lines > 0; ++t, lines -= Line::kPerChunk) {
     std::uint32_t w[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       int i = t * Line::kWords + Line::first_word(lane) + q;
       w[q] = 0;
       if (i < displaced) {
-        const int at = first + i / Line::kPerChunk, line = i % Line::kPerChunk;
-        w[q] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
+        const int at = first + i / Line::kDisplaced, line = i % Line::kDisplaced;
+        if (line < Line::kPerChunk) w[q] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
       } else if ((i -= displaced) < scale_words) {
         w[q] = scales[i];
       } else if ((i -= scale_words) < meta_words) {
         w[q] = s.scratch[i];
       }
     }
-    Line::store(to + (a.shape.per + t) * kChunkBytes, lane, make_uint4(w[0], w[1], w[2], w[3]), peer.tag_out);
+    Line::store(to + t * kChunkBytes, lane, make_uint4(w[0], w[1], w[2], w[3]), peer.tag_out, lines);
   }
   __syncwarp();
 }
@@ -220,6 +221,11 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
 __device__ void write_ranges(const DispatchOp& a, const Shared& s, int first, int threads, bool repair) {
   const Op& op = a.op;
 #pragma unroll 1
+  for (int rank = static_cast<int>(threadIdx.x) - first; rank < op.ranks; rank += threads) {
+    const int messages = s.peers[rank].active && rank != op.rank ? s.peers[rank].messages : 0;
+    reinterpret_cast<int*>(a.records + a.record.counts)[rank] = messages < a.route.max_tokens ? messages : a.route.max_tokens;
+  }
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) - first; i < op.experts * op.ranks; i += threads) {
     const int expert = i / op.ranks, rank = i % op.ranks;
     const int begin = s.base[rank * op.experts + expert];
@@ -245,8 +251,9 @@ struct Place {
   int expert = -1;  // local
   int row = 0;
 };
+__device__ __forceinline__ int row_number(const DispatchOp& a, Place to) { return to.expert * a.op.ranks * a.route.max_tokens + to.row; }
 __device__ __forceinline__ void write_row_info(const DispatchOp& a, Place to, int token, int place, std::uint32_t weight) {
-  const std::int64_t at = std::int64_t{to.expert} * a.op.ranks * a.route.max_tokens + to.row;
+  const int at = row_number(a, to);
   a.src_info[at] = token;
   if (a.recv_places) a.recv_places[at] = static_cast<std::uint8_t>(place);
   if (a.recv_weights) a.recv_weights[at] = float_from_bits(weight);
@@ -275,9 +282,9 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   uint4 data[kMaxPer];
   Patience patience;
   if (!eager) {
-    const std::uint8_t* last = from + (a.shape.per + a.shape.tails - 1) * kChunkBytes;
+    const std::uint8_t* last = from + a.shape.piece_bytes - 4;
 #pragma unroll 1
-    while (!__all_sync(~0u, last_tag(last) == tag) && warp_patient(a.op, *s.block, rank, patience)) __nanosleep(20);
+    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, rank, patience)) __nanosleep(20);
   }
 #pragma unroll 1
   for (;;) {  // tails are sent last, so when they are here the rest mostly is
@@ -288,9 +295,10 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
         if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
     }
 #pragma unroll 1
-    for (int t = 0; t < a.shape.tails; ++t) {
-      const uint4 v = Line::load(from + (a.shape.per + t) * kChunkBytes, lane);
-      fresh = fresh && Line::fresh(v, lane, tag);
+    for (int t = 0, lines = a.shape.tail_lines; lines > 0; ++t, lines -= Line::kPerChunk) {
+      const uint4 v = Line::load(from + (a.shape.per + t) * kChunkBytes, lane, lines);
+      fresh = fresh && Line::fresh(v, lane, tag, lines);
+      if (lane >= lines * kLanes) continue;
       std::uint32_t* words = s.scratch + t * Line::kWords + Line::first_word(lane);
       words[0] = v.x;
       words[1] = v.y;
@@ -314,12 +322,14 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   __syncwarp();
 #pragma unroll
   for (int c = 0; c < kMaxPer; ++c)
-    if (c < chunks && Line::holds_tag(lane)) data[c].w = s.scratch[c * Line::kPerChunk + lane / kLanes];
-  const std::uint32_t* scales = s.scratch + chunks * Line::kPerChunk;
+    if (c < chunks && Line::holds_tag(lane)) data[c].w = s.scratch[c * Line::kDisplaced + lane / kLanes];
+  const std::uint32_t* scales = s.scratch + chunks * Line::kDisplaced;
   const int num_scales = chunks * a.chunk_words;
   const std::uint32_t* meta = scales + num_scales;
   const int entry_words = a.with_weights ? 3 : 2;
   const int token = meta[0], entries = meta[1];
+  auto* record = reinterpret_cast<int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message));
+  if (piece == 0 && lane == 0) record[0] = make_int2(token, entries);
 #pragma unroll 1
   for (int e = 0; e < entries; ++e) {
     const std::uint32_t* entry = meta + 2 + e * entry_words;
@@ -329,12 +339,16 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
       if (c < chunks) write_chunk(a, to, first + c, lane, data[c]);
 #pragma unroll 1
     for (int w = lane; w < num_scales; w += 32) write_scale(a, to, first * a.chunk_words + w, scales[w]);
-    if (piece == 0 && lane == 0) write_row_info(a, to, token, entry[0] >> 16, a.with_weights ? entry[2] : 0);
+    if (piece == 0 && lane == 0) {
+      write_row_info(a, to, token, entry[0] >> 16, a.with_weights ? entry[2] : 0);
+      record[1 + e] = make_int2(row_number(a, to), static_cast<int>(entry[0] >> 16));
+    }
   }
   __syncwarp();
 }
 
-// Tokens that stay on this rank never touch a line: read again, straight to their places. Warps [0, warps).
+// Entries that stay on this rank never touch a line: their token is read again, straight to its places. Also records where the
+// rows of own tokens will come from. Warps [0, warps).
 __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, int part, int parts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
 #pragma unroll 1
@@ -342,12 +356,22 @@ __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, 
     const int local = (token - s.block->first_token) * topk + lane;
     const int id = lane < topk ? s.routes.expert[local] : -1;
     const int index = lane < topk ? s.routes.index[local] : -1;
-    const bool mine = index >= 0 && rank_of_expert(a.op, id) == a.op.rank;
+    const int rank = id >= 0 ? rank_of_expert(a.op, id) : -1;
+    const bool mine = index >= 0 && rank == a.op.rank;
     Place own;
+    if (warp == 0 && part == 0) {
+      const unsigned same = __match_any_sync(~0u, rank);
+      const int message = lane < topk ? s.routes.message[local - lane + __ffs(same) - 1] : -1;
+      if (lane < topk && !mine)
+        reinterpret_cast<int*>(a.records + a.record.routes)[std::int64_t{token} * topk + lane] = index >= 0 && s.peers[rank].active ? message : -1;
+    }
     if (mine) {
       own.expert = id - a.op.rank * a.op.experts;
       own.row = s.base[a.op.rank * a.op.experts + own.expert] + index;
-      if (warp == 0 && part == 0) write_row_info(a, own, token, lane, a.with_weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
+      if (warp == 0 && part == 0) {
+        write_row_info(a, own, token, lane, a.with_weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
+        reinterpret_cast<int*>(a.records + a.record.routes)[std::int64_t{token} * topk + lane] = row_number(a, own);
+      }
     }
     const unsigned all = __ballot_sync(~0u, mine);
     if (!all) continue;
@@ -398,7 +422,7 @@ __device__ __noinline__ void repair(const DispatchOp& a, const Shared& s) {
   receive_messages<kLanes>(a, s, 0, 1);
   __syncthreads();
   const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
-  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, s.routes, 0, kSendThreads, kSending);
+  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, s.routes, 0, 0, kSendThreads, kSending);
 #pragma unroll 1
   for (int token = 0; token < a.route.num_tokens; token += span) {
     const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
@@ -429,14 +453,15 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   const int begin = share.begin, end = share.end;
   if (warp < kSenders) {
     if (sends && begin < end) stage_token(a, s, begin, s.stage);
-    count_before(a.op, a.route, s.routes, begin, kSendThreads, kSending);
-    if (warp == 0) count_own(a.op, a.route, s.routes, begin, end, blockIdx.x == gridDim.x - 1 || begin < end ? a.op.page : nullptr);
   } else if (warp == kSenders) {
     if (threadIdx.x % 32 == 0) {
       s.block->first_token = begin;
       s.block->end_token = end;
     }
     begin_operation(a.op, *s.block, s.peers);
+  } else {
+    count_before(a.op, a.route, s.routes, begin, kSendThreads + 32, kRestThreads - 32, kResting);
+    if (warp == kSenders + 1) count_own(a.op, a.route, s.routes, begin, end, blockIdx.x == gridDim.x - 1 || begin < end ? a.op.page : nullptr);
   }
   __syncthreads();
   if (warp < kSenders) {

@@ -17,7 +17,7 @@ NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid
   const std::int64_t experts = std::int64_t{a.op.ranks} * a.op.experts;
   const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
   at.stage_bytes = static_cast<int>(align_up<std::int64_t>(a.shape.chunks * (kChunkBytes + 4 * a.chunk_words), 128));
-  at.scratch_words = a.shape.tails * 128;
+  at.scratch_words = (a.shape.piece_bytes - a.shape.per * kChunkBytes) / 4;
   at.stage = walk.take(2 * at.stage_bytes, 128);
   at.scratch = walk.take(4 * at.scratch_words * kWarps, 16);
   at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
@@ -32,29 +32,24 @@ NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid
 }
 
 struct CombineShared {
-  std::int64_t peers = 0, first = 0, count = 0, starts = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, total = 0;
+  std::int64_t peers = 0, rank = 0, route = 0, weight = 0, turns = 0, total = 0;
 };
 NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   CombineShared at;
   Walk walk;
-  const std::int64_t experts = std::int64_t{a.op.ranks} * a.op.experts;
   const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
   at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
-  at.first = walk.take(4 * experts, 16);
-  at.count = walk.take(4 * experts, 16);
-  at.starts = walk.take(4 * (experts + 1), 16);
-  at.per_expert = walk.take(4 * experts, 16);
-  at.per_rank = walk.take(4 * a.op.ranks, 16);
-  at.expert = walk.take(4 * own * a.route.topk, 16);
-  at.index = walk.take(4 * own * a.route.topk, 16);
-  at.message = walk.take(4 * own * a.route.topk, 16);
+  at.rank = walk.take(4 * own * a.route.topk, 16);
+  at.route = walk.take(4 * own * a.route.topk, 16);
+  at.weight = walk.take(4 * own * a.route.topk, 16);
+  at.turns = walk.take(4 * 32 * kWarps, 16);
   at.total = walk.total(16);
   return at;
 }
 
 // lanes: 1 or 8 (ep/layout/push.h). Each takes its Op struct by value.
 const void* dispatch_kernel(int lanes);
-const void* combine_kernel(int lanes);
+const void* combine_kernel(int lanes, bool summed);
 const void* barrier_kernel();
 
 // What a change of peers does, for the ranks listed in pinned host memory.

@@ -100,24 +100,33 @@ struct DispatchOp {
   std::int64_t* layout_range = nullptr;
   float* recv_weights = nullptr;
   std::uint8_t* recv_places = nullptr;
+  std::uint8_t* records = nullptr;
+  RecordLayout record;
   std::int32_t* recv_stats = nullptr;
   std::int64_t* wait_cost = nullptr;
 };
 
+// What travels in a combine, and where it lies at the owner.
+enum class Rows {
+  kSummed,   // the sum of a message's rows, in the sender's slot
+  kInSlot,   // every row, in the sender's slot
+  kByPlace,  // every row, by (token, place) in an area that all senders share
+};
 struct CombineOp {
   Op op;
   RouteArgs route;
   RowShape shape;
-  std::int64_t entries = 0;   // offset of entry cells in a slot
+  Rows rows = Rows::kSummed;
+  unsigned split = 1;                 // warps that share the entries of a message; 1 where rows are summed
+  bool exact = false;                 // sums in order of places; else rank by rank
+  std::int64_t entries = 0;           // offset of the owners' weights in a slot
   const std::uint16_t* x = nullptr;
-  std::int64_t x_stride = 0;  // elements between rows
+  std::int64_t x_stride = 0;          // elements between rows
   int hidden = 0;
   const float* weights = nullptr;
-  const std::int32_t* src_info = nullptr;
-  const std::int64_t* layout_range = nullptr;
-  const std::uint8_t* places = nullptr;  // null: owners send entries first
-  bool exact = false;
-  bool partials = false;                 // rows of a token are summed before they travel
+  const float* row_weights = nullptr;  // of every row here, from dispatch; null: owners send weights first
+  const std::uint8_t* records = nullptr;
+  RecordLayout record;
   std::uint16_t* out = nullptr;
   std::int64_t* wait_cost = nullptr;
 };

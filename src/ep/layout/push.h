@@ -3,8 +3,8 @@
 //
 // A line is 16 * lanes bytes written by `lanes` neighbouring threads of one warp with one instruction; its last word is the
 // tag of the operation. A chunk is what a warp moves at once: 512 bytes, 32 / lanes lines. The word a tag displaces travels
-// in the tail chunks of its piece, in front of the scales and of what says where the row belongs. A piece is what one warp
-// sends: `per` data chunks, then `tails` tail chunks. docs/ep_layout.md draws it.
+// in the tail lines of its piece, in front of the scales and of what says where the row belongs. A piece is what one warp
+// sends: `per` data chunks, then `tail_lines` lines. docs/ep_layout.md draws it.
 #pragma once
 #include <cstdint>
 
@@ -17,13 +17,15 @@ inline constexpr int kChunkBytes = 512;
 // How lines are cut. 8 lanes: 128-byte lines, which arrive whole between GPUs joined by NVLink; 1 lane: 16-byte cells, single
 // accesses of the memory model, good anywhere.
 NIXL_HD constexpr int lines_in_chunk(int lanes) { return 32 / lanes; }
-NIXL_HD constexpr int words_in_chunk(int lanes) { return 128 - lines_in_chunk(lanes); }  // without the tags
+NIXL_HD constexpr int words_in_line(int lanes) { return 4 * lanes - 1; }  // without the tag
+// Tail words that a chunk's displaced words take: with 16-byte lines a whole number of lines.
+NIXL_HD constexpr int displaced_in_chunk(int lanes) { return lanes == 1 ? 33 : lines_in_chunk(lanes); }
 
 struct RowShape {
   int chunks = 0;  // of the row
   int per = 0;     // data chunks in a piece, the last piece may have fewer
   int pieces = 0;
-  int tails = 0;   // tail chunks of a piece
+  int tail_lines = 0;  // of a piece
   int piece_bytes = 0;
   int row_bytes = 0;  // on the link
 
@@ -39,9 +41,9 @@ NIXL_HD constexpr RowShape make_row_shape(std::int64_t row_bytes, int wanted_per
   shape.pieces = (shape.chunks + wanted_per - 1) / wanted_per;
   shape.per = (shape.chunks + shape.pieces - 1) / shape.pieces;
   shape.pieces = (shape.chunks + shape.per - 1) / shape.per;
-  const int words = shape.per * (lines_in_chunk(lanes) + chunk_words) + meta_words;
-  shape.tails = (words + words_in_chunk(lanes) - 1) / words_in_chunk(lanes);
-  shape.piece_bytes = (shape.per + shape.tails) * kChunkBytes;
+  const int words = shape.per * (displaced_in_chunk(lanes) + chunk_words) + meta_words;
+  shape.tail_lines = (words + words_in_line(lanes) - 1) / words_in_line(lanes);
+  shape.piece_bytes = shape.per * kChunkBytes + shape.tail_lines * 16 * lanes;
   shape.row_bytes = shape.pieces * shape.piece_bytes;
   return shape;
 }
@@ -67,8 +69,32 @@ NIXL_HD constexpr PushLayout make_push_layout(std::int64_t num_bytes, std::int64
   while (step * 64 < found) step *= 2;
   const std::int64_t elements = align_up(found + step / 2, step);
   constexpr std::int64_t kSmall = 512 << 10;  // short rows have long tails
-  layout.slot_bytes = align_up<std::int64_t>(elements * 5 / 2 + kSmall, 4096);
+  layout.slot_bytes = align_up<std::int64_t>(elements * 11 / 4 + kSmall, 4096);
   layout.exact_bytes = align_up<std::int64_t>(elements * 9 / 4 * 16 + 4 * kSmall, 4096);
+  return layout;
+}
+
+// What dispatch leaves for combine, in memory of the caller: which of its rows came from which message, so that rows can go
+// home without anybody asking for them, and what the rank's own tokens have to wait for.
+//   counts    int32 [ranks]: messages of each source
+//   messages  [ranks][max_tokens]: {token at the source, entries}, then {row, place in the top-k} of every entry by place;
+//             row counts over all local experts' rows of the output
+//   routes    int32 [max_tokens][topk] of own tokens: the message that carries this entry, or on the own rank its row; -1: none
+struct RecordLayout {
+  std::int64_t counts = 0, messages = 0, routes = 0, total = 0;
+  int message_bytes = 0;
+  NIXL_HD constexpr std::int64_t message_of(int source, std::int64_t max_tokens, std::int64_t message) const {
+    return messages + (source * max_tokens + message) * message_bytes;
+  }
+};
+NIXL_HD constexpr RecordLayout make_record_layout(std::int64_t max_tokens, int topk, int num_ranks) {
+  RecordLayout layout;
+  layout.message_bytes = 8 + 8 * topk;
+  Walk walk;
+  layout.counts = walk.take(4 * std::int64_t{num_ranks}, 16);
+  layout.messages = walk.take(num_ranks * max_tokens * layout.message_bytes, 16);
+  layout.routes = walk.take(4 * max_tokens * topk, 16);
+  layout.total = walk.total(16);
   return layout;
 }
 

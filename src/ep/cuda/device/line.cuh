@@ -26,11 +26,11 @@ __device__ __forceinline__ void store_cell(void* p, uint4 v) {
   const unsigned long long hi = v.z | static_cast<unsigned long long>(v.w) << 32;
   asm volatile("{.reg .b128 c; mov.b128 c,{%1,%2}; st.relaxed.sys.global.b128 [%0],c;}" ::"l"(p), "l"(lo), "l"(hi) : "memory");
 }
-// The last tag of a chunk alone. Whoever waits long for rows looks at this much and no more: hundreds of warps that read
-// whole chunks again and again would take the memory's time from the rows that arrive.
-__device__ __forceinline__ std::uint32_t last_tag(const void* chunk) {
+// One word alone. Whoever waits long for rows looks at their last tag and no more: hundreds of warps that read whole chunks
+// again and again would take the memory's time from the rows that arrive.
+__device__ __forceinline__ std::uint32_t load_word(const void* p) {
   std::uint32_t v;
-  asm volatile("ld.relaxed.sys.global.u32 %0,[%1];" : "=r"(v) : "l"(static_cast<const std::uint8_t*>(chunk) + kChunkBytes - 4) : "memory");
+  asm volatile("ld.relaxed.sys.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 __device__ __forceinline__ std::uint64_t wall_ns() {
@@ -45,29 +45,42 @@ __device__ __forceinline__ void arrive_some(int name, int threads) { asm volatil
 template <int kLanes>
 struct Lines {
   static constexpr int kPerChunk = lines_in_chunk(kLanes);
-  static constexpr int kWords = words_in_chunk(kLanes);
-  static constexpr int kLineWords = 4 * kLanes - 1;
+  static constexpr int kLineWords = words_in_line(kLanes);
+  static constexpr int kLineBytes = 16 * kLanes;
+  static constexpr int kDisplaced = displaced_in_chunk(kLanes);
+  static constexpr int kWords = kPerChunk * kLineWords;  // of tail lines that fill a chunk
 
   static __device__ __forceinline__ bool holds_tag(int lane) { return lane % kLanes == kLanes - 1; }
-  // The first of the (four, or three beside a tag) words of a tail chunk that this lane carries.
+  // The first of the (four, or three beside a tag) words of 512 bytes of tail lines that this lane carries.
   static __device__ __forceinline__ int first_word(int lane) { return lane / kLanes * kLineWords + lane % kLanes * 4; }
 
   // Both are one instruction of the whole warp: a line whose lanes diverged would neither leave nor be seen as a whole.
+  // `lines`: how many of the chunk's lines are meant; the lanes of the others take no part.
   static __device__ __forceinline__ uint4 load(const void* chunk, int lane) {
     __syncwarp();
     const auto* p = static_cast<const std::uint8_t*>(chunk) + lane * 16;
     return kLanes == 1 ? load_cell(p) : load_line(p);
   }
-  static __device__ __forceinline__ void store(void* chunk, int lane, uint4 v, std::uint32_t tag) {
+  static __device__ __forceinline__ uint4 load(const void* chunk, int lane, int lines) {
+    __syncwarp();
+    uint4 v = make_uint4(0, 0, 0, 0);
+    const auto* p = static_cast<const std::uint8_t*>(chunk) + lane * 16;
+    if (lane < lines * kLanes) v = kLanes == 1 ? load_cell(p) : load_line(p);
+    return v;
+  }
+  static __device__ __forceinline__ void store(void* chunk, int lane, uint4 v, std::uint32_t tag, int lines = kPerChunk) {
     if (holds_tag(lane)) v.w = tag;
     __syncwarp();
     auto* p = static_cast<std::uint8_t*>(chunk) + lane * 16;
+    if (lane >= lines * kLanes) return;
     if (kLanes == 1)
       store_cell(p, v);
     else
       store_line(p, v);
   }
-  static __device__ __forceinline__ bool fresh(uint4 v, int lane, std::uint32_t tag) { return !holds_tag(lane) || v.w == tag; }
+  static __device__ __forceinline__ bool fresh(uint4 v, int lane, std::uint32_t tag, int lines = kPerChunk) {
+    return lane >= lines * kLanes || !holds_tag(lane) || v.w == tag;
+  }
 };
 
 }  // namespace nixl::core::ep::gpu

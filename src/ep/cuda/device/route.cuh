@@ -22,10 +22,11 @@ __device__ __forceinline__ int load_id(const RouteArgs& route, int at, int num_e
   return high < 0 ? -1 : high > 0 || low >= num_experts || low < 0 ? num_experts : low;
 }
 
-// Zeroes the counts and counts tokens [0, end). Threads [0, threads) of the block; barrier `name` is theirs.
-__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end, int threads, int name) {
+// Zeroes the counts and counts tokens [0, end). `threads` of the block from `first` on; barrier `name` is theirs.
+__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end, int first_thread, int threads,
+                                             int name) {
   constexpr int kAhead = 4;  // loads under way together
-  const int tid = threadIdx.x, lane = tid % 32, warps = threads / 32;
+  const int tid = static_cast<int>(threadIdx.x) - first_thread, lane = tid % 32, warps = threads / 32;
   const int num_experts = op.ranks * op.experts;
 #pragma unroll 1
   for (int i = tid; i < num_experts; i += threads) routes.per_expert[i] = 0;
