@@ -348,7 +348,7 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
   const int rank = lane < topk ? s.rank[at] : -1;
   const int route = rank >= 0 ? s.route[at] : -1;
   const bool own = rank == a.op.rank;
-  bool valid = route >= 0 && s.peers[rank].active;
+  bool valid = route >= 0 && s.peers[rank].active && (own || route < a.route.max_tokens);
   const unsigned same = __match_any_sync(~0u, valid ? rank : -1 - lane);
   const unsigned before = same & ((1u << lane) - 1);
   Contribution c{0, 0, rank, same >> lane == 1 ? kLast : 0};
@@ -393,6 +393,23 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
   return c;
 }
 
+// Waits for the last line of a piece of every contribution. Whoever waits long looks at one word of each and at nothing else:
+// hundreds of warps that read whole chunks again and again would take the memory's time from what arrives. One warp.
+__device__ __forceinline__ void await_pieces(const CombineOp& a, const Shared& s, const Contribution& turn, int last_tag) {
+  bool here = !(turn.kind & kLines);
+  const auto* at = reinterpret_cast<const std::uint8_t*>(turn.from) + last_tag;
+  const std::uint32_t tag = here ? 0 : s.peers[turn.rank].tag_in;
+  Patience patience;
+#pragma unroll 1
+  for (;;) {
+    if (!here) here = load_word(at) == tag;
+    const unsigned without = __ballot_sync(~0u, !here);
+    if (!without) return;
+    if (!warp_patient(a.op, *s.block, __shfl_sync(~0u, turn.rank, __ffs(without) - 1), patience)) return;  // the sum finds out who
+    __nanosleep(20);
+  }
+}
+
 // Adds up chunks of one token, one warp: chunk = first, first + step, ...
 template <int kLanes, bool kSummed>
 __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, int token, int slot, int first, int step) {
@@ -405,6 +422,7 @@ __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, i
     const int piece = static_cast<unsigned>(chunk) / static_cast<unsigned>(a.shape.per), c = chunk - piece * a.shape.per;
     const int data_at = piece * a.shape.piece_bytes + c * kChunkBytes;
     const int tail_at = piece * a.shape.piece_bytes + a.shape.per * kChunkBytes + (kLanes == 1 ? (c * 11 + lane / 3) * 16 : lane % 8 * 16);
+    if (kSummed) await_pieces(a, s, turn, (piece + 1) * a.shape.piece_bytes - 4);
     float total[8] = {}, group[8] = {};
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kBatch) {
