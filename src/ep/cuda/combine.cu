@@ -11,7 +11,7 @@ namespace gpu {
 namespace {
 
 constexpr int kControl = kWarps - 1;  // the warp that begins the operation; it has the fewest rows to send
-constexpr int kMaxPer = 7;            // chunks of a piece, in registers
+constexpr int kMaxPer = 5;            // chunks of a piece, in registers
 constexpr int kBatch = 4;             // contributions whose loads are in flight together
 constexpr std::uint32_t kNoWeight = 0xffffffff;  // in a weight's place: this entry is not part of the sum
 __device__ __forceinline__ std::uint32_t weight_bits(float weight) {
@@ -191,11 +191,12 @@ __device__ __forceinline__ bool await_weights(const CombineOp& a, const Shared& 
   const std::uint8_t* at = peer.local + a.entries + (std::int64_t{m.token} * cells + lane) * 16;
   uint4 cell = make_uint4(0, 0, 0, 0);
   Patience patience;
+  unsigned polls = 0;
 #pragma unroll 1
   for (;;) {
     if (lane < cells) cell = load_cell(at);
     if (__all_sync(~0u, lane >= cells || cell.w == peer.tag_in)) break;
-    if (!warp_patient(a.op, *s.block, rank, patience)) {
+    if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
       if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
       return false;
     }
@@ -400,12 +401,13 @@ __device__ __forceinline__ void await_pieces(const CombineOp& a, const Shared& s
   const auto* at = reinterpret_cast<const std::uint8_t*>(turn.from) + last_tag;
   const std::uint32_t tag = here ? 0 : s.peers[turn.rank].tag_in;
   Patience patience;
+  unsigned polls = 0;
 #pragma unroll 1
   for (;;) {
     if (!here) here = load_word(at) == tag;
     const unsigned without = __ballot_sync(~0u, !here);
     if (!without) return;
-    if (!warp_patient(a.op, *s.block, __shfl_sync(~0u, turn.rank, __ffs(without) - 1), patience)) return;  // the sum finds out who
+    if (!warp_patient(a.op, *s.block, __shfl_sync(~0u, turn.rank, __ffs(without) - 1), polls, patience)) return;  // the sum finds out who
     __nanosleep(20);
   }
 }
@@ -441,6 +443,7 @@ __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, i
       }
       unsigned lost = 0;
       Patience patience;
+      unsigned polls = 0;
 #pragma unroll 1
       while (missing) {
 #pragma unroll
@@ -451,7 +454,7 @@ __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, i
             missing &= ~(1u << u);
             continue;
           }
-          if (!warp_patient(a.op, *s.block, rank, patience)) {
+          if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
             if (lane == 0) fail_peer(a.op, *s.block, s.peers[rank], rank);
             missing &= ~(1u << u);
             lost |= 1u << u;
@@ -478,13 +481,13 @@ __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, i
     }
     const int channel = chunk * 256 + lane * 8;
     if (channel < a.hidden)
-      __stcs(reinterpret_cast<uint4*>(a.out + std::int64_t{token} * a.hidden + channel), rounded(a.exact ? group : total));
+      __stcs(reinterpret_cast<uint4*>(a.out + std::int64_t{token} * a.hidden + channel), a.exact ? rounded(group) : rounded(total));
   }
 }
 
 // One block adds everything up again without the ranks that failed.
 template <int kLanes, bool kSummed>
-__device__ __noinline__ void repair(const CombineOp& a, Shared& s) {
+__device__ __noinline__ void repair(const CombineOp& a, Shared s) {
   const int topk = a.route.topk, span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
 #pragma unroll 1
   for (int base = 0; base < a.route.num_tokens; base += span) {

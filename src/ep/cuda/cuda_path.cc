@@ -27,7 +27,7 @@ constexpr std::int64_t kExposedBytes = 2 << 20;
 
 constexpr int kMaxExperts = 8192;                   // a table of them lies in shared memory
 constexpr int kMaxLocalExperts = 8191;              // as entry cells name them
-constexpr int kMaxCombinePiece = 7;                 // chunks that a warp of combine holds
+constexpr int kMaxCombinePiece = 5;                 // chunks that a warp of combine holds
 constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
 
 // 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.

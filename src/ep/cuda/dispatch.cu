@@ -178,10 +178,11 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
     uint4 v = make_uint4(0, 0, 0, 0);
     if (peer.active) {
       Patience patience;
+      unsigned polls = 0;
       const std::uint32_t tag = peer.tag_in;
 #pragma unroll 1
       while ((v = load_cell(at)).w != tag)
-        if (!patient(op, *s.block, rank, patience)) {
+        if (!patient(op, *s.block, rank, polls, patience)) {
           fail_peer(op, *s.block, peer, rank);
           v = make_uint4(0, 0, 0, 0);
           break;
@@ -281,10 +282,11 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const bool eager = a.shape.per <= 2;  // few pieces are under way: look at everything at once
   uint4 data[kMaxPer];
   Patience patience;
+  unsigned polls = 0;
   if (!eager) {
     const std::uint8_t* last = from + a.shape.piece_bytes - 4;
 #pragma unroll 1
-    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, rank, patience)) __nanosleep(20);
+    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, rank, polls, patience)) __nanosleep(20);
   }
 #pragma unroll 1
   for (;;) {  // tails are sent last, so when they are here the rest mostly is
@@ -314,7 +316,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
         if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
       if (__all_sync(~0u, fresh)) break;
     }
-    if (!warp_patient(a.op, *s.block, rank, patience)) {
+    if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
       if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
       return;
     }
@@ -416,7 +418,7 @@ __device__ void receive_messages(const DispatchOp& a, const Shared& s, int begin
 
 // One block writes everything again without the sources that failed.
 template <int kLanes>
-__device__ __noinline__ void repair(const DispatchOp& a, const Shared& s) {
+__device__ __noinline__ void repair(const DispatchOp& a, const Shared s) {
   receive_counts(a, s, 0, kThreads, kAll);
   write_ranges(a, s, 0, kThreads, true);
   receive_messages<kLanes>(a, s, 0, 1);

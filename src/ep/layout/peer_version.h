@@ -52,10 +52,17 @@ NIXL_HD constexpr bool is_past(const PushHeader& header, const PeerVersion& vers
 }
 
 // Of two versions the one that holds for operation `number`.
-NIXL_HD constexpr const PeerVersion& version_for(const PeerVersion& a, const PeerVersion& b, std::uint64_t number) {
-  if (a.from > number) return b;
-  if (b.from > number) return a;
-  return a.from > b.from ? a : b;
+NIXL_HD constexpr PeerVersion version_for(const PeerVersion& a, const PeerVersion& b, std::uint64_t number) {
+  const bool second = a.from > number || (b.from <= number && b.from >= a.from);
+  PeerVersion v;  // field by field: a choice between addresses would put both into a kernel's memory
+  v.from = second ? b.from : a.from;
+  v.data = second ? b.data : a.data;
+  v.control = second ? b.control : a.control;
+  v.status = second ? b.status : a.status;
+  v.incarnation = second ? b.incarnation : a.incarnation;
+  v.sent = second ? b.sent : a.sent;
+  v.expected = second ? b.expected : a.expected;
+  return v;
 }
 // Which of two versions a change from operation `from` on replaces: never the one that the operation before it uses.
 NIXL_HD constexpr int place_for(std::uint64_t a, std::uint64_t b, std::uint64_t from) {

@@ -143,10 +143,11 @@ __device__ __forceinline__ void add_share(unsigned long long* at) {
 constexpr std::uint32_t kUnknownParity = 2;
 __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, bool parities = false) {
   const int lane = threadIdx.x % 32;
-  uint4 headers[2];  // of the lane's first rank, under way while the ticket is
-  if (parities && lane < op.ranks)
-#pragma unroll 1
-    for (int slot = 0; slot < 2; ++slot) headers[slot] = load_cell(op.control + op.words.header_of(lane, slot));
+  uint4 even = {}, odd = {};  // headers of the lane's first rank, under way while the ticket is
+  if (parities && lane < op.ranks) {
+    even = load_cell(op.control + op.words.header_of(lane, 0));
+    odd = load_cell(op.control + op.words.header_of(lane, 1));
+  }
   std::uint64_t number = 0;
   if (lane == 0) {
     block.cursor = 0;
@@ -168,7 +169,7 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
     if (!parities) continue;
     const Peer& peer = peers[rank];
     const int slot = flag_slot(peer.expected - 1);
-    uint4 last = slot ? headers[1] : headers[0];
+    uint4 last = make_uint4(slot ? odd.x : even.x, slot ? odd.y : even.y, 0, slot ? odd.w : even.w);
     if (rank >= 32) last = load_cell(op.control + op.words.header_of(rank, slot));
     const bool known = !peer.fresh && last.x == peer.incarnation && last.y == peer.expected - 1;
     peers[rank].parity = known ? last.w >> 31 ^ 1 : kUnknownParity;
@@ -186,7 +187,6 @@ struct Patience {
   std::uint64_t next_look = 0;
   std::uint64_t limit = 0;
   std::uint32_t beat = 0;
-  std::uint32_t polls = 0;
 };
 
 // The word in which `rank` shows that it waits, and for whom; false: it is not connected any more. Who unmaps its memory first
@@ -239,15 +239,15 @@ static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& bloc
   }
   return waited < patience.limit;
 }
-// For loops of any thread: mostly a counter, now and then a look at the clock.
-__device__ __forceinline__ bool patient(const Op& op, const Block& block, int rank, Patience& patience) {
-  if (++patience.polls % 64 != 0 && op.timeout_ns != 0) return true;
+// For loops of any thread: mostly a counter, now and then a look at the clock. The counter is apart, so that it can be a register.
+__device__ __forceinline__ bool patient(const Op& op, const Block& block, int rank, unsigned& polls, Patience& patience) {
+  if (++polls % 64 != 0 && op.timeout_ns != 0) return true;
   return keep_waiting(op, block, rank, patience);
 }
 
 // The same for a warp, all of whose lanes call it and get the same answer.
-__device__ __forceinline__ bool warp_patient(const Op& op, const Block& block, int rank, Patience& patience) {
-  if (++patience.polls % 64 != 0 && op.timeout_ns != 0) return true;
+__device__ __forceinline__ bool warp_patient(const Op& op, const Block& block, int rank, unsigned& polls, Patience& patience) {
+  if (++polls % 64 != 0 && op.timeout_ns != 0) return true;
   return __all_sync(~0u, keep_waiting(op, block, rank, patience));
 }
 
@@ -268,10 +268,11 @@ __device__ inline bool accept_header(const Op& op, Peer& peer, int rank) {
 }
 static __device__ __noinline__ bool await_header(const Op& op, Block& block, Peer& peer, int rank, std::int64_t* wait_cost) {
   Patience patience;
+  unsigned polls = 0;
   const long long begin = clock64();
 #pragma unroll 1
   while (!accept_header(op, peer, rank)) {
-    if (!patient(op, block, rank, patience)) {
+    if (!patient(op, block, rank, polls, patience)) {
       fail_peer(op, block, peer, rank);
       peer.messages = 0;
       break;
