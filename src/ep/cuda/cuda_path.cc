@@ -422,6 +422,7 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   a.payload = payload;
   a.row_bytes = static_cast<int>(row_bytes(payload, args.hidden));
   a.chunk_words = payload == kPayloadBf16 ? 0 : payload == kPayloadFp8Ue8m0 ? 1 : 4;
+  a.scale_words = payload == kPayloadBf16 ? 0 : a.hidden / (payload == kPayloadFp8Ue8m0 ? 512 : 128);
   const int meta_words = 2 + args.topk * (a.with_weights ? 3 : 2);
   NIXL_ASSIGN(a.shape, shape_of(a.row_bytes, args.max_tokens, 8, a.chunk_words, meta_words));
   a.recv_x = static_cast<std::uint8_t*>(args.recv_x);

@@ -64,8 +64,8 @@ __device__ void stage_token(const DispatchOp& a, const Shared& s, int token, std
 }
 
 // What tells the receiver where the row belongs: token, number of entries, then for each the expert and place, the index
-// inside (source, expert), and the weight when weights travel. One warp; into its scratch.
-__device__ int write_meta(const DispatchOp& a, const Shared& s, int token, int rank) {
+// inside (source, expert), and the weight when weights travel. One warp.
+__device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s, int token, int rank, std::uint32_t* meta) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
   const int entry_words = a.with_weights ? 3 : 2;
   const int local = (token - s.block->first_token) * topk + lane;
@@ -74,17 +74,15 @@ __device__ int write_meta(const DispatchOp& a, const Shared& s, int token, int r
   const bool mine = index >= 0 && rank_of_expert(a.op, id) == rank;
   const unsigned all = __ballot_sync(~0u, mine);
   if (mine) {
-    std::uint32_t* words = s.scratch + 2 + __popc(all & ((1u << lane) - 1)) * entry_words;
+    std::uint32_t* words = meta + 2 + __popc(all & ((1u << lane) - 1)) * entry_words;
     words[0] = static_cast<std::uint32_t>(id - rank * a.op.experts) | lane << 16;
     words[1] = index;
     if (a.with_weights) words[2] = bits_of(a.weights[std::int64_t{token} * topk + lane]);
   }
   if (lane == 0) {
-    s.scratch[0] = token;
-    s.scratch[1] = __popc(all);
+    meta[0] = token;
+    meta[1] = __popc(all);
   }
-  __syncwarp();
-  return 2 + __popc(all) * entry_words;
 }
 
 // One piece of a staged token to one rank. One warp.
@@ -95,30 +93,30 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
   const Peer& peer = s.peers[rank];
   const int first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
   std::uint8_t* to = peer.remote + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
-  const int meta_words = write_meta(a, s, token, rank);
 #pragma unroll 4
   for (int c = 0; c < chunks; ++c)
     Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane], peer.tag_out);
+  // Words of the tail: displaced by tags, scales, and where the row belongs.
   const int displaced = chunks * Line::kDisplaced, scale_words = chunks * a.chunk_words;
   const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
+#pragma unroll 1
+  for (int i = lane; i < displaced; i += 32) {
+    const int at = first + i / Line::kDisplaced, line = i % Line::kDisplaced;
+    if (line < Line::kPerChunk)
+      s.scratch[i] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
+  }
+  if (lane < scale_words) s.scratch[displaced + lane] = scales[lane];  // at most 32: kMaxPer chunks of four
+  write_meta(a, s, token, rank, s.scratch + displaced + scale_words);
+  __syncwarp();
   to += a.shape.per * kChunkBytes;
 #pragma unroll 1
   for (int t = 0, lines = a.shape.tail_lines; lines > 0; ++t, lines -= Line::kPerChunk) {
-    std::uint32_t w[4];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      int i = t * Line::kWords + Line::first_word(lane) + q;
-      w[q] = 0;
-      if (i < displaced) {
-        const int at = first + i / Line::kDisplaced, line = i % Line::kDisplaced;
-        if (line < Line::kPerChunk) w[q] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
-      } else if ((i -= displaced) < scale_words) {
-        w[q] = scales[i];
-      } else if ((i -= scale_words) < meta_words) {
-        w[q] = s.scratch[i];
-      }
+    uint4 v = {};
+    if (lane < lines * kLanes) {
+      const std::uint32_t* words = s.scratch + t * Line::kWords + Line::first_word(lane);
+      v = make_uint4(words[0], words[1], words[2], Line::holds_tag(lane) ? 0 : words[3]);
     }
-    Line::store(to + t * kChunkBytes, lane, make_uint4(w[0], w[1], w[2], w[3]), peer.tag_out, lines);
+    Line::store(to + t * kChunkBytes, lane, v, peer.tag_out, lines);
   }
   __syncwarp();
 }
@@ -248,26 +246,42 @@ __device__ void write_ranges(const DispatchOp& a, const Shared& s, int first, in
   }
 }
 
-struct Place {
-  int expert = -1;  // local
-  int row = 0;
+// A row of the outputs; a lane holds it for one entry.
+struct Target {
+  std::uint8_t* bytes = nullptr;
+  std::uint32_t* scales = nullptr;  // its first word; the next is `rows` further
+  int row = 0;                      // over all local experts
 };
-__device__ __forceinline__ int row_number(const DispatchOp& a, Place to) { return to.expert * a.op.ranks * a.route.max_tokens + to.row; }
-__device__ __forceinline__ void write_row_info(const DispatchOp& a, Place to, int token, int place, std::uint32_t weight) {
-  const int at = row_number(a, to);
-  a.src_info[at] = token;
-  if (a.recv_places) a.recv_places[at] = static_cast<std::uint8_t>(place);
-  if (a.recv_weights) a.recv_weights[at] = float_from_bits(weight);
+__device__ __forceinline__ Target target_of(const DispatchOp& a, int expert, int row) {
+  const int rows = a.op.ranks * a.route.max_tokens;
+  Target to;
+  to.row = expert * rows + row;
+  to.bytes = a.recv_x + std::int64_t{to.row} * a.row_bytes;
+  to.scales = a.recv_scales + std::int64_t{expert} * a.scale_words * rows + row;
+  return to;
 }
-__device__ __forceinline__ void write_chunk(const DispatchOp& a, Place to, int chunk, int lane, uint4 bytes) {
-  const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
-  const int at = chunk * kChunkBytes + lane * 16;
-  if (at < a.row_bytes) __stcs(reinterpret_cast<uint4*>(a.recv_x + (to.expert * rows + to.row) * a.row_bytes + at), bytes);
+__device__ __forceinline__ void write_row_info(const DispatchOp& a, const Target& to, int token, int place, std::uint32_t weight) {
+  a.src_info[to.row] = token;
+  if (a.recv_places) a.recv_places[to.row] = static_cast<std::uint8_t>(place);
+  if (a.recv_weights) a.recv_weights[to.row] = float_from_bits(weight);
 }
-__device__ __forceinline__ void write_scale(const DispatchOp& a, Place to, int word, std::uint32_t value) {
-  const std::int64_t rows = std::int64_t{a.op.ranks} * a.route.max_tokens;
-  const int words = a.payload == kPayloadFp8Ue8m0 ? a.hidden / 512 : a.hidden / 128;
-  if (word < words) a.recv_scales[(std::int64_t{to.expert} * words + word) * rows + to.row] = value;
+// Chunks [first, first + chunks) of a row to the targets that the lanes of `held` have; lane w holds scale word w of these chunks.
+template <int kChunks>
+__device__ __forceinline__ void write_rows(const DispatchOp& a, const Target& target, unsigned held, int first, int chunks, const uint4 (&data)[kChunks],
+                                           std::uint32_t scale) {
+  const int lane = threadIdx.x % 32, offset = first * kChunkBytes + lane * 16, word = first * a.chunk_words + lane;
+  const bool scaled = lane < chunks * a.chunk_words && word < a.scale_words;
+  const std::int64_t scale_at = std::int64_t{word} * a.op.ranks * a.route.max_tokens;
+#pragma unroll 1
+  for (; held; held &= held - 1) {
+    const int e = __ffs(held) - 1;
+    auto* bytes = reinterpret_cast<std::uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(target.bytes), e)) + offset;
+    auto* scales = reinterpret_cast<std::uint32_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(target.scales), e));
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (c < chunks && offset + c * kChunkBytes < a.row_bytes) __stcs(reinterpret_cast<uint4*>(bytes + c * kChunkBytes), data[c]);
+    if (scaled) scales[scale_at] = scale;
+  }
 }
 
 // One piece of one message: waits for its lines, writes them wherever the row belongs. One warp.
@@ -330,22 +344,21 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const std::uint32_t* meta = scales + num_scales;
   const int entry_words = a.with_weights ? 3 : 2;
   const int token = meta[0], entries = meta[1];
-  auto* record = reinterpret_cast<int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message));
-  if (piece == 0 && lane == 0) record[0] = make_int2(token, entries);
-#pragma unroll 1
-  for (int e = 0; e < entries; ++e) {
-    const std::uint32_t* entry = meta + 2 + e * entry_words;
-    const Place to{static_cast<int>(entry[0] & 0xffff), s.base[rank * a.op.experts + (entry[0] & 0xffff)] + static_cast<int>(entry[1])};
-#pragma unroll
-    for (int c = 0; c < kMaxPer; ++c)
-      if (c < chunks) write_chunk(a, to, first + c, lane, data[c]);
-#pragma unroll 1
-    for (int w = lane; w < num_scales; w += 32) write_scale(a, to, first * a.chunk_words + w, scales[w]);
-    if (piece == 0 && lane == 0) {
-      write_row_info(a, to, token, entry[0] >> 16, a.with_weights ? entry[2] : 0);
-      record[1 + e] = make_int2(row_number(a, to), static_cast<int>(entry[0] >> 16));
+  Target target;
+  if (lane < entries) {
+    const std::uint32_t* entry = meta + 2 + lane * entry_words;
+    const int expert = static_cast<int>(entry[0] & 0xffff), place = static_cast<int>(entry[0] >> 16);
+    target = target_of(a, expert, s.base[rank * a.op.experts + expert] + static_cast<int>(entry[1]));
+    if (piece == 0) {
+      write_row_info(a, target, token, place, a.with_weights ? entry[2] : 0);
+      auto* record = reinterpret_cast<int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message));
+      if (lane == 0) record[0] = make_int2(token, entries);
+      record[1 + lane] = make_int2(target.row, place);
     }
   }
+  write_rows(a, target, __ballot_sync(~0u, lane < entries), first, chunks, data, lane < num_scales ? scales[lane] : 0);
+  if (entries == 0 && piece == 0 && lane == 0)
+    *reinterpret_cast<int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message)) = make_int2(token, 0);
   __syncwarp();
 }
 
@@ -360,35 +373,28 @@ __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, 
     const int index = lane < topk ? s.routes.index[local] : -1;
     const int rank = id >= 0 ? rank_of_expert(a.op, id) : -1;
     const bool mine = index >= 0 && rank == a.op.rank;
-    Place own;
+    Target own;
+    if (mine) {
+      const int expert = id - a.op.rank * a.op.experts;
+      own = target_of(a, expert, s.base[a.op.rank * a.op.experts + expert] + index);
+    }
     if (warp == 0 && part == 0) {
       const unsigned same = __match_any_sync(~0u, rank);
-      const int message = lane < topk ? s.routes.message[local - lane + __ffs(same) - 1] : -1;
-      if (lane < topk && !mine)
-        reinterpret_cast<int*>(a.records + a.record.routes)[std::int64_t{token} * topk + lane] = index >= 0 && s.peers[rank].active ? message : -1;
-    }
-    if (mine) {
-      own.expert = id - a.op.rank * a.op.experts;
-      own.row = s.base[a.op.rank * a.op.experts + own.expert] + index;
-      if (warp == 0 && part == 0) {
-        write_row_info(a, own, token, lane, a.with_weights ? bits_of(a.weights[std::int64_t{token} * topk + lane]) : 0);
-        reinterpret_cast<int*>(a.records + a.record.routes)[std::int64_t{token} * topk + lane] = row_number(a, own);
+      const std::int64_t entry = std::int64_t{token} * topk + lane;
+      if (lane < topk) {
+        const int message = index >= 0 && s.peers[rank].active ? s.routes.message[local - lane + __ffs(same) - 1] : -1;
+        reinterpret_cast<int*>(a.records + a.record.routes)[entry] = mine ? own.row : message;
       }
+      if (mine) write_row_info(a, own, token, lane, a.with_weights ? bits_of(a.weights[entry]) : 0);
     }
     const unsigned all = __ballot_sync(~0u, mine);
     if (!all) continue;
     const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
 #pragma unroll 1
     for (int chunk = warp + part * warps; chunk < a.shape.chunks; chunk += warps * parts) {
-      std::uint32_t word = 0;
-      const uint4 bytes = load_chunk(a, row, chunk, lane, &word);
-#pragma unroll 1
-      for (unsigned left = all; left; left &= left - 1) {
-        const int place = __ffs(left) - 1;
-        const Place to{__shfl_sync(~0u, own.expert, place), __shfl_sync(~0u, own.row, place)};
-        write_chunk(a, to, chunk, lane, bytes);
-        if (lane < a.chunk_words) write_scale(a, to, chunk * a.chunk_words + lane, word);
-      }
+      std::uint32_t scale = 0;
+      const uint4 data[1] = {load_chunk(a, row, chunk, lane, &scale)};
+      write_rows(a, own, all, chunk, 1, data, scale);
     }
   }
 }

@@ -93,6 +93,7 @@ struct DispatchOp {
   int payload = 0;
   int row_bytes = 0;    // of an output row
   int chunk_words = 0;  // scale words of a chunk
+  int scale_words = 0;  // of a row
   std::uint8_t* recv_x = nullptr;
   std::uint32_t* recv_scales = nullptr;
   std::int32_t* recv_count = nullptr;
