@@ -1,10 +1,10 @@
-# nixl_test(NAME sources... DEPS libraries... [TIMEOUT seconds]): a test program `NAME` run by ctest. Exit 77 = skipped.
-# The check macros are in tests/support/check.h; every test program has a time limit.
+# nixl_test(NAME sources... DEPS libraries... [TIMEOUT seconds] [LAUNCH command...]): a test program `NAME` run by ctest, behind
+# a command if one is given. Exit 77 = skipped. The check macros are in tests/support/check.h; every test program has a time limit.
 function(nixl_test NAME)
   if(NOT NIXL_BUILD_TESTS)
     return()
   endif()
-  cmake_parse_arguments(ARG "" "TIMEOUT" "DEPS;LINK" ${ARGN})
+  cmake_parse_arguments(ARG "" "TIMEOUT" "DEPS;LINK;LAUNCH" ${ARGN})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 60)
   endif()
@@ -14,6 +14,20 @@ function(nixl_test NAME)
     target_link_libraries(${NAME} PRIVATE nixl_${dep})
   endforeach()
   target_link_libraries(${NAME} PRIVATE ${ARG_LINK} Threads::Threads)
-  add_test(NAME ${NAME} COMMAND ${NAME})
+  add_test(NAME ${NAME} COMMAND ${ARG_LAUNCH} $<TARGET_FILE:${NAME}>)
   set_tests_properties(${NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} SKIP_RETURN_CODE 77)
 endfunction()
+
+# nixl_use_stand_in(TEST): gives the test program STAND_IN, the path of a library under cuFile's and CUDA's names that works on
+# host memory, so that the logic for GPU memory runs where there is no GPU.
+function(nixl_use_stand_in TEST)
+  if(NOT TARGET nixl_stand_in_cufile)
+    add_library(nixl_stand_in_cufile SHARED ${CMAKE_SOURCE_DIR}/tests/support/stand_in_cufile.cc)
+    set_target_properties(nixl_stand_in_cufile PROPERTIES CXX_VISIBILITY_PRESET default)
+  endif()
+  add_dependencies(${TEST} nixl_stand_in_cufile)
+  target_compile_definitions(${TEST} PRIVATE STAND_IN="$<TARGET_FILE:nixl_stand_in_cufile>")
+endfunction()
+
+# Runs a program beside an S3 server of its own, which NIXL_TEST_S3 names to it.
+set(NIXL_WITH_S3 python3 ${CMAKE_SOURCE_DIR}/tests/support/object_servers.py with-s3)

@@ -17,6 +17,7 @@ struct ObjectUnit {
   std::string key;
   std::uint64_t offset = 0;
   Body body;
+  Copier* copier = nullptr;
   // In parts:
   std::vector<Body> parts;
   std::vector<std::string> part_ids;
@@ -34,6 +35,7 @@ struct Planned {
 class ObjectRequest {
  public:
   bool write = false;
+  bool staged = false;  // some memory is behind a Copier
   std::vector<ObjectUnit> units;
   // Guarded by the engine's lock:
   std::deque<Planned> ready;

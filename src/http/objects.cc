@@ -55,6 +55,36 @@ Nanoseconds pause_before(unsigned repetition, Nanoseconds first) {
 
 }  // namespace
 
+// The host buffers that staged calls go through, all of one size; kept for the next.
+class ObjectEngine::Buffers {
+ public:
+  explicit Buffers(std::size_t bytes) : bytes_(bytes) {}
+  ~Buffers() {
+    for (const auto& [copier, idle] : idle_)
+      for (void* buffer : idle) copier->free(buffer, bytes_);
+  }
+  void* take(Copier* copier) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (auto& idle = idle_[copier]; !idle.empty()) {
+        void* const buffer = idle.back();
+        idle.pop_back();
+        return buffer;
+      }
+    }
+    return copier->allocate(bytes_);
+  }
+  void give_back(Copier* copier, void* buffer) {
+    const std::lock_guard lock(mutex_);
+    idle_[copier].push_back(buffer);
+  }
+
+ private:
+  const std::size_t bytes_;
+  std::mutex mutex_;
+  std::map<Copier*, std::vector<void*>> idle_;
+};
+
 struct ObjectEngine::Task {
   ObjectRequest* request = nullptr;  // null: an abort, which nobody waits for
   Planned what{};
@@ -62,7 +92,11 @@ struct ObjectEngine::Task {
   ObjectUnit own;  // of an abort
   unsigned repeated = 0;
   CallId call = 0;
+  void* buffer = nullptr;  // of a staged unit; kept over repetitions
+  std::optional<Error> stage_error;
 };
+
+ObjectEngine::ObjectEngine() = default;
 
 Result<std::unique_ptr<ObjectEngine>> ObjectEngine::open(std::unique_ptr<Client> client,
                                                          std::unique_ptr<Protocol> protocol,
@@ -70,6 +104,7 @@ Result<std::unique_ptr<ObjectEngine>> ObjectEngine::open(std::unique_ptr<Client>
   std::unique_ptr<ObjectEngine> engine(new ObjectEngine);
   engine->protocol_ = std::move(protocol);
   engine->config_ = config;
+  engine->buffers_ = std::make_unique<Buffers>(config.staged_bytes);
   engine->client_ = std::move(client);
   engine->event_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!engine->event_) return fail(errno_error("eventfd", errno));
@@ -85,14 +120,17 @@ Result<std::unique_ptr<ObjectRequest>> ObjectEngine::prepare(bool write, std::sp
     for (ObjectPiece piece : pieces) {
       if (piece.bytes == 0) continue;
       ObjectUnit* last = request->units.empty() ? nullptr : &request->units.back();
+      const std::uint64_t most = piece.copier ? config_.staged_bytes : config_.part_bytes;
+      request->staged |= piece.copier != nullptr;
       do {
         const std::uint64_t have = last ? size_of(last->body) : 0;
-        if (!last || last->key != piece.key || last->offset + have != piece.offset || have >= config_.part_bytes) {
-          request->units.push_back({std::string(piece.key), piece.offset});
+        if (!last || last->key != piece.key || last->copier != piece.copier || last->offset + have != piece.offset ||
+            have >= most) {
+          request->units.push_back({std::string(piece.key), piece.offset, {}, piece.copier});
           last = &request->units.back();
           continue;
         }
-        const std::uint64_t n = std::min(piece.bytes, config_.part_bytes - have);
+        const std::uint64_t n = std::min(piece.bytes, most - have);
         append(last->body, piece.memory, n);
         piece.offset += n;
         piece.memory += n;
@@ -106,6 +144,8 @@ Result<std::unique_ptr<ObjectRequest>> ObjectEngine::prepare(bool write, std::sp
   for (auto& [key, list] : by_key) {
     std::stable_sort(list.begin(), list.end(), [](const auto* a, const auto* b) { return a->offset < b->offset; });
     ObjectUnit unit{std::string(key)};
+    unit.copier = list.front()->copier;
+    request->staged |= unit.copier != nullptr;
     std::uint64_t end = 0;
     for (const ObjectPiece* piece : list) {
       if (piece->offset != end)
@@ -114,11 +154,21 @@ Result<std::unique_ptr<ObjectRequest>> ObjectEngine::prepare(bool write, std::sp
             "object \"%s\": a write replaces the whole object, so its pieces must follow each other from offset 0; "
             "there is one at offset %llu where %llu was expected",
             unit.key.c_str(), static_cast<unsigned long long>(piece->offset), static_cast<unsigned long long>(end));
+      if (piece->copier != unit.copier)
+        return fail(Code::kInvalidArgument,
+                    "object \"%s\": its pieces lie in the memory of two GPUs; write it from one of them, or in parts of "
+                    "its own",
+                    unit.key.c_str());
       append(unit.body, piece->memory, piece->bytes);
       end += piece->bytes;
     }
-    if (end > config_.whole_bytes)
-      unit.parts = split(unit.body, std::max(config_.part_bytes, (end + kMaxParts - 1) / kMaxParts));
+    const std::uint64_t part = unit.copier ? config_.staged_bytes : config_.part_bytes;
+    if (unit.copier && end > part * kMaxParts)
+      return fail(Code::kInvalidArgument, "object \"%s\": %llu bytes of GPU memory, at most %llu go into one object",
+                  unit.key.c_str(), static_cast<unsigned long long>(end),
+                  static_cast<unsigned long long>(part * kMaxParts));
+    if (end > (unit.copier ? part : config_.whole_bytes))
+      unit.parts = split(unit.body, std::max(part, (end + kMaxParts - 1) / kMaxParts));
     request->units.push_back(std::move(unit));
   }
   return request;
@@ -177,6 +227,7 @@ bool ObjectEngine::drain() noexcept {
 void ObjectEngine::pump_locked() {
   while (num_calls_ < config_.max_calls && !waiting_.empty()) {
     ObjectRequest& request = *waiting_.front();
+    if (request.staged && num_calls_ >= config_.max_staged_calls) return;
     waiting_.pop_front();
     auto task = std::make_shared<Task>();
     task->request = &request;
@@ -196,22 +247,47 @@ void ObjectEngine::launch_locked(const std::shared_ptr<Task>& task, Nanoseconds 
                               [this, task](Outcome outcome) { ended(task, std::move(outcome)); });
 }
 
-Call ObjectEngine::make_call(const Task& task) const {
+// The memory itself, or the task's buffer with, on a write, what the memory holds now.
+Result<Body> ObjectEngine::stage(Task& task, const Body& memory) {
+  Copier* const copier = task.unit->copier;
+  if (!copier) return memory;
+  if (!task.buffer) task.buffer = buffers_->take(copier);
+  if (!task.buffer) return fail(Code::kIo, "no pinned host memory left to copy through");
+  if (task.what.step != Step::kGet) NIXL_TRY(copier->to_host(task.buffer, memory));
+  return Body{{task.buffer, size_of(memory)}};
+}
+
+Result<void> ObjectEngine::unstage(const Task& task) const {
+  const ObjectUnit& unit = *task.unit;
+  if (!unit.copier || task.what.step != Step::kGet) return {};
+  return unit.copier->from_host(unit.body, task.buffer, size_of(unit.body));
+}
+
+Call ObjectEngine::make_call(Task& task) {
   const ObjectUnit& unit = *task.unit;
   Call call;
+  Body body;
+  if (const Step step = task.what.step; step == Step::kGet || step == Step::kPut || step == Step::kPart) {
+    auto staged = stage(task, step == Step::kPart ? unit.parts[task.what.part] : unit.body);
+    if (!staged) {
+      task.stage_error = staged.error();
+      return call;  // without a URL it ends at once
+    }
+    body = std::move(*staged);
+  }
   switch (task.what.step) {
     case Step::kGet:
-      call = protocol_->get(unit.key, unit.offset, size_of(unit.body));
-      call.sink = unit.body;
+      call = protocol_->get(unit.key, unit.offset, size_of(body));
+      call.sink = std::move(body);
       break;
     case Step::kPut:
-      call = protocol_->put(unit.key, unit.body);
+      call = protocol_->put(unit.key, body);
       break;
     case Step::kBegin:
       call = *protocol_->begin_upload(unit.key);
       break;
     case Step::kPart:
-      call = protocol_->put_part(unit.key, unit.upload, task.what.part + 1, unit.parts[task.what.part]);
+      call = protocol_->put_part(unit.key, unit.upload, task.what.part + 1, body);
       break;
     case Step::kFinish:
       call = protocol_->finish_upload(unit.key, unit.upload, unit.part_ids);
@@ -227,9 +303,11 @@ Call ObjectEngine::make_call(const Task& task) const {
 // nullopt: it worked.
 std::optional<Error> ObjectEngine::judge(const Task& task, const Outcome& outcome, bool* repeatable) const {
   const Reply& reply = outcome.reply;
-  *repeatable = outcome.failed && outcome.transient;
+  *repeatable = outcome.failed && outcome.transient && !task.stage_error;
+  const char* method = task.what.step == Step::kGet ? "GET" : "PUT";
+  const std::string what = (task.stage_error ? method : outcome.call.method) + " of object \"" + task.unit->key + "\": ";
+  if (task.stage_error) return within(what + "copy through host memory", *task.stage_error);
   if (outcome.failed) return outcome.error;
-  const std::string what = outcome.call.method + " of object \"" + task.unit->key + "\": ";
   if (!reply.ok()) {
     constexpr int kTemporary[] = {408, 429, 500, 502, 503, 504};
     *repeatable = std::find(std::begin(kTemporary), std::end(kTemporary), reply.status) != std::end(kTemporary) ||
@@ -249,6 +327,7 @@ std::optional<Error> ObjectEngine::judge(const Task& task, const Outcome& outcom
     *repeatable = true;
     return within(what.substr(0, what.size() - 2), right.error());
   }
+  if (auto copied = unstage(task); !copied) return within(what + "copy through host memory", copied.error());
   return std::nullopt;
 }
 
@@ -264,6 +343,7 @@ void ObjectEngine::ended(const std::shared_ptr<Task>& task, Outcome outcome) noe
   }
   std::erase(request->active, task);
   --num_calls_;
+  if (task->buffer) buffers_->give_back(task->unit->copier, task->buffer);
   if (!error) {
     succeeded_locked(*task, outcome.reply);
   } else if (!request->stopping) {

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "base/copier.h"
 #include "base/fd.h"
 #include "http/client.h"
 
@@ -49,12 +50,16 @@ struct ObjectPiece {
   std::uint64_t offset = 0;
   std::byte* memory = nullptr;
   std::uint64_t bytes = 0;
+  Copier* copier = nullptr;  // memory that sockets cannot use in place; outlives the engine
 };
 
 struct ObjectEngineConfig {
   unsigned max_calls = 64;               // on their way at once
   std::uint64_t part_bytes = 16 << 20;   // objects are read and written in pieces of this
   std::uint64_t whole_bytes = 64 << 20;  // objects up to this are written in one piece
+  // The same two for memory behind a Copier: a part is one buffer, and so many calls at once have one.
+  std::uint64_t staged_bytes = 8 << 20;
+  unsigned max_staged_calls = 16;
   unsigned max_repeats = 5;
   Nanoseconds first_pause = 100'000'000;  // before the first repetition; doubles up to 32 times this
   Nanoseconds stall_ns = 30'000'000'000;
@@ -87,10 +92,13 @@ class ObjectEngine {
 
  private:
   struct Task;
-  ObjectEngine() = default;
+  class Buffers;
+  ObjectEngine();
   void pump_locked();
   void launch_locked(const std::shared_ptr<Task>& task, Nanoseconds delay);
-  Call make_call(const Task& task) const;
+  Call make_call(Task& task);
+  Result<Body> stage(Task& task, const Body& memory);
+  Result<void> unstage(const Task& task) const;
   void ended(const std::shared_ptr<Task>& task, Outcome outcome) noexcept;
   std::optional<Error> judge(const Task& task, const Outcome& outcome, bool* repeatable) const;
   void succeeded_locked(const Task& task, const Reply& reply);
@@ -103,6 +111,7 @@ class ObjectEngine {
   std::mutex mutex_;
   unsigned num_calls_ = 0;
   std::deque<ObjectRequest*> waiting_;  // have tasks not yet started; served in turn
+  std::unique_ptr<Buffers> buffers_;
   std::unique_ptr<Client> client_;      // last: its callbacks use the rest
 };
 

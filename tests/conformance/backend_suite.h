@@ -27,6 +27,7 @@ struct BackendCase {
   std::size_t max_bytes = 64 << 20;   // largest single transfer tried
   std::size_t max_blocks = 10'000;    // largest list tried
   std::size_t alignment = 1;          // of offsets in the target
+  bool whole_targets = false;         // a write replaces the target: only writes of all of it are tried
 };
 
 // Runs all tests that apply; prints each and those that do not apply with the reason. Returns the exit status: 0, 1, or 77

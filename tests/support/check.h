@@ -2,6 +2,9 @@
 //   TEST(name) { CHECK(x); CHECK_EQ(a, b); }   ...   int main(int argc, char** argv) { return run_tests(argc, argv); }
 // An argument runs only the tests whose name contains it. SKIP("reason") ends the program with 77.
 #pragma once
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -48,6 +51,19 @@ inline int run_tests(int argc, char** argv) {
   }
   std::fprintf(stderr, "%d passed\n", count);
   return count ? 0 : 1;
+}
+
+// Runs the body in a process of its own: for what a process does or reads but once.
+template <typename F>
+void in_child(F body) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    body();
+    ::_exit(0);
+  }
+  int status = 0;
+  if (::waitpid(child, &status, 0) != child || status != 0)
+    failed(__FILE__, __LINE__, "the child ended with status " + std::to_string(status));
 }
 
 }  // namespace check

@@ -2,11 +2,13 @@
 
     with S3Server() as server: ...        moto: behaves like S3, checks no signatures
     with NginxServer() as server: ...     plain PUT, GET and ranges, quick enough not to be the bottleneck
+    python3 object_servers.py with-s3 PROGRAM [arguments]      runs a program beside an S3Server
 
 `server.endpoint` is "http://127.0.0.1:PORT". Both end with the `with` block, and with the program that started them.
 """
 import ctypes
 import http.client
+import importlib.util
 import os
 import shutil
 import signal
@@ -222,6 +224,17 @@ def _serve_sink(port, size):
         threading.Thread(target=guarded, args=(client,), daemon=True).start()
 
 
+def _run_with_s3(command):
+    """Runs a program with NIXL_TEST_S3 naming a server that has a bucket "bucket"; 77 where there is no such server."""
+    if importlib.util.find_spec("moto") is None:
+        print("SKIP: moto is not installed: no S3 server to test against")
+        return 77
+    with S3Server() as server:
+        return subprocess.run(command, env={**os.environ, "NIXL_TEST_S3": server.endpoint}).returncode
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["sink"]:
         _serve_sink(int(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1:2] == ["with-s3"]:
+        sys.exit(_run_with_s3(sys.argv[2:]))

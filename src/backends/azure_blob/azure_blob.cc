@@ -9,12 +9,11 @@ namespace {
 Result<std::unique_ptr<Backend>> open_azure(BackendConfig config) {
   NIXL_ASSIGN(azure::AzureConfig target, azure::read_config(config.params));
   const Parameters params("AZURE_BLOB", config.params);
-  auto client = open_client(params, params.text("ca_bundle", "AZURE_CA_BUNDLE"));
-  if (!client) return fail(within("AZURE_BLOB", std::move(client).error()));
+  NIXL_ASSIGN(auto client, open_client(params, "AZURE_CA_BUNDLE"));
   auto protocol = std::make_unique<azure::Azure>(std::move(target));
-  NIXL_TRY(first_contact(**client, protocol->head_container(),
+  NIXL_TRY(first_contact(*client, protocol->head_container(),
                          "AZURE_BLOB cannot reach its server (parameters account_url, connection_string, ca_bundle)"));
-  NIXL_ASSIGN(auto engine, http::ObjectEngine::open(std::move(*client), std::move(protocol), {}));
+  NIXL_ASSIGN(auto engine, http::ObjectEngine::open(std::move(client), std::move(protocol), {}));
   return std::make_unique<ObjectBackend>("AZURE_BLOB", "https+azure", std::move(config), std::move(engine));
 }
 

@@ -1,7 +1,6 @@
 // GDS and GDS_MT over a library that stands in for cuFile and the CUDA driver, and the reasons where either is missing.
 #include "backends/gds/gds.h"
 
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -20,18 +19,8 @@ bool has(const std::string& text, const char* part) {
   return false;
 }
 
-// Libraries are opened once a process: each case has one of its own.
-template <typename F>
-void in_child(F body) {
-  const pid_t child = ::fork();
-  if (child == 0) {
-    body();
-    ::_exit(0);
-  }
-  int status = 0;
-  CHECK_EQ(::waitpid(child, &status, 0), child);
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-}
+using check::in_child;  // libraries are opened once a process: each case has one of its own
+
 void use_stand_in(const char* fault = "") {
   ::setenv("NIXL_CUDA_LIBRARY", STAND_IN, 1);
   ::setenv("NIXL_CUFILE_LIBRARY", STAND_IN, 1);
@@ -163,6 +152,15 @@ TEST(batches_threads_and_single_calls) {
       round_trip(0, {{"max_request_size", "100000"}}, 1, "cufile_batch");  // one piece, cut into sixty
       round_trip(0, {}, 1, "cufile");
       round_trip(1, {{"thread_count", "3"}}, 500, "cufile");
+    });
+}
+
+// cuFile does not take the file: our own buffers carry the bytes, and the path tells.
+TEST(a_file_that_cufile_refuses_goes_staged) {
+  for (const int which : {0, 1})
+    in_child([&] {
+      use_stand_in("file");
+      round_trip(which, {}, 40, "staged+threads");
     });
 }
 

@@ -53,8 +53,7 @@ Result<std::unique_ptr<Backend>> open_obj(BackendConfig config) {
   NIXL_ASSIGN(const std::int64_t fast_limit, params.number("crtMinLimit", 0, 0));
   NIXL_ASSIGN(const std::int64_t target_gbps, params.number("throughput_target_gbps", 0, 0));
   NIXL_ASSIGN(auto credentials, s3::CredentialSource::open(config.params));
-  auto client = open_client(params, params.text("ca_bundle"));
-  if (!client) return fail(within("OBJ", std::move(client).error()));
+  NIXL_ASSIGN(auto client, open_client(params));
   http::ObjectEngineConfig engine_config;
   // One connection to S3 carries about half a gigabit a second.
   if (target_gbps > 0)
@@ -64,9 +63,9 @@ Result<std::unique_ptr<Backend>> open_obj(BackendConfig config) {
 
   const std::string path = target.scheme + "+s3";
   auto protocol = std::make_unique<s3::S3>(std::move(target), std::move(credentials));
-  NIXL_TRY(first_contact(**client, protocol->head_bucket(),
+  NIXL_TRY(first_contact(*client, protocol->head_bucket(),
                          "OBJ cannot reach its server (parameters endpoint_override, scheme, ca_bundle)"));
-  NIXL_ASSIGN(auto engine, http::ObjectEngine::open(std::move(*client), std::move(protocol), engine_config));
+  NIXL_ASSIGN(auto engine, http::ObjectEngine::open(std::move(client), std::move(protocol), engine_config));
   return std::make_unique<ObjectBackend>("OBJ", path, std::move(config), std::move(engine));
 }
 

@@ -1,5 +1,5 @@
 // Signatures against the examples that AWS publishes; where keys come from; parameters; registrations. With
-// NIXL_TEST_S3=http://host:port (a server with a bucket "bucket"), also transfers.
+// NIXL_TEST_S3=http://host:port (a server with a bucket "bucket"), also transfers: obj_server_test runs it so.
 #include "backends/obj/obj.h"
 
 #include <stdlib.h>
@@ -68,7 +68,98 @@ void clear_environment() {
   ::setenv("AWS_EC2_METADATA_DISABLED", "true", 1);
 }
 
+// A backend on the server of NIXL_TEST_S3, one buffer, transfers of it.
+struct Rig {
+  Rig() {
+    backend = std::move(*CHECK_OK(try_open({{"bucket", "bucket"},
+                                            {"access_key", "k"},
+                                            {"secret_key", "s"},
+                                            {"endpoint_override", *env_text("NIXL_TEST_S3")}})));
+    self = std::move(*CHECK_OK(backend->connect({"agent", 1}, "")));
+  }
+  struct Piece {
+    std::uint64_t object, offset;
+    std::string* memory;
+  };
+  std::unique_ptr<Transfer> prepare(Op op, std::vector<Piece> pieces) {
+    owned.push_back(std::move(*CHECK_OK(backend->add_region({kind, 0, 0, 0, ""}))));
+    Plan plan;
+    plan.op = op;
+    plan.local_kind = kind;
+    plan.local_regions = {owned.back().get()};
+    plan.remote_kind = MemKind::kObject;
+    plan.peer = self.get();
+    for (const Piece& piece : pieces) {
+      const Region region = {MemKind::kObject, 0, 0, piece.object, "dir/obj " + std::to_string(piece.object)};
+      owned.push_back(std::move(*CHECK_OK(backend->add_region(region))));
+      targets.push_back(std::move(*CHECK_OK(backend->loopback_region(*self, region, *owned.back()))));
+      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(piece.memory->data()));
+      plan.remote_address.push_back(piece.offset);
+      plan.length.push_back(piece.memory->size());
+      plan.local_region.push_back(0);
+      plan.remote_region.push_back(static_cast<std::uint32_t>(plan.remote_regions.size()));
+      plan.remote_regions.push_back(targets.back().get());
+      ++plan.num_blocks;
+    }
+    auto prepared = backend->prepare(std::move(plan));
+    last_error = prepared ? "" : prepared.error().reason;
+    return prepared ? std::move(*prepared) : nullptr;
+  }
+  bool run(Transfer& transfer) {
+    CHECK_OK(transfer.submit(std::nullopt));
+    for (const Deadline limit = Deadline::after(60'000'000'000);;) {
+      const auto state = transfer.poll();
+      last_error = state ? "" : state.error().reason;
+      if (!state) return false;
+      if (*state == TransferState::kDone) return true;
+      CHECK(!limit.passed());
+      ::usleep(200);
+    }
+  }
+  MemKind kind = MemKind::kDram;
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Connection> self;
+  std::vector<std::unique_ptr<LocalRegion>> owned;
+  std::vector<std::unique_ptr<RemoteRegion>> targets;
+  std::string last_error;
+};
+std::string pattern(std::size_t size) {
+  std::string bytes(size, 0);
+  for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<char>((i * 2654435761u) >> 11);
+  return bytes;
+}
+
 }  // namespace
+
+// "GPU memory" of a library that stands in for the driver: whole objects, parts, ranges, and a copy that fails.
+static void move_gpu_memory() {
+  if (!env_text("NIXL_TEST_S3")) {
+    std::fprintf(stderr, "  not run: NIXL_TEST_S3 is not set\n");
+    return;
+  }
+  ::setenv("NIXL_CUDA_LIBRARY", STAND_IN, 1);
+  Rig rig;
+  rig.kind = MemKind::kVram;
+  const std::string small = pattern(100'000), big = pattern((20 << 20) + 5), tail = pattern(9'000'001);
+  std::string a = small, b = big, c = tail;
+  auto write = rig.prepare(Op::kWrite, {{21, 0, &a}, {22, 0, &b}, {22, b.size(), &c}});
+  CHECK(has(write->path(), "staged+http+s3"));
+  if (!rig.run(*write)) check::failed(__FILE__, __LINE__, rig.last_error);
+  auto read = rig.prepare(Op::kRead, {{21, 0, &a}, {22, 0, &b}, {22, b.size(), &c}});
+  for (int round = 0; round < 2; ++round) {
+    a.assign(a.size(), '?'), b.assign(b.size(), '?'), c.assign(c.size(), '?');
+    if (!rig.run(*read)) check::failed(__FILE__, __LINE__, rig.last_error);
+    CHECK(a == small && b == big && c == tail);
+  }
+  ::setenv("STAND_IN_FAULT", "copy", 1);
+  CHECK(!rig.run(*read) && has(rig.last_error, "copy through host memory") && has(rig.last_error, "cuMemcpyAsync"));
+  CHECK(!rig.run(*write) && has(rig.last_error, "PUT of object \"dir/obj 2") && has(rig.last_error, "CUDA driver error 700"));
+  ::setenv("STAND_IN_FAULT", "", 1);
+  if (!rig.run(*write)) check::failed(__FILE__, __LINE__, rig.last_error);
+}
+TEST(gpu_memory_goes_through_host_buffers) {
+  check::in_child(move_gpu_memory);  // first, and in a process of its own: the driver is looked for once
+}
 
 TEST(sha256_and_hmac_vectors) {
   CHECK_EQ(http::hex(sha256("")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
@@ -148,67 +239,6 @@ TEST(parameters) {
   const std::string nobody = refusal(with("endpoint_override", "http://127.0.0.1:1"));
   CHECK(has(nobody, "127.0.0.1:1") && nobody.find("SECRET") == std::string::npos);
 }
-
-namespace {
-
-// A backend on the server of NIXL_TEST_S3, one buffer, transfers of it.
-struct Rig {
-  Rig() {
-    backend = std::move(*CHECK_OK(try_open({{"bucket", "bucket"},
-                                            {"access_key", "k"},
-                                            {"secret_key", "s"},
-                                            {"endpoint_override", *env_text("NIXL_TEST_S3")}})));
-    self = std::move(*CHECK_OK(backend->connect({"agent", 1}, "")));
-  }
-  struct Piece {
-    std::uint64_t object, offset;
-    std::string* memory;
-  };
-  std::unique_ptr<Transfer> prepare(Op op, std::vector<Piece> pieces) {
-    Plan plan;
-    plan.op = op;
-    plan.remote_kind = MemKind::kObject;
-    plan.peer = self.get();
-    for (const Piece& piece : pieces) {
-      const Region region = {MemKind::kObject, 0, 0, piece.object, "dir/obj " + std::to_string(piece.object)};
-      owned.push_back(std::move(*CHECK_OK(backend->add_region(region))));
-      targets.push_back(std::move(*CHECK_OK(backend->loopback_region(*self, region, *owned.back()))));
-      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(piece.memory->data()));
-      plan.remote_address.push_back(piece.offset);
-      plan.length.push_back(piece.memory->size());
-      plan.local_region.push_back(0);
-      plan.remote_region.push_back(static_cast<std::uint32_t>(plan.remote_regions.size()));
-      plan.remote_regions.push_back(targets.back().get());
-      ++plan.num_blocks;
-    }
-    auto prepared = backend->prepare(std::move(plan));
-    last_error = prepared ? "" : prepared.error().reason;
-    return prepared ? std::move(*prepared) : nullptr;
-  }
-  bool run(Transfer& transfer) {
-    CHECK_OK(transfer.submit(std::nullopt));
-    for (const Deadline limit = Deadline::after(60'000'000'000);;) {
-      const auto state = transfer.poll();
-      last_error = state ? "" : state.error().reason;
-      if (!state) return false;
-      if (*state == TransferState::kDone) return true;
-      CHECK(!limit.passed());
-      ::usleep(200);
-    }
-  }
-  std::unique_ptr<Backend> backend;
-  std::unique_ptr<Connection> self;
-  std::vector<std::unique_ptr<LocalRegion>> owned;
-  std::vector<std::unique_ptr<RemoteRegion>> targets;
-  std::string last_error;
-};
-std::string pattern(std::size_t size) {
-  std::string bytes(size, 0);
-  for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<char>((i * 2654435761u) >> 11);
-  return bytes;
-}
-
-}  // namespace
 
 TEST(transfers) {
   if (!env_text("NIXL_TEST_S3")) {

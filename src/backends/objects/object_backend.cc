@@ -1,9 +1,6 @@
 #include "backends/objects/object_backend.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 
 #include "http/object_request.h"
 
@@ -46,11 +43,12 @@ Result<std::unique_ptr<Transfer>> ObjectBackend::prepare_transfer(const Plan& pl
   std::vector<http::ObjectPiece> pieces;
   pieces.reserve(plan.num_blocks);
   NIXL_TRY(each_block(plan, [&](const Block& block) -> Result<void> {
-    pieces.push_back({places[block.remote].key, block.offset, block.memory, block.bytes});
+    pieces.push_back({places[block.remote].key, block.offset, block.memory, block.bytes, block.copier});
     return {};
   }));
   NIXL_ASSIGN(auto request, engine_->prepare(plan.op == Op::kWrite, pieces));
-  return make_transfer(*engine_, std::move(request), std::vector<ObjectPlace>(), path_);
+  std::string path = request->staged ? "staged+" + path_ : path_;
+  return make_transfer(*engine_, std::move(request), std::vector<ObjectPlace>(), std::move(path));
 }
 
 Result<std::vector<std::optional<Params>>> ObjectBackend::query(std::span<const Region> regions) {
@@ -65,13 +63,11 @@ Result<std::vector<std::optional<Params>>> ObjectBackend::query(std::span<const 
   return answers;
 }
 
-Result<std::unique_ptr<http::Client>> open_client(const Parameters& params, std::string ca_bundle) {
+Result<std::unique_ptr<http::Client>> open_client(const Parameters& params, const char* ca_bundle_variable) {
   http::ClientConfig config;
   NIXL_ASSIGN(const std::int64_t threads, params.number("num_threads", half_the_cores(), 1));
   config.num_threads = static_cast<unsigned>(std::min<std::int64_t>(threads, 64));
-  if (!ca_bundle.empty() && ::access(ca_bundle.c_str(), R_OK) != 0)
-    return fail(errno_error("parameter ca_bundle: " + ca_bundle, errno));
-  config.ca_bundle = std::move(ca_bundle);
+  NIXL_ASSIGN(config.ca_bundle, params.readable_file("ca_bundle", ca_bundle_variable));
   return http::Client::open(config);
 }
 

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -47,6 +48,70 @@ Region file_region(std::uint64_t id, const std::string& meta) {
 }
 
 }  // namespace
+
+// "GPU memory" of a library that stands in for the driver: through the page cache and around it, scattered, and a copy
+// that fails.
+static void move_gpu_memory() {
+  ::setenv("NIXL_CUDA_LIBRARY", STAND_IN, 1);
+  for (const char* flags : {"rw:", "rw,direct:"}) {
+    const std::string path = temp_path();
+    auto backend = open_with();
+    CHECK(backend->abilities().local_kinds.has(MemKind::kVram));
+    auto self = std::move(*CHECK_OK(backend->connect({"agent", 1}, "")));
+    auto file = std::move(*CHECK_OK(backend->add_region(file_region(5, flags + path))));
+    auto target = std::move(*CHECK_OK(backend->loopback_region(*self, file_region(5, flags + path), *file)));
+    std::string memory(7'000'123, '?'), sent(memory.size(), 0);
+    for (std::size_t i = 0; i < sent.size(); ++i) sent[i] = static_cast<char>((i * 2654435761u) >> 9);
+    const Region region = {MemKind::kVram, reinterpret_cast<std::uint64_t>(memory.data()), memory.size(), 0, ""};
+    auto gpu = std::move(*CHECK_OK(backend->add_region(region)));
+    const auto no_such = backend->add_region({MemKind::kVram, region.address, 1, 3, ""});
+    CHECK(!no_such && no_such.error().reason == "POSIX cannot take VRAM_SEG: GPU 3: this process sees 1, numbered from 0");
+    // Pieces side by side in the file, in reversed order in memory: many of them fill one buffer.
+    const auto run = [&](Op op, std::size_t piece) -> std::string {
+      Plan plan;
+      plan.op = op;
+      plan.local_kind = MemKind::kVram;
+      plan.remote_kind = MemKind::kFile;
+      plan.peer = self.get();
+      plan.local_regions = {gpu.get()};
+      plan.remote_regions = {target.get()};
+      for (std::size_t at = 0; at < memory.size(); at += piece) {
+        const std::size_t bytes = std::min(piece, memory.size() - at);
+        plan.local_address.push_back(region.address + memory.size() - at - bytes);
+        plan.remote_address.push_back(at);
+        plan.length.push_back(bytes);
+        plan.local_region.push_back(0), plan.remote_region.push_back(0);
+        ++plan.num_blocks;
+      }
+      auto transfer = std::move(*CHECK_OK(backend->prepare(std::move(plan))));
+      CHECK(transfer->path().find("staged+") == 0);
+      CHECK_OK(transfer->submit(std::nullopt));
+      for (const Deadline limit = Deadline::after(20'000'000'000);;) {
+        const auto state = transfer->poll();
+        if (!state) return state.error().reason;
+        if (*state == TransferState::kDone) return "";
+        CHECK(!limit.passed());
+      }
+    };
+    for (const std::size_t piece : {1'000ul, 65'536ul, 8'000'000ul}) {
+      memory = sent;
+      CHECK_EQ(run(Op::kWrite, piece), "");
+      std::fill(memory.begin(), memory.end(), '?');
+      CHECK_EQ(run(Op::kRead, piece), "");
+      CHECK(memory == sent);
+    }
+    ::setenv("STAND_IN_FAULT", "copy", 1);
+    for (const Op op : {Op::kWrite, Op::kRead}) {
+      const std::string error = run(op, 8'000'000);
+      CHECK(error.find(path + ": copy through host memory: GPU 0: cuMemcpyAsync: CUDA driver error 700") != error.npos);
+    }
+    ::setenv("STAND_IN_FAULT", "", 1);
+    ::unlink(path.c_str());
+  }
+}
+TEST(gpu_memory_goes_through_host_buffers) {
+  check::in_child(move_gpu_memory);  // first, and in a process of its own: the driver is looked for once
+}
 
 TEST(path_mode_ids_are_unique_while_in_use) {
   const std::string path = temp_path();

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 
 #include "base/env.h"
 #include "base/log.h"
@@ -18,6 +19,13 @@ std::string Parameters::text(const char* key, const char* variable) const {
   const auto found = params_.find(key);
   if (found != params_.end() && !found->second.empty()) return found->second;
   return variable ? env_text(variable).value_or("") : "";
+}
+
+Result<std::string> Parameters::readable_file(const char* key, const char* variable) const {
+  std::string path = text(key, variable);
+  if (!path.empty() && ::access(path.c_str(), R_OK) != 0)
+    return fail(errno_error(std::string(backend_) + " parameter " + key + ": " + path, errno));
+  return path;
 }
 
 Result<bool> Parameters::flag(const char* key) const {

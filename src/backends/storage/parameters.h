@@ -16,6 +16,8 @@ class Parameters {
 
   // The value; where it is empty that of the environment variable, if one is named.
   std::string text(const char* key, const char* variable = nullptr) const;
+  // As text(); a value must be the path of a file that can be read.
+  Result<std::string> readable_file(const char* key, const char* variable = nullptr) const;
   Result<bool> flag(const char* key) const;  // empty: false
   // Empty: `fallback`. Anything but a number of at least `least` is an error.
   Result<std::int64_t> number(const char* key, std::int64_t fallback, std::int64_t least) const;
