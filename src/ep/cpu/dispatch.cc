@@ -100,7 +100,10 @@ bool Dispatcher::open_parts(const Setting& setting, const Dispatch& args) {
         begin[0] >= 0 && begin[experts_per_rank] <= m.num_entries && (m.num_tokens > 0 || begin[experts_per_rank] == 0);
     for (int local = 0; local < experts_per_rank; ++local)
       sane = sane && begin[local] <= begin[local + 1] && begin[local + 1] - begin[local] <= args.max_tokens;
-    if (!sane) return refuse("a torn index, entries", begin[experts_per_rank], m.num_entries);
+    if (!sane) {  // its sender has masked this rank: a fault, and no error of this caller
+      exchange.reject(source);
+      return false;
+    }
     parts_.push_back(part);
   }
   return true;
