@@ -31,6 +31,7 @@ from ep_ranks import RankFailure, RankGroup  # noqa: E402
 from ep_rounds import close_rounds, join, prepare, serve_rounds, write_tables  # noqa: E402
 
 SHAPE = Shape(ranks=4, experts_per_rank=4, max_tokens=48, hidden=1024, topk=4)
+KINDS = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 SPARE_LIMIT_S = 60.0  # until a replacement is ready
 TOLD_SLACK_MS = 1000.0  # from the signal to the survivors' knowing, beyond the timeout: processes die in their own time
 
@@ -47,6 +48,7 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--combine", choices=("exact", "reduced"), default="reduced")
     add("--pairs", type=int, default=6, help="dispatches and combines in a round")
     add("--spares", type=int, default=4, help="replacements a rank that are kept ready")
+    add("--mix", default="75,15,10", help="shares of SIGKILL, SIGTERM and SIGSTOP")
     add("--seed", type=int, default=int(os.environ.get("NIXL_EP_FAULT_SEED", "1")))
     options = parser.parse_args(arguments)
     if options.slack_ms is None:
@@ -63,17 +65,24 @@ class Tally:
         if self.path and self.path.exists():
             self.values = json.loads(self.path.read_text())
 
-    def tell(self, kind: str, stretches=(), when: float = 0.0, problems=()) -> None:
+    def begin(self, kind: str) -> None:
+        self.values["tried"] += 1
+        self.values["signals"][kind] = self.values["signals"].get(kind, 0) + 1
+
+    def end(self, stretches, when: float) -> None:
         values = self.values
-        values["tried"] += 1
-        values["survived"] += not problems
-        values["signals"][kind] = values["signals"].get(kind, 0) + 1
-        values["problems"] += list(problems)
-        told = [1000 * (seen.told_at - when) for seen in stretches if seen.told_at is not None]
-        values["told_ms"] += [round(max(told), 2)] if told else []
-        values["stalled_ms"] += [round(max(seen.stalled_ms for seen in stretches), 2)] if stretches else []
+        values["survived"] += 1
+        values["told_ms"].append(round(max(1000 * (seen.told_at - when) for seen in stretches), 2))
+        values["stalled_ms"].append(round(max(seen.stalled_ms for seen in stretches), 2))
+        self.keep()
+
+    def spoil(self, problem: str) -> None:
+        self.values["problems"].append(problem)
+        self.keep()
+
+    def keep(self) -> None:
         if self.path:
-            self.path.write_text(json.dumps(values))
+            self.path.write_text(json.dumps(self.values))
 
     def summary(self) -> dict:
         def worst(times):
@@ -94,6 +103,7 @@ class KillLoop:
         self.group = RankGroup(SHAPE.ranks, options.device, environment)
         self.spares = {rank: [] for rank in self.ranks}
         self.waiting_s = 0.0
+        self.victim = -1
 
     def open(self) -> None:
         self.refill()
@@ -125,11 +135,13 @@ class KillLoop:
     def check_whole(self, rounds: int = 2) -> None:
         for rank, seen in self.group.run(serve_rounds, 0, rounds).items():
             if seen.masked_before or seen.named or seen.wrong:
-                raise RankFailure(f"rank {rank} is not whole: {seen}")
+                raise RankFailure(f"afterwards rank {rank} is not whole: {seen}")
 
     def fault(self, kind: int) -> None:
         """One fault and the recovery from it."""
+        self.tally.begin(signal.Signals(kind).name)
         group, victim = self.group, self.choose_victim()
+        self.victim = victim
         alive = [rank for rank in self.ranks if rank != victim]
         for rank in self.ranks:
             group.progress[rank] = 0
@@ -149,6 +161,8 @@ class KillLoop:
         group.ending[0] = 1
         seen, woken = survivors.wait(30), doomed.wait(30)
         problems = self.judge(victim, seen, woken, when)
+        if problems:
+            raise RankFailure("\n".join(problems))
         if kind == signal.SIGSTOP:
             group.run(unmask_everyone, f"{self.tally.values['tried']}", self.ranks)
         else:
@@ -157,7 +171,7 @@ class KillLoop:
             group.run(replace_peer, [victim], ranks=alive)
             joining.wait()
         self.check_whole()
-        self.tally.tell(signal.Signals(kind).name, list(seen.values()), when, problems)
+        self.tally.end(seen.values(), when)
 
     def wait_for(self, rank: int, reached: int) -> None:
         deadline = time.monotonic() + 30
@@ -182,14 +196,15 @@ class KillLoop:
 
     def run(self) -> None:
         end = time.monotonic() + self.options.seconds
+        shares = [float(share) for share in self.options.mix.split(",")]
         try:
             self.open()
             while time.monotonic() < end and self.tally.values["tried"] < self.options.kills:
-                kind = self.points.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP), (75, 15, 10))[0]
+                kind = self.points.choices(KINDS, shares)[0]
                 try:
                     self.fault(kind)
                 except RankFailure as failure:
-                    self.tally.tell(signal.Signals(kind).name, problems=[str(failure)])
+                    self.tally.spoil(f"{signal.Signals(kind).name} of rank {self.victim}: {failure}")
                     raise
                 self.refill()
             self.group.run(close_rounds)

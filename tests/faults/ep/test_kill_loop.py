@@ -17,9 +17,9 @@ def test_kill_loop_goes_on_where_it_stopped(device, tmp_path):
         pytest.skip(f"4 ranks need 4 GPUs, there are {num_gpus()}")
     state = tmp_path / "state.json"
     for tried in (KILLS - 1, KILLS):
-        command = [sys.executable, str(LOOP), "--device", device, "--timeout-ms", "400", "--spares", "1", "--state", str(state)]
+        command = [sys.executable, str(LOOP), "--device", device, "--timeout-ms", "800", "--spares", "1", "--state", str(state)]
         done = subprocess.run([*command, "--kills", str(tried)], capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stdout + done.stderr
         told = json.loads(done.stdout)
         assert told["tried"] == told["survived"] == tried, told
-    assert sum(told["signals"].values()) == KILLS and 0 < told["stalled_ms"]["worst"] < 1400
+    assert sum(told["signals"].values()) == KILLS and 0 < told["stalled_ms"]["worst"] < 1800
