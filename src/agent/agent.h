@@ -109,7 +109,7 @@ class Agent {
   std::shared_ptr<Peer> known_peer(const std::string& agent) const;
   Result<std::shared_ptr<Peer>> peer(const std::string& agent);  // discovers when that is on
   Result<PreparedList> remote_list(const std::string& agent, const Descs& descs, const std::vector<Slot*>& allowed);
-  Result<std::shared_ptr<Peer>> admit(const Metadata& data);
+  Result<std::shared_ptr<Peer>> admit(Metadata data);
   void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason);
   void on_lost(const Runtime::Options::Loss& loss);
   Result<std::uint64_t> add_request(Op op, const PreparedList& remote, const Route& route, BuiltPlan built,

@@ -157,34 +157,41 @@ Result<void> stage_connection(Staged& staged, const BackendInfo& info, const Met
   return {};
 }
 
-Result<void> stage_regions(Staged& staged, const BackendInfo& info, const Metadata& data, bool optional) {
+// Takes the regions out of `info`.
+Result<void> stage_regions(Staged& staged, BackendInfo& info, const std::string& agent, bool optional) {
   if (info.regions.empty()) return {};
   if (!staged.link) {
     if (optional) return {};
-    return fail(Code::kNotFound, "regions of agent '%s' for %s came before its connection: load that first", data.agent.c_str(),
+    return fail(Code::kNotFound, "regions of agent '%s' for %s came before its connection: load that first", agent.c_str(),
                 info.name.c_str());
   }
   if (!staged.link->connection) return {};
+  if (!staged.fresh)
+    std::erase_if(info.regions, [&](const RegionInfo& item) {
+      const auto held = staged.link->regions.exact(item.region);
+      return held && held->key == item.key;
+    });
   const auto lock = staged.slot->setup();
-  for (const RegionInfo& item : info.regions) {
-    if (const auto held = staged.link->regions.exact(item.region); held && held->key == item.key) continue;
+  const std::shared_ptr<RemoteEntry[]> block(new RemoteEntry[info.regions.size()]);  // one allocation for all of them
+  staged.entries.reserve(info.regions.size());
+  for (RegionInfo& item : info.regions) {
     auto object = staged.slot->backend->import_region(*staged.link->connection, item.region, item.key);
     if (!object && optional) continue;
     if (!object)
       return fail(Code::kIo, "region 0x%llx of agent '%s' by %s: %s", static_cast<unsigned long long>(item.region.address),
-                  data.agent.c_str(), info.name.c_str(), object.error().reason.c_str());
-    auto entry = std::make_shared<RemoteEntry>();
-    entry->region = item.region;
-    entry->key = item.key;
-    entry->object = std::move(*object);
-    staged.entries.push_back(std::move(entry));
+                  agent.c_str(), info.name.c_str(), object.error().reason.c_str());
+    RemoteEntry& entry = block[staged.entries.size()];
+    entry.region = std::move(item.region);
+    entry.key = std::move(item.key);
+    entry.object = std::move(*object);
+    staged.entries.emplace_back(block, &entry);
   }
   return {};
 }
 
 }  // namespace
 
-Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
+Result<std::shared_ptr<Peer>> Agent::admit(Metadata data) {
   if (data.agent == name()) return fail(Code::kInvalidArgument, "this is the metadata of agent '%s' itself", name().c_str());
   runtime_->handle_lost();
   auto known = listed_peer(data.agent);
@@ -215,7 +222,7 @@ Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
   };
   bool common = false;
   std::string why;
-  for (const BackendInfo& info : data.backends) {
+  for (BackendInfo& info : data.backends) {
     Slot* const slot = this->slot(info.name);
     if (!slot || !slot->abilities().remote) continue;
     Staged& one = staged.emplace_back();
@@ -223,7 +230,7 @@ Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
     one.link = peer->link(*slot);
     const bool optional = slot->is_companion;
     auto done = stage_connection(one, info, data, optional);
-    if (done) done = stage_regions(one, info, data, optional);
+    if (done) done = stage_regions(one, info, data.agent, optional);
     if (!done) {
       unstage();
       return fail(done.error());
@@ -237,8 +244,8 @@ Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
   }
   for (Staged& one : staged) {
     if (one.fresh) peer->adopt(std::move(one.fresh));
-    for (auto& entry : one.entries)
-      if (const auto old = one.link->regions.put(entry)) one.slot->retire(*old);
+    if (one.link)
+      for (const auto& old : one.link->regions.put(one.entries)) one.slot->retire(*old);
   }
   if (!known) {
     const std::unique_lock lock(mutex_);
@@ -249,9 +256,9 @@ Result<std::shared_ptr<Peer>> Agent::admit(const Metadata& data) {
 
 Result<std::string> Agent::load(std::string_view bytes) {
   NIXL_TRY(usable());
-  NIXL_ASSIGN(const Metadata data, decode(bytes));
+  NIXL_ASSIGN(Metadata data, decode(bytes));
   const std::lock_guard lock(load_mutex_);
-  NIXL_ASSIGN(const auto peer, admit(data));
+  NIXL_ASSIGN(const auto peer, admit(std::move(data)));
   return peer->name;
 }
 

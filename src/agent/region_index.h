@@ -11,7 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
-#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "contract/backend.h"
@@ -139,14 +139,31 @@ class Snapshot {
   std::vector<RegionItem> items_;
 };
 
+// Entries are found by their place, without a copy of it.
 struct PlaceHash {
+  using is_transparent = void;
   std::size_t operator()(const Region& r) const noexcept {
     std::uint64_t h = r.address * 0x9E3779B97F4A7C15ull ^ r.length * 0xC2B2AE3D27D4EB4Full ^ r.device;
     return static_cast<std::size_t>(h ^ h >> 29) + static_cast<std::size_t>(r.kind);
   }
+  template <typename Entry>
+  std::size_t operator()(const std::shared_ptr<Entry>& entry) const noexcept {
+    return (*this)(entry->region);
+  }
 };
 struct SamePlace {
-  bool operator()(const Region& a, const Region& b) const noexcept { return same_place(a, b); }
+  using is_transparent = void;
+  template <typename A, typename B>
+  bool operator()(const A& a, const B& b) const noexcept {
+    return same_place(region_of(a), region_of(b));
+  }
+
+ private:
+  static const Region& region_of(const Region& region) noexcept { return region; }
+  template <typename Entry>
+  static const Region& region_of(const std::shared_ptr<Entry>& entry) noexcept {
+    return entry->region;
+  }
 };
 
 template <typename Entry>
@@ -155,46 +172,58 @@ class RegionIndex {
   using View = std::shared_ptr<const Snapshot<Entry>>;
 
   // Adds the entry; one of the same place is replaced and returned.
-  std::shared_ptr<Entry> put(std::shared_ptr<Entry> entry) {
+  std::shared_ptr<Entry> put(const std::shared_ptr<Entry>& entry) {
     const std::lock_guard lock(mutex_);
-    views_[static_cast<int>(entry->region.kind)].reset();
-    auto& place = entries_[entry->region];
-    std::swap(place, entry);
-    return entry;
+    return put_locked(entry);
+  }
+  // Adds all of them; returns those that were replaced.
+  std::vector<std::shared_ptr<Entry>> put(const std::vector<std::shared_ptr<Entry>>& entries) {
+    std::vector<std::shared_ptr<Entry>> replaced;
+    const std::lock_guard lock(mutex_);
+    entries_.reserve(entries_.size() + entries.size());
+    for (const auto& entry : entries)
+      if (auto old = put_locked(entry)) replaced.push_back(std::move(old));
+    return replaced;
   }
   // The entry registered as exactly this place, or null.
   std::shared_ptr<Entry> exact(const Region& region) const {
     const std::lock_guard lock(mutex_);
     const auto found = entries_.find(region);
-    return found == entries_.end() ? nullptr : found->second;
+    return found == entries_.end() ? nullptr : *found;
   }
   void remove(const Region& region) {
     const std::lock_guard lock(mutex_);
     views_[static_cast<int>(region.kind)].reset();
-    entries_.erase(region);
+    if (const auto found = entries_.find(region); found != entries_.end()) entries_.erase(found);
   }
   std::vector<std::shared_ptr<Entry>> all() const {
     const std::lock_guard lock(mutex_);
-    std::vector<std::shared_ptr<Entry>> list;
-    list.reserve(entries_.size());
-    for (const auto& [place, entry] : entries_) list.push_back(entry);
-    return list;
+    return {entries_.begin(), entries_.end()};
   }
   View snapshot(MemKind kind) const {
     const std::lock_guard lock(mutex_);
     View& view = views_[static_cast<int>(kind)];
     if (!view) {
       std::vector<std::shared_ptr<Entry>> of_kind;
-      for (const auto& [place, entry] : entries_)
-        if (place.kind == kind) of_kind.push_back(entry);
+      for (const auto& entry : entries_)
+        if (entry->region.kind == kind) of_kind.push_back(entry);
       view = std::make_shared<Snapshot<Entry>>(std::move(of_kind));
     }
     return view;
   }
 
  private:
+  std::shared_ptr<Entry> put_locked(const std::shared_ptr<Entry>& entry) {
+    views_[static_cast<int>(entry->region.kind)].reset();
+    const auto [found, added] = entries_.insert(entry);
+    if (added) return nullptr;
+    auto old = *found;
+    entries_.insert(entries_.erase(found), entry);
+    return old;
+  }
+
   mutable std::mutex mutex_;
-  std::unordered_map<Region, std::shared_ptr<Entry>, PlaceHash, SamePlace> entries_;
+  std::unordered_set<std::shared_ptr<Entry>, PlaceHash, SamePlace> entries_;
   mutable View views_[kNumMemKinds];
 };
 

@@ -56,7 +56,7 @@ class SameHostBackend final : public Backend, private Notifier, private CostMode
   std::shared_ptr<CopyThreads> threads_;
   std::shared_ptr<HugePages> pages_;  // null: off
   std::atomic<bool> pages_started_{false};
-  std::string address_;
+  std::string address_, host_;
   std::atomic<bool> slept_{false};
   std::atomic<Nanoseconds> looked_at_{0};
   std::atomic<bool> warned_{false}, warned_vram_{false};
@@ -77,6 +77,7 @@ Result<std::unique_ptr<Backend>> SameHostBackend::open(BackendConfig config) {
   backend->abilities_.remote = backend->abilities_.local = true;
   Address address;
   NIXL_ASSIGN(address.host, host_identity());
+  backend->host_ = address.host;
   Segment& segment = backend->mailbox_->segment();
   address.pid = segment.header().pid;
   address.segment_fd = static_cast<std::uint32_t>(segment.fd());
@@ -149,8 +150,7 @@ Result<std::string> SameHostBackend::export_connection() {
 
 Result<std::unique_ptr<Connection>> SameHostBackend::connect(const PeerId& peer, std::string_view bytes) {
   NIXL_ASSIGN(const Address address, Address::decode(bytes));
-  NIXL_ASSIGN(const std::string here, host_identity());
-  if (address.host != here) return fail(Code::kUnsupported, "agent '%s' is on another host", peer.name.c_str());
+  if (address.host != host_) return fail(Code::kUnsupported, "agent '%s' is on another host", peer.name.c_str());
   auto process = PeerProcess::open(address);
   auto writer = process ? LaneWriter::claim(process->segment(), config_.self.name) : fail(process.error());
   if (!writer) {
