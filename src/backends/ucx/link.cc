@@ -58,6 +58,7 @@ Result<void> Link::open_endpoint_locked(Nanoseconds patience) {
                           status));
   }
   ++generation_;
+  ++num_attempts_;
   describe();
   if (target_.is_self || target_.answer_only) {
     state_ = State::kReady;
@@ -159,6 +160,7 @@ void Link::acknowledged_locked(const HelloAck& ack) {
   std::erase(worker_->connecting_, this);
   deadline_ = Deadline::never();
   state_ = State::kReady;
+  num_attempts_ = 0;
   used_ = true;
   next_to_send_ = ack.next_sequence;
   send_history_locked();
@@ -176,7 +178,11 @@ void Link::failed_locked() {
   if (state_ == State::kLost) return;
   const Error why =
       ucx_error(worker_->api(), "agent '" + target_.name + "' (" + path_ + ")", failure_, Code::kPeerLost);
-  const bool try_again = state_ == State::kReady && !target_.answer_only;
+  // UCX may report the end of its own helper connection, reset while two busy processes connect, as that of the whole
+  // endpoint: an attempt that fails before the peer has answered is repeated once.
+  const bool was_ready = state_ == State::kReady;
+  const bool try_again = !target_.answer_only && (was_ready || num_attempts_ < 2);
+  const Nanoseconds patience = was_ready ? caller_->reconnect_ns : deadline_.left();
   drop_endpoint_locked(false);
   if (!try_again) {
     lose_locked(why_.reason.empty() ? why : why_);
@@ -187,7 +193,7 @@ void Link::failed_locked() {
   state_ = State::kConnecting;
   const std::vector<Job*> jobs = jobs_;
   for (Job* const job : jobs) job->link_down_locked();
-  if (auto opened = open_endpoint_locked(caller_->reconnect_ns); !opened) lose_locked(why);
+  if (auto opened = open_endpoint_locked(patience); !opened) lose_locked(why);
 }
 
 void Link::check_deadline_locked() {

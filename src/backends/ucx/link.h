@@ -1,6 +1,6 @@
 // One endpoint to one worker of a peer. No data crosses it before the peer has answered our hello: the process behind
-// an address may be another one by now. A link that breaks is opened again once; the second failure, or no answer in
-// time, ends it.
+// an address may be another one by now. A link that breaks, or whose first attempt fails, is opened again; two failures
+// without an answer between them, or no answer in time, end it.
 #pragma once
 #include <deque>
 #include <memory>
@@ -87,6 +87,7 @@ class Link {
   ucp_ep_h ep_ = nullptr;
   std::uint64_t id_ = 0, generation_ = 0;
   State state_ = State::kConnecting;
+  int num_attempts_ = 0;  // endpoints opened since the peer answered last
   bool used_ = false;  // it was ready, or something waits for it
   bool dismissed_ = false;
   ucs_status_t failure_ = UCS_OK;

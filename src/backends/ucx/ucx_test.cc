@@ -1,7 +1,9 @@
 // Parameters, precedence of UCX's configuration, message layout and the order of notifications; no second process
 // needed.
+#include <arpa/inet.h>
 #include <dlfcn.h>
 #include <poll.h>
+#include <sys/socket.h>
 
 #include <atomic>
 #include <cstdio>
@@ -188,6 +190,42 @@ struct Driven {
   std::atomic<bool> stop{false};
   std::thread thread;
 };
+
+// Ends the TCP connections of this process both ways; their number.
+int cut_connections() {
+  int num_cut = 0;
+  for (int fd = 3; fd < 1024; ++fd) {
+    sockaddr_in peer{};
+    socklen_t size = sizeof peer;
+    if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0 || peer.sin_family != AF_INET) continue;
+    num_cut += shutdown(fd, SHUT_RDWR) == 0;
+  }
+  return num_cut;
+}
+
+TEST(an_attempt_to_connect_that_is_reset_is_repeated) {
+  Driven there({"there", 2});
+  BackendConfig config;
+  config.self = {"here", 1};
+  config.params = backends_of_ucx()[0].params;
+  config.params["UCX_TLS"] = "tcp";
+  auto here = std::move(*CHECK_OK(backends_of_ucx()[0].open(std::move(config))));
+  auto line = std::move(*CHECK_OK(here->connect({"there", 2}, *CHECK_OK(there.backend->export_connection()))));
+  const Deadline deadline = Deadline::after(20'000'000'000);
+  while (cut_connections() == 0) {
+    CHECK(!deadline.passed());
+    (void)here->progress();
+  }
+  CHECK_OK(line->wait_ready(deadline));
+  CHECK_OK(here->notifier()->send(*line, "hello"));
+  std::vector<Notification> seen;
+  while (seen.empty()) {
+    CHECK(!deadline.passed());
+    (void)here->progress();
+    there.backend->notifier()->drain(seen);
+  }
+  line.reset();
+}
 
 TEST(many_threads_share_one_backend) {
   constexpr int kThreads = 4, kRounds = 60;
