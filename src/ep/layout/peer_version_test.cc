@@ -136,7 +136,7 @@ class Model {
     list.erase(list.begin() + static_cast<std::ptrdiff_t>(at));
     return value;
   }
-  const PeerVersion& running(int own, int other) const {
+  PeerVersion running(int own, int other) const {
     return version_for(ranks_[own].versions[other][0], ranks_[own].versions[other][1], ranks_[own].begun - 1);
   }
   PeerVersion latest(int own, int other) const {
@@ -147,7 +147,7 @@ class Model {
     versions[place_for(versions[0].from, versions[1].from, version.from)] = version;
   }
   void send(int own, int other) {
-    const PeerVersion& to = running(own, other);
+    const PeerVersion to = running(own, other);
     const std::uint64_t number = ranks_[own].begun - 1;
     const std::uint32_t count = sent_in(to, number);
     ranks_[other].inbox[own][flag_slot(count)] = {ranks_[own].incarnation, count, expected_in(to, number), 0};
