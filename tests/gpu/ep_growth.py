@@ -117,7 +117,7 @@ def replay(rank, cycles: int, last: int) -> tuple[list, list, list]:
     thread = threading.Thread(target=grow)
     thread.start()
     replays, number = rank.state["replays"], 0
-    while not is_last(rank, number, None, 0):
+    while not is_last(rank, number, None, 0, ahead=2 * IN_FLIGHT):
         times.append(replays.next())
         number += 1
     replays.finish()

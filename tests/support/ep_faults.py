@@ -169,13 +169,13 @@ def serve(rank, operations: int | None, shape: Shape = SHAPE, lost=(), leader: i
     return seen
 
 
-def is_last(rank, number: int, operations: int | None, leader: int | None) -> bool:
-    """Whether no operation `number` is to come."""
+def is_last(rank, number: int, operations: int | None, leader: int | None, ahead: int = 0) -> bool:
+    """Whether no operation `number` is to come; `ahead`: how many a rank may have begun beyond those that have ended."""
     if operations is not None:
         return number >= operations
     wanted, end = rank.ending
     if wanted and not end and rank.rank == leader:
-        rank.ending[1] = end = number + 2
+        rank.ending[1] = end = number + 2 + ahead
     return 0 < end <= number
 
 
