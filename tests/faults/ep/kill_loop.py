@@ -30,7 +30,7 @@ from ep_faults import replace_peer, unmask_everyone  # noqa: E402
 from ep_ranks import RankFailure, RankGroup  # noqa: E402
 from ep_rounds import close_rounds, join, prepare, serve_rounds, write_tables  # noqa: E402
 
-SHAPE = Shape(ranks=4, experts_per_rank=4, max_tokens=48, hidden=1024, topk=4)
+RANKS = 4
 KINDS = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 SPARE_LIMIT_S = 60.0  # until a replacement is ready
 TOLD_SLACK_MS = 1000.0  # from the signal to the survivors' knowing, beyond the timeout: processes die in their own time
@@ -46,6 +46,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--timeout-ms", type=int, default=200)
     add("--slack-ms", type=float, help="how much longer than the timeout a survivor may be held up (cuda 5, cpu 1000)")
     add("--combine", choices=("exact", "reduced"), default="reduced")
+    add("--tokens", type=int, default=48, help="tokens a rank")
+    add("--hidden", type=int, default=1024)
     add("--pairs", type=int, default=6, help="dispatches and combines in a round")
     add("--spares", type=int, default=4, help="replacements a rank that are kept ready")
     add("--mix", default="75,15,10", help="shares of SIGKILL, SIGTERM and SIGSTOP")
@@ -54,6 +56,10 @@ def parse(arguments=None) -> argparse.Namespace:
     if options.slack_ms is None:
         options.slack_ms = 5.0 if options.device == "cuda" else 1000.0
     return options
+
+
+def shape_of(options) -> Shape:
+    return Shape(ranks=RANKS, experts_per_rank=4, max_tokens=options.tokens, hidden=options.hidden, topk=4)
 
 
 class Tally:
@@ -97,10 +103,10 @@ class KillLoop:
     def __init__(self, options, tally: Tally, folder: str):
         self.options, self.tally = options, tally
         self.points = random.Random(options.seed + 1000 * tally.values["tried"])
-        self.arguments = SHAPE, folder, options.pairs, options.timeout_ms, options.combine, "kill loop"
+        self.arguments = shape_of(options), folder, options.pairs, options.timeout_ms, options.combine, "kill loop"
         environment = {"NIXL_EP_LINE_BYTES": "16"} if os.environ.get("NIXL_EP_TEST_SHARE_GPU") == "1" else {}
-        self.ranks = list(range(SHAPE.ranks))
-        self.group = RankGroup(SHAPE.ranks, options.device, environment)
+        self.ranks = list(range(RANKS))
+        self.group = RankGroup(RANKS, options.device, environment)
         self.spares = {rank: [] for rank in self.ranks}
         self.waiting_s = 0.0
         self.victim = -1
@@ -219,7 +225,7 @@ def main(arguments=None) -> int:
     tally = Tally(options.state)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ep_kills_") as folder:
-        write_tables(folder, SHAPE, options.combine)
+        write_tables(folder, shape_of(options), options.combine)
         loop = KillLoop(options, tally, folder)
         try:
             loop.run()
