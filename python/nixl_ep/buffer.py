@@ -375,7 +375,10 @@ class Buffer:
         channel.remove(f"NIXL_EP/agree/{turn}/{self.rank}")
 
     def barrier(self) -> None:
-        """Meets every unmasked peer on the current stream; one that does not come within timeout_ms is masked."""
+        """Meets every unmasked peer on the current stream; one that does not come within timeout_ms is masked.
+
+        On CUDA not between an operation's send phase and its hook.
+        """
         _native_call(self._checked().barrier, self._stream())
 
     # -------------------------------------------------------------------------------------------------- operations
