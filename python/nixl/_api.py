@@ -11,7 +11,7 @@ from .logging import get_logger
 
 logger = get_logger("_api")
 nixl_backend_handle = int
-
+_SUCCESS = nixlBind.NIXL_SUCCESS  # the one object that the native calls answer with
 
 
 def __getattr__(name):
@@ -418,4 +418,4 @@ def _why_missing(name):
 
 
 def _state(status):
-    return "DONE" if status == nixlBind.NIXL_SUCCESS else "PROC"
+    return "DONE" if status is _SUCCESS else "PROC"

@@ -87,10 +87,15 @@ Result<Runtime*> Request::runtime() {
 }
 
 Result<bool> Request::post(std::optional<std::string_view> message) {
-  NIXL_ASSIGN(Runtime* const owner, runtime());
-  owner->handle_lost();
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   NIXL_TRY(check_open());
+  if (parts_.runtime->any_lost()) {
+    Runtime* const owner = parts_.runtime;
+    lock.unlock();
+    owner->handle_lost();
+    lock.lock();
+    NIXL_TRY(check_open());
+  }
   if (under_way()) poll();
   if (under_way()) return fail(Code::kBusy, "the transfer to agent '%s' is still running", peer()->name.c_str());
   NIXL_TRY(check_peer());
@@ -102,8 +107,9 @@ Result<bool> Request::post(std::optional<std::string_view> message) {
   times_.start_us = started_ns_ / 1000;
   times_.post_us = times_.transfer_us = 0;
   submit();
-  times_.post_us = std::max<std::int64_t>(1, (now_ns() - started_ns_) / 1000);
-  times_.transfer_us = std::max(times_.transfer_us, times_.post_us);
+  // What ended inside this call was timed by finish().
+  if (times_.transfer_us == 0) times_.transfer_us = std::max<std::int64_t>(1, (now_ns() - started_ns_) / 1000);
+  times_.post_us = times_.transfer_us;
   if (state_ == State::kDone && parts_.runtime->telemetry())
     parts_.runtime->telemetry()->transfer_done(parts_.op, times_);
   return outcome();
@@ -143,7 +149,7 @@ void Request::finish(std::optional<Error> error) {
     else if (auto sent = parts_.send_message(*parts_.peer, *parts_.message); !sent)
       error = within("data arrived, its notification did not leave", sent.error());
   }
-  times_.transfer_us = std::max<std::int64_t>(times_.post_us, (now_ns() - started_ns_) / 1000);
+  times_.transfer_us = std::max<std::int64_t>({1, times_.post_us, (now_ns() - started_ns_) / 1000});
   state_ = error ? State::kFailed : State::kDone;
   Telemetry* telemetry = parts_.runtime->telemetry();
   if (telemetry && error) telemetry->failed(error->code);

@@ -68,6 +68,7 @@ class Runtime final : public Events {
 
   // Acts on losses that backends have told since; what callers know of peers is up to date afterwards. No lock may be held.
   void handle_lost();
+  bool any_lost() const noexcept { return any_lost_; }
 
   // Told by requests and backends.
   void terminal() noexcept;
