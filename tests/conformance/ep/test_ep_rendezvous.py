@@ -1,11 +1,8 @@
 """Where ranks meet: a torch store, a store of four methods, etcd; who cannot meet; and agreement on masks."""
 
-import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -14,6 +11,7 @@ import urllib.request
 
 import pytest
 from ep_cases import Options, Shape, group_operation, memory_bytes, open_buffer, run_operation
+from hosts import etcd_server, far_host
 
 SHAPE = Shape()
 LIMIT_S = 30
@@ -78,33 +76,6 @@ def test_agreement_after_a_join(ranks_of):
 # ----------------------------------------------------------------------------------------------------------------- etcd
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def etcd(folder):
-    if shutil.which("etcd") is None:
-        pytest.skip("no etcd on PATH (Debian package etcd-server)")
-    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    command = ["etcd", "--data-dir", str(folder), "--listen-client-urls", client, "--advertise-client-urls", client,
-               "--listen-peer-urls", peer]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + LIMIT_S
-        while True:
-            with contextlib.suppress(OSError):
-                if b"true" in urllib.request.urlopen(client + "/health", timeout=1).read():
-                    break
-            assert time.monotonic() < end and server.poll() is None, "etcd did not start"
-        yield client, server
-    finally:
-        server.kill()
-        server.wait()
-
-
 def meet_in_etcd(rank, endpoint):
     import nixl_ep
 
@@ -139,7 +110,7 @@ def refused_by_etcd(rank, endpoint):
 
 
 def test_the_readme_flow_meets_in_etcd(ranks_of, tmp_path):
-    with etcd(tmp_path) as (endpoint, server):
+    with etcd_server(tmp_path) as (endpoint, server):
         no_problems(ranks_of(4).run(meet_in_etcd, endpoint))
         everything = json.dumps({"key": "AA==", "range_end": "AA==", "keys_only": True}).encode()
         with urllib.request.urlopen(endpoint + "/v3/kv/range", everything, timeout=LIMIT_S) as answer:
@@ -212,24 +183,10 @@ def test_a_peer_killed_while_connecting_is_named_at_once(tcp_store):
 
 def test_another_network_namespace_is_refused_with_the_reason(tcp_store):
     """Both sides say it. The far one reaches the store through a pair of virtual interfaces."""
-    name = f"nixlep{os.getpid()}"
-    setup = [["ip", "netns", "add", name],
-             ["ip", "link", "add", f"ve{os.getpid()}", "type", "veth", "peer", "name", "far", "netns", name],
-             ["ip", "addr", "add", "198.18.77.1/30", "dev", f"ve{os.getpid()}"], ["ip", "link", "set", f"ve{os.getpid()}", "up"],
-             ["ip", "-n", name, "addr", "add", "198.18.77.2/30", "dev", "far"], ["ip", "-n", name, "link", "set", "far", "up"]]
-    if shutil.which("ip") is None:
-        pytest.skip("no ip command (Debian package iproute2)")
-    try:
-        for command in setup:
-            made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-            if made.returncode:
-                pytest.skip(f"no network namespaces here: {' '.join(command)}: {made.stderr.strip()}")
+    with far_host() as host:
         near = lone_rank(0, tcp_store.port)
-        far = lone_rank(1, tcp_store.port, "198.18.77.1", ["ip", "netns", "exec", name])
+        far = lone_rank(1, tcp_store.port, host.near, host.prefix)
         answers = finish(near, far)
         assert "rank 1 cannot be connected" in answers[0] and "another network namespace" in answers[0], answers
         assert "rank 0 cannot be connected" in answers[1] and "another network namespace" in answers[1], answers
         assert not tcp_store.check(["NIXL_EP/0"]) and not tcp_store.check(["NIXL_EP/1"])
-    finally:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=LIMIT_S, check=False)
-        subprocess.run(["ip", "link", "del", f"ve{os.getpid()}"], capture_output=True, timeout=LIMIT_S, check=False)
