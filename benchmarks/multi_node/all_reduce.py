@@ -10,10 +10,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy  # noqa: E402
 
-from utils.benchmark_base import Benchmark, Failure, Lane, run, warn_unused  # noqa: E402
+from utils.benchmark_base import Failure, run  # noqa: E402
 from utils.config import format_size  # noqa: E402
 from utils.memory import first_difference  # noqa: E402
-from utils.ranks import Group, Rank  # noqa: E402
+from utils.ranks import GroupBenchmark, GroupLane, Rank  # noqa: E402
 
 
 def as_float32(raw, dtype):
@@ -95,7 +95,7 @@ class ReduceRank(Rank):
         for child in children:
             self._send(0, self.size, child, 0, down, 0)
 
-    def reduce(self):
+    def step(self):
         (self.ring if self.options.algorithm == "ring" else self.tree)()
         self.round += 1
 
@@ -106,51 +106,8 @@ class ReduceRank(Rank):
         wanted = sum(inputs(i, self.count, salt) for i in range(self.options.num_ranks))
         return first_difference(self.memory.read(0, self.size), as_raw(wanted, self.options.dtype))
 
-    def serve(self):
-        while True:
-            what, _, number = self.expect(0, b"do ")[3:].partition(b" ")
-            if what == b"stop":
-                return
-            if what == b"size":
-                self.set_size(int(number))
-            elif what == b"fill":
-                self.fill(int(number))
-            elif what == b"check":
-                self.tell(0, b"checked %d" % (-1 if (bad := self.check(int(number))) is None else bad))
-            elif what == b"reduce":
-                self.reduce()
-            if what in (b"size", b"fill"):
-                self.tell(0, b"ready")
 
-
-class ReduceLane(Lane):
-    def __init__(self, group, size):
-        self.group, self.own, self.size = group, group.own, size
-        self._everyone(b"do size %d" % size)
-        self.own.set_size(size)
-
-    def _everyone(self, word):
-        self.group.tell_all(word)
-        for index in range(1, self.own.options.num_ranks):
-            self.own.expect(index, b"ready")
-
-    def fill(self, salt):
-        self._everyone(b"do fill %d" % salt)
-        self.own.fill(salt)
-
-    def post(self):
-        self.group.tell_all(b"do reduce")
-        self.own.reduce()
-        return True
-
-    def check(self, salt):
-        self.group.tell_all(b"do check %d" % salt)
-        bad = self.own.check(salt)
-        for index in range(1, self.own.options.num_ranks):
-            seen = int(self.own.expect(index, b"checked ").split()[1])
-            bad = seen if bad is None and seen >= 0 else bad
-        return bad
-
+class ReduceLane(GroupLane):
     def path(self):
         handle = self.own.request(0, 4, 1, 0, b"")
         path = self.own.agent.query_xfer_path(handle)
@@ -158,10 +115,8 @@ class ReduceLane(Lane):
         return f"{path}, {self.own.options.algorithm} of {self.own.options.num_ranks} ranks"
 
 
-class AllReduce(Benchmark):
-    sizes = "64KB,1MB,16MB"
+class AllReduce(GroupBenchmark):
     description = __doc__
-    remote = True
 
     @classmethod
     def add_flags(cls, parser):
@@ -173,14 +128,8 @@ class AllReduce(Benchmark):
         options = self.options
         if not 2 <= options.num_ranks <= 16:
             raise Failure(f"--num_ranks {options.num_ranks}; allowed: 2 to 16")
-        warn_unused(options, ("operation", "batch_size", "num_threads", "pipeline_depth", "prepared_xfer", "recreate_xfer",
-                              "reregister_mem", "target_mem", "target_seg_type"), "every rank does the same, step by step")
-        options.batch_size = options.num_threads = options.pipeline_depth = 1
-        options.recreate_xfer = options.reregister_mem = False
-        options.target_mem = options.initiator_mem
         largest = max(options.buffer_sizes)
-        self.group = Group(ReduceRank, options.num_ranks, options, largest * (1 + 4 * options.num_ranks))
-        self.rows = []
+        self.start(ReduceRank, options.num_ranks, largest * (1 + 4 * options.num_ranks), "every rank does the same, step by step")
 
     def make_lanes(self, size):
         if size % 4:
@@ -190,14 +139,6 @@ class AllReduce(Benchmark):
     def notes(self):
         return [f"Bus bandwidth = bandwidth x {2 * (self.options.num_ranks - 1) / self.options.num_ranks:.3f}, "
                 f"{self.options.dtype}, sizes {', '.join(map(format_size, self.options.buffer_sizes))}"]
-
-    def tear_down(self):
-        if not hasattr(self, "group"):
-            return
-        if sys.exc_info()[0] is not None:
-            self.group.kill()
-            return
-        self.group.close()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from utils.benchmark_base import Benchmark, Failure, Lane, run, warn_unused  # noqa: E402
+from utils.benchmark_base import Failure, run  # noqa: E402
 from utils.memory import INITIATOR_FILL, first_difference, pattern  # noqa: E402
-from utils.ranks import Group, Rank  # noqa: E402
+from utils.ranks import GroupBenchmark, GroupLane, Rank  # noqa: E402
 
 TP_ROWS = 16
 
 
 class PatternRank(Rank):
     """Ranks 0..I-1 are initiators, then for every target its leader and followers. All work on the word of rank 0."""
+
+    requests = ()
 
     def roles(self):
         o = self.options
@@ -53,9 +55,10 @@ class PatternRank(Rank):
         return moves
 
     def set_size(self, size):
+        self.drop()
         self.roles()
         self.size, self.round = size, 0
-        self.requests, self.sources = [], set()
+        self.sources = set()
         by_target = {}
         for initiator, target, there, here, length in self.moves():
             if initiator == self.index:
@@ -83,7 +86,7 @@ class PatternRank(Rank):
         for handle in self.requests:
             self.finish(handle)
 
-    def move(self):
+    def step(self):
         """This rank's share of one round; leaders and followers tell rank 0 when they hold everything."""
         tag = b"part %d:" % self.round
         self.round += 1
@@ -128,54 +131,12 @@ class PatternRank(Rank):
             self.agent.release_xfer_handle(handle)
         self.requests = []
 
-    def serve(self):
-        self.requests = []
-        while True:
-            what, _, number = self.expect(0, b"do ")[3:].partition(b" ")
-            if what == b"stop":
-                self.drop()
-                return
-            if what == b"size":
-                self.drop()
-                self.set_size(int(number))
-            elif what == b"fill":
-                self.fill(int(number))
-            elif what == b"check":
-                self.tell(0, b"checked %d" % (-1 if (bad := self.check(int(number))) is None else bad))
-            elif what == b"move":
-                self.move()
-            if what in (b"size", b"fill"):
-                self.tell(0, b"ready")
 
-
-class PatternLane(Lane):
-    def __init__(self, group, num_ranks, size):
-        self.group, self.own, self.num_ranks = group, group.own, num_ranks
-        self._everyone(b"do size %d" % size)
-        self.own.set_size(size)
-
-    def _everyone(self, word):
-        self.group.tell_all(word)
-        for index in range(1, self.num_ranks):
-            self.own.expect(index, b"ready")
-
-    def fill(self, salt):
-        self._everyone(b"do fill %d" % salt)
-        self.own.fill(salt)
-
-    def post(self):
+class PatternLane(GroupLane):
+    def wait_for_end(self):
         own = self.own
-        number = own.round
-        self.group.tell_all(b"do move")
-        own.move()
-        for index in range(own.num_initiators, self.num_ranks):
-            own.expect(index, b"holds %d:" % number)
-        return True
-
-    def check(self, salt):
-        self.group.tell_all(b"do check %d" % salt)
-        seen = [int(self.own.expect(index, b"checked ").split()[1]) for index in range(1, self.num_ranks)]
-        return next((bad for bad in seen if bad >= 0), None)
+        for index in range(own.num_initiators, self.group.num_ranks):
+            own.expect(index, b"holds %d:" % (own.round - 1))
 
     def path(self):
         return f"{self.own.agent.query_xfer_path(self.own.requests[0])}, {self.own.options.scheme}"
@@ -186,10 +147,8 @@ class PatternLane(Lane):
         self.path = lambda: self._path
 
 
-class Hierarchical(Benchmark):
-    sizes = "64KB,1MB,16MB"
+class Hierarchical(GroupBenchmark):
     description = __doc__
-    remote = True
 
     @classmethod
     def add_flags(cls, parser):
@@ -205,32 +164,19 @@ class Hierarchical(Benchmark):
         if wrong or min(options.num_initiator_dev, options.num_target_dev, options.group_size) < 1:
             raise Failure(f"--scheme {options.scheme} does not fit {options.num_initiator_dev} initiators and "
                           f"{options.num_target_dev} targets")
-        warn_unused(options, ("operation", "num_threads", "pipeline_depth", "batch_size", "recreate_xfer", "reregister_mem"),
-                    "the scheme says who writes what")
-        options.batch_size = options.num_threads = options.pipeline_depth = 1
-        options.recreate_xfer = options.reregister_mem = False
-        options.target_mem = options.initiator_mem
         shares = TP_ROWS * options.num_initiator_dev * options.num_target_dev
         if any(size % shares for size in options.buffer_sizes):
             raise Failure(f"--buffer_sizes: multiples of {shares} are needed to be cut evenly")
-        self.num_ranks = options.num_initiator_dev + options.num_target_dev * options.group_size
-        self.group = Group(PatternRank, self.num_ranks, options, max(options.buffer_sizes))
+        num_ranks = options.num_initiator_dev + options.num_target_dev * options.group_size
+        self.start(PatternRank, num_ranks, max(options.buffer_sizes), "the scheme says who writes what")
 
     def make_lanes(self, size):
-        return [[PatternLane(self.group, self.num_ranks, size)]]
+        return [[PatternLane(self.group, size)]]
 
     def notes(self):
         o = self.options
         return [f"Scheme: {o.scheme}, {o.num_initiator_dev} initiators, {o.num_target_dev} targets, groups of {o.group_size}; "
                 "bandwidth counts the buffer once"]
-
-    def tear_down(self):
-        if not hasattr(self, "group"):
-            return
-        if sys.exc_info()[0] is not None:
-            self.group.kill()
-            return
-        self.group.close()
 
 
 if __name__ == "__main__":
