@@ -16,11 +16,9 @@ import time
 
 import numpy as np
 from utils.figures import Figure, parse_arguments, ratio, report
+from utils.floor import floor, program, raw_ucx
 
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # the log goes to standard output, where the peer answers
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-RAW = os.path.join(ROOT, "build", "dev", "benchmarks", "floor", "raw_ucx")
 NETWORK = {"UCX": {"same_host": "false", "UCX_TLS": "tcp"}}
 BYTES = 256 << 20
 MILLION = 1_000_000
@@ -182,22 +180,6 @@ class Pair:
 # ---- groups ----
 
 
-def raw_ucx():
-    """The figures of a program written on ucp."""
-    environment = dict(os.environ, UCX_TLS="tcp")
-    target = subprocess.Popen([RAW, "target", "127.0.0.1", "0"], stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        port = target.stdout.readline().split()[1]
-        out = subprocess.run([RAW, "initiator", "127.0.0.1", port], stdout=subprocess.PIPE, text=True, env=environment,
-                             check=False, timeout=DEADLINE_S)
-    finally:
-        target.kill()
-        target.wait()
-    if out.returncode != 0:
-        raise RuntimeError("raw UCX failed; its message is above")
-    return json.loads(out.stdout)
-
-
 def ours_network(pair):
     order = np.random.default_rng(1).permutation(10_000).astype(np.uint64)
     index = np.arange(10_000, dtype=np.uint64)
@@ -229,7 +211,7 @@ def network(rounds=5):
     with contextlib.closing(Pair(BYTES, backend_params=NETWORK)) as pair:
         pair.check()
         for _ in range(rounds):  # alternating: each ratio is of neighbours in time, and the median drops what disturbed one
-            raw.append(raw_ucx())
+            raw.append(raw_ucx(UCX_TLS="tcp"))
             ours.append(ours_network(pair))
     path = ours[0]["path"]
 
@@ -379,8 +361,7 @@ def setup():
                   "print({})")
     first = in_fresh_python(agent_code.format("u - t"), 5)
     second = 1e3 * in_fresh_python(agent_code.format("v - u"), 5)
-    raw = min(json.loads(subprocess.run([RAW, "open"], capture_output=True, text=True, check=True).stdout)["open_s"]
-              for _ in range(5))
+    raw = min(floor("raw_ucx", "open")["open_s"] for _ in range(5))
     return [
         Figure("import nixl", imported, "ms", 100, 50, {"import numpy": numpy_alone}),
         ratio("first agent with UCX", first, raw, "ucp_init + worker", 1.3, 1.1, higher_is_better=False),
@@ -413,8 +394,8 @@ GROUPS = {"network": network, "notifications": notifications, "idle": idle, "des
 
 def main():
     arguments = parse_arguments(__doc__)
-    if not os.path.exists(RAW):
-        sys.exit(f"{RAW} is missing: build it with ./run build dev (NIXL_BUILD_BENCHMARKS=ON)")
+    if program("raw_ucx") is None:
+        sys.exit("raw_ucx is missing: build it with ./run build dev (NIXL_BUILD_BENCHMARKS=ON)")
     figures = []
     for name, group in GROUPS.items():
         if arguments.only in name:

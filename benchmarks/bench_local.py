@@ -6,10 +6,8 @@ memory, the copy engine for GPUs; the table shows them multiplied out. Exit code
 """
 
 import base64
-import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 import zlib
@@ -19,11 +17,11 @@ os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
 
 import numpy  # noqa: E402
 
+from utils.floor import floor, raw_ucx  # noqa: E402
 from utils.figures import Figure, parse_arguments, report  # noqa: E402
 from utils.helper_process import HelperProcess  # noqa: E402
 from utils.memory import INITIATOR_FILL, TARGET_FILL, DeviceBuffer, HostBuffer, pattern  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 BYTES = 400 << 20
 ROUNDS = 3
 # name, pieces, bytes of one, unit, neighbour in the floor's output, must and goal as multiples of it, repetitions a round
@@ -35,6 +33,9 @@ COPIES = [
     ("10,000 x 16 KiB", 10_000, 16 << 10, "ms", "memcpy 10000x16384", 20 / 14.5, 16 / 14.5, 5),
     ("100,000 x 4 KiB", 100_000, 4 << 10, "ms", "cma 100000x4096", 105 / 92, 60 / 92, 4),
 ]
+# What raw UCX, left to choose its transport, does of that.
+RAW_UCX = {("64 B", "WRITE"): "latency_64_s", ("256 MiB", "WRITE"): "write_256m_s", ("256 MiB", "READ"): "read_256m_s",
+           ("10,000 x 16 KiB", "WRITE"): "list_16k_s"}
 GPU_BYTES = 1 << 30
 # name, pieces, bytes of one, must and goal in GB/s where the copy engine gives 393
 GPU_COPIES = [
@@ -45,19 +46,6 @@ GPU_COPIES = [
     ("100,000 x 1 KiB", 100_000, 1 << 10, 250, 340),
 ]
 SCALE = {"us": 1e6, "ms": 1e3}
-
-
-def floor(program, *arguments):
-    """Figures of a floor program beside this script's build, or None where it was not built."""
-    folders = [ROOT / "build" / preset / "benchmarks" / "floor" for preset in ("dev", "release", "cpu")]
-    if os.environ.get("NIXL_PREBUILT"):
-        folders.insert(0, pathlib.Path(os.environ["NIXL_PREBUILT"]))
-    for folder in folders:
-        path = folder / program
-        if path.exists():
-            done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120, check=True)
-            return json.loads(done.stdout)
-    return None
 
 
 def shuffled(count, seed):
@@ -151,6 +139,8 @@ def host_copies(figures):
                 best[name, operation] = min(seconds, best.get((name, operation), seconds))
         for name, value in floor("copy_floor").items():
             floors[name] = min(value, floors[name])
+        for name, value in (raw_ucx() or {}).items():
+            floors[name] = min(value, floors.get(name, value))
     for name, count, piece, unit, neighbour, must, goal, _ in COPIES:
         scale, base = SCALE[unit], floors[neighbour]
         beside = {neighbour.split()[0]: base * scale}
@@ -158,8 +148,9 @@ def host_copies(figures):
         if other in floors:
             beside[other.split()[0]] = floors[other] * scale
         for operation in ("WRITE", "READ"):
+            raw = floors.get(RAW_UCX.get((name, operation)))
             figures.append(Figure(f"{operation} {name}", best[name, operation] * scale, unit, must * base * scale,
-                                  goal * base * scale, beside, note=path))
+                                  goal * base * scale, beside | ({"raw UCX": raw * scale} if raw else {}), note=path))
         if count * piece >= 1 << 20:
             slow, quick = sorted((best[name, "READ"], best[name, "WRITE"]), reverse=True)
             figures.append(Figure(f"READ against WRITE, {name}", slow / quick, "slower/faster", 1.05, 1.02))
