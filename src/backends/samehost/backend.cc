@@ -163,6 +163,7 @@ Result<std::unique_ptr<Connection>> SameHostBackend::connect(const PeerId& peer,
       std::make_unique<PeerConnection>(peer, std::move(*process), std::move(*writer), address, mailbox_, peers_);
   NIXL_TRY(peers_->add(*connection));
   connection->announce();
+  if (pages_ && peer.name != config_.self.name) pages_->start();
   return connection;
 }
 

@@ -1,6 +1,6 @@
 // Huge pages under registered host memory. The kernel looks up another process's pages one by one for every copy; with
 // pages of 2 MiB that takes a third of the time. A thread of this backend gathers the pages of what is registered, from
-// the moment a peer of this host may copy; contents and addresses stay as they are, and the owner may use, give back or
+// the moment a peer of this host is there; contents and addresses stay as they are, and the owner may use, give back or
 // free the memory at any time.
 #pragma once
 #include <condition_variable>
@@ -31,7 +31,7 @@ class HugePages {
   // Takes note of a region; 0: it covers no whole huge page.
   std::uint64_t add(std::uint64_t address, std::uint64_t length);
   void remove(std::uint64_t number) noexcept;
-  // A peer of this host may copy from now on: begins.
+  // A peer of this host is there: begins.
   void start();
 
  private:
