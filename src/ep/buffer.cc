@@ -398,8 +398,8 @@ std::int64_t size_hint(std::int64_t max_tokens, std::int64_t hidden, int num_ran
 
 std::int64_t record_bytes(Device device, std::int64_t max_tokens, int topk, int num_ranks) {
   if (max_tokens <= 0 || topk <= 0 || num_ranks <= 0)
-    throw Error("record_bytes of " + std::to_string(max_tokens) + " tokens, top-k " + std::to_string(topk) + ", " + std::to_string(num_ranks) +
-                " ranks: all must be positive");
+    throw Error("record_bytes of " + std::to_string(max_tokens) + " tokens, top-k " + std::to_string(topk) + ", " +
+                std::to_string(num_ranks) + " ranks: all must be positive");
   return device == Device::kCuda ? inner::make_record_layout(max_tokens, topk, num_ranks).total : 0;
 }
 

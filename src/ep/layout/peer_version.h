@@ -1,5 +1,5 @@
-// What a rank of the CUDA path knows of a peer from an operation on, and every decision that changes it. Pure: kernels load and
-// store these words, the test drives them on the host.
+// What a rank of the CUDA path knows of a peer from an operation on, and every decision that changes it. Pure: kernels
+// load and store these words, the test drives them on the host.
 #pragma once
 #include <cstdint>
 
@@ -9,8 +9,8 @@ namespace nixl::core::ep {
 
 enum class PeerStatus : std::uint32_t { kActive = 0, kMasked = 1, kAbsent = 2 };
 
-// Valid from operation `from` on. Two versions of a peer exist: the one that a running operation uses stays untouched while a
-// change for the next operation is written to the other.
+// Valid from operation `from` on. Two versions of a peer exist: the one that a running operation uses stays untouched
+// while a change for the next operation is written to the other.
 struct alignas(64) PeerVersion {
   std::uint64_t from = ~0ull;       // ~0: not in use
   std::uint8_t* data = nullptr;     // its data memory, mapped here
@@ -30,8 +30,9 @@ struct PushHeader {
   std::uint32_t awaits = 0;  // the peer's count that the sender waits for in this operation
   std::uint32_t word = 0;    // messages, and these:
 };
-inline constexpr std::uint32_t kHeaderParity = 1u << 31;     // of the sender's operation number
-inline constexpr std::uint32_t kHeaderWithdrawn = 1u << 30;  // taken back: the sender masked this rank in that operation
+inline constexpr std::uint32_t kHeaderParity = 1u << 31;  // of the sender's operation number
+inline constexpr std::uint32_t kHeaderWithdrawn = 1u
+                                                  << 30;  // taken back: the sender masked this rank in that operation
 
 NIXL_HD constexpr std::uint32_t sent_in(const PeerVersion& version, std::uint64_t number) {
   return version.sent + static_cast<std::uint32_t>(number - version.from);
@@ -44,11 +45,12 @@ NIXL_HD constexpr bool names_operation(const PushHeader& header, const PeerVersi
   return header.incarnation == version.incarnation && header.count == expected_in(version, number);
 }
 
-// Whether the header in the slot of operation `number` says that the peer will not take part in it: it took its message back, as it
-// gave this rank up, or is past that operation.
+// Whether the header in the slot of operation `number` says that the peer will not take part in it: it took its message
+// back, as it gave this rank up, or is past that operation.
 NIXL_HD constexpr bool is_past(const PushHeader& header, const PeerVersion& version, std::uint64_t number) {
   if (header.incarnation != version.incarnation) return false;
-  return names_operation(header, version, number) ? (header.word & kHeaderWithdrawn) != 0 : later(header.count, expected_in(version, number));
+  return names_operation(header, version, number) ? (header.word & kHeaderWithdrawn) != 0
+                                                  : later(header.count, expected_in(version, number));
 }
 
 // Of two versions the one that holds for operation `number`.
@@ -81,8 +83,9 @@ NIXL_HD constexpr PeerVersion advanced(const PeerVersion& version, std::uint64_t
   return now;
 }
 
-// Counts of a connection begin after every count that this rank has ever sent to anybody: counts make the tags of lines, and
-// lines of an earlier connection between the same two incarnations still lie in memory. A rank tells it with its memory.
+// Counts of a connection begin after every count that this rank has ever sent to anybody: counts make the tags of
+// lines, and lines of an earlier connection between the same two incarnations still lie in memory. A rank tells it with
+// its memory.
 NIXL_HD constexpr std::uint32_t first_count(std::uint64_t operations_begun) {
   return static_cast<std::uint32_t>(operations_begun) + 1;
 }
@@ -105,7 +108,8 @@ NIXL_HD constexpr PushHeader header_before(std::uint32_t incarnation, std::uint3
 NIXL_HD constexpr PeerVersion unmasked(const PeerVersion& version, const PushHeader& slot0, const PushHeader& slot1) {
   PeerVersion now = version;
   NewestMessage newest;
-  newest.count = newest_count(make_flag(slot0.incarnation, slot0.count), make_flag(slot1.incarnation, slot1.count), now.incarnation);
+  newest.count = newest_count(make_flag(slot0.incarnation, slot0.count), make_flag(slot1.incarnation, slot1.count),
+                              now.incarnation);
   const PushHeader& last = flag_slot(newest.count) ? slot1 : slot0;
   newest.awaits = last.awaits;
   newest.stands = !(last.word & kHeaderWithdrawn);
@@ -114,17 +118,20 @@ NIXL_HD constexpr PeerVersion unmasked(const PeerVersion& version, const PushHea
   return now;
 }
 
-// What becomes of a peer that gave nothing in operation `number`. `then`: its version in that operation; `latest`: its newest.
+// What becomes of a peer that gave nothing in operation `number`. `then`: its version in that operation; `latest`: its
+// newest.
 struct Failure {
   bool told = false;       // this rank masks it now, and says so
   bool withdrawn = false;  // what was sent to it in that operation is taken back: it must not take it for a later one's
   PeerVersion version;     // when told
   PushHeader header;       // when withdrawn, for the slot of its count
 };
-NIXL_HD constexpr Failure failed_in(std::uint64_t number, const PeerVersion& then, const PeerVersion& latest, std::uint32_t own_incarnation) {
+NIXL_HD constexpr Failure failed_in(std::uint64_t number, const PeerVersion& then, const PeerVersion& latest,
+                                    std::uint32_t own_incarnation) {
   Failure failure;
   // Detached meanwhile: its memory may be gone. Attached anew: that is somebody else.
-  if (latest.status == PeerStatus::kAbsent || latest.incarnation != then.incarnation || latest.control != then.control) return failure;
+  if (latest.status == PeerStatus::kAbsent || latest.incarnation != then.incarnation || latest.control != then.control)
+    return failure;
   failure.withdrawn = true;
   failure.header = {own_incarnation, sent_in(then, number), expected_in(then, number), kHeaderWithdrawn};
   if (latest.status != PeerStatus::kActive) return failure;  // the caller has masked it

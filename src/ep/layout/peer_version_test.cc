@@ -1,6 +1,6 @@
-// The decisions of ep/layout/peer_version.h, driven by a model of ranks whose operations interleave in any order: ranks that sit
-// operations out, give each other up, are masked by their callers, and come together again at one boundary. What the kernels of
-// the CUDA path do with these words, the model does with plain memory.
+// The decisions of ep/layout/peer_version.h, driven by a model of ranks whose operations interleave in any order: ranks
+// that sit operations out, give each other up, are masked by their callers, and come together again at one boundary.
+// What the kernels of the CUDA path do with these words, the model does with plain memory.
 #include "ep/layout/peer_version.h"
 
 #include <algorithm>
@@ -140,7 +140,8 @@ class Model {
     return version_for(ranks_[own].versions[other][0], ranks_[own].versions[other][1], ranks_[own].begun - 1);
   }
   PeerVersion latest(int own, int other) const {
-    return advanced(version_for(ranks_[own].versions[other][0], ranks_[own].versions[other][1], ~0ull - 1), ranks_[own].begun);
+    return advanced(version_for(ranks_[own].versions[other][0], ranks_[own].versions[other][1], ~0ull - 1),
+                    ranks_[own].begun);
   }
   void write(int own, int other, const PeerVersion& version) {
     auto& versions = ranks_[own].versions[other];
@@ -213,14 +214,18 @@ void trouble(Model& model) {
   for (std::uint32_t steps = 20 + model.below(120); steps > 0; --steps) {
     const int own = static_cast<int>(model.below(kRanks)), other = static_cast<int>(model.below(kRanks));
     switch (model.below(16)) {
-      case 0: model.time_out(own); break;
+      case 0:
+        model.time_out(own);
+        break;
       case 1:
         if (own != other) model.mask(own, other);
         break;
-      case 2: case 3:
+      case 2:
+      case 3:
         if (!model.busy(own)) model.begin(own);
         break;
-      default: model.step(own);
+      default:
+        model.step(own);
     }
   }
   model.let_all_end(true);
@@ -242,7 +247,8 @@ TEST(ranks_are_in_step_again_whatever_they_did_apart) {
   CHECK(faults > 10'000);  // there was trouble
 }
 
-// A rank that misses a barrier: the others give it up and take their messages back; all unmask; the next one is in step.
+// A rank that misses a barrier: the others give it up and take their messages back; all unmask; the next one is in
+// step.
 TEST(a_missed_operation_leaves_no_trace) {
   for (unsigned seed = 0; seed < 200; ++seed) {
     Model model(seed);
@@ -262,7 +268,8 @@ TEST(no_count_returns_when_ranks_reconnect) {
     come_together(model);
     for (int turn = 0; turn < 12; ++turn) {
       operations_in_step(model, static_cast<int>(model.below(3)));
-      const int a = static_cast<int>(model.below(kRanks)), b = static_cast<int>((a + 1 + model.below(kRanks - 1)) % kRanks);
+      const int a = static_cast<int>(model.below(kRanks)),
+                b = static_cast<int>((a + 1 + model.below(kRanks - 1)) % kRanks);
       model.disconnect(a, b);
       for (std::uint32_t apart = model.below(3); apart > 0; --apart) {
         for (int own : in_any_order(model)) model.begin(own);
