@@ -16,11 +16,9 @@ import mmap
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -240,46 +238,23 @@ def boto3(server, operation, body):
     return run
 
 
-def null_client(server, operation, body):
-    """As little as a client can do: the server's own limit."""
-    def talk(count):
-        with socket.create_connection(("127.0.0.1", server.port)) as s:
-            scratch = bytearray(1 << 20)
-            for i in range(count):
-                if operation == "WRITE":
-                    s.sendall(b"PUT /bucket/o HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body))
-                    s.sendall(body)
-                    s.recv(65536)
-                else:
-                    s.sendall(b"GET /bucket/o HTTP/1.1\r\n\r\n")
-                    left = None
-                    while left is None or left > 0:
-                        got = s.recv_into(scratch)
-                        left = (OBJECT_BYTES + scratch.index(b"\r\n\r\n") + 4 if left is None else left) - got
-
-    def run():
-        begin = time.perf_counter()
-        threads = [threading.Thread(target=talk, args=(OBJECTS // 2,)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - begin
-    return run
-
-
 def objects(rounds):
     figures = []
-    body = SinkServer.pattern(OBJECT_BYTES)
+    programs = sorted(ROOT.glob("build/*/benchmarks/floor/object_sink"))
+    if not programs:
+        return [Figure("S3", 0, "of the better", None, None, {}, True, "not run: object_sink is not built (./run build)")]
+    server = SinkServer(programs[0], OBJECT_BYTES)
+    body = server.pattern()
     folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     try:
         for i in range(OBJECTS):
             pathlib.Path(folder, f"o{i}").write_bytes(body)
-        with SinkServer(OBJECT_BYTES) as server:
+        with server:
             for operation, name in (("WRITE", "PUT"), ("READ", "GET")):
                 one = OurObjects(server, operation)
                 before = server.counted()
-                ours, by_curl, by_boto3, null = best(rounds, one.run, curl(server, operation, folder), boto3(server, operation, body), null_client(server, operation, body))
+                ours, by_curl, by_boto3, null = best(rounds, one.run, curl(server, operation, folder), boto3(server, operation, body),
+                                                      lambda name=name: server.null_client(name, OBJECTS, CONNECTIONS))
                 if operation == "WRITE" and server.counted() - before != 4 * rounds * OBJECTS * OBJECT_BYTES:
                     raise RuntimeError("the server did not get every byte")
                 if operation == "READ" and not numpy.array_equal(one.array[-OBJECT_BYTES:], numpy.frombuffer(body, numpy.uint8)):

@@ -142,19 +142,18 @@ http {{
 class SinkServer(_Server):
     """Takes any PUT and throws the body away, answers any GET with (a range of) one pattern: quicker than any client.
 
-    `SinkServer.pattern(size)` is what a GET answers; GET /counted gives the number of body bytes taken so far.
+    `program`: the native object_sink. `pattern()` is what a GET answers; `counted()` the number of body bytes taken so far.
     """
 
-    def __init__(self, size):
+    def __init__(self, program, size):
         super().__init__()
-        self.size = size
+        self.program, self.size = program, size
 
-    @staticmethod
-    def pattern(size):
-        return (b"0123456789abcdefghijklmnopqrstuvwxyz!" * (size // 37 + 1))[:size]
+    def pattern(self):
+        return (b"0123456789abcdefghijklmnopqrstuvwxyz!" * (self.size // 37 + 1))[:self.size]
 
     def command(self):
-        return [sys.executable, os.path.abspath(__file__), "sink", str(self.port), str(self.size)]
+        return [self.program, "serve", str(self.port), str(self.size)]
 
     def params(self):
         return {"bucket": "bucket", "endpoint_override": self.endpoint, "access_key": "key", "secret_key": "secret"}
@@ -162,66 +161,11 @@ class SinkServer(_Server):
     def counted(self):
         return int(self.request("GET", "/counted")[1])
 
-
-def _serve_sink(port, size):
-    import threading
-
-    blob = os.memfd_create("blob")
-    os.write(blob, SinkServer.pattern(size))
-    taken = [0]
-
-    def serve(client):
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        scratch = memoryview(bytearray(1 << 20))
-        head = b""
-        while True:
-            while b"\r\n\r\n" not in head:
-                got = client.recv(65536)
-                if not got:
-                    return
-                head += got
-            text, head = head.split(b"\r\n\r\n", 1)
-            lines = text.decode().split("\r\n")
-            method, path, _ = lines[0].split(" ")
-            fields = {k.lower(): v.strip() for k, v in (line.split(":", 1) for line in lines[1:])}
-            if "expect" in fields:
-                client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            left = int(fields.get("content-length", 0))
-            taken[0] += left
-            here = min(left, len(head))
-            head, left = head[here:], left - here
-            while left:
-                got = client.recv_into(scratch, min(left, len(scratch)))
-                if not got:
-                    return
-                left -= got
-            if method != "GET":
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nETag: \"0\"\r\n\r\n")
-            elif path == "/counted":
-                body = str(taken[0]).encode()
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            else:
-                first, last = 0, size - 1
-                status = b"200 OK"
-                if "range" in fields:
-                    first, last = (int(x) for x in fields["range"].split("=")[1].split("-"))
-                    status = b"206 Partial Content\r\nContent-Range: bytes %d-%d/%d" % (first, last, size)
-                client.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (status, last - first + 1))
-                while first <= last:
-                    first += os.sendfile(client.fileno(), blob, first, last - first + 1)
-
-    def guarded(client):
-        try:
-            serve(client)
-        except OSError:
-            pass
-        finally:
-            client.close()
-
-    listener = socket.create_server(("127.0.0.1", port), backlog=256)
-    while True:
-        client, _ = listener.accept()
-        threading.Thread(target=guarded, args=(client,), daemon=True).start()
+    def null_client(self, method, count, connections):
+        """Seconds that a client needs which does next to nothing: with it, the server's own limit is measured."""
+        done = subprocess.run([self.program, method, str(self.port), str(self.size), str(count), str(connections)], capture_output=True,
+                              text=True, check=True)
+        return float(done.stdout)
 
 
 def _run_with_s3(command):
@@ -234,7 +178,5 @@ def _run_with_s3(command):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["sink"]:
-        _serve_sink(int(sys.argv[2]), int(sys.argv[3]))
-    elif sys.argv[1:2] == ["with-s3"]:
+    if sys.argv[1:2] == ["with-s3"]:
         sys.exit(_run_with_s3(sys.argv[2:]))
