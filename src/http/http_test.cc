@@ -232,6 +232,16 @@ TEST(deadline_and_cancel) {
   CHECK(result.get().error.code == Code::kCancelled);
 }
 
+TEST(a_silent_server_is_given_up) {
+  Server server;
+  auto client = open_client();
+  Call silent;
+  silent.url = server.url + "/never";
+  silent.stall_ns = 1'000'000'000;
+  const Outcome outcome = client->perform(std::move(silent));
+  CHECK(outcome.failed && outcome.transient && outcome.error.reason.find("too slow") != std::string::npos);
+}
+
 TEST(closing_ends_every_call) {
   Server server;
   std::atomic<int> ended{0};

@@ -108,6 +108,17 @@ def test_reads_survive(server, proxy, kind):
     assert proxy.seen.count(f"GET {kind}") == 2
 
 
+def test_a_slow_answer_is_waited_for(server, proxy):
+    rig = Rig(make_agent(server, proxy.endpoint))
+    out, back = pattern(300_000, 3), numpy.zeros(300_000, numpy.uint8)
+    rig.run("WRITE", out, "slow answer")
+    proxy.add("GET", "slow", delay=0.5)
+    begin = time.monotonic()
+    rig.run("READ", back, "slow answer")
+    assert numpy.array_equal(out, back)
+    assert time.monotonic() - begin >= 0.5 and proxy.seen.count("GET slow") == 1
+
+
 @pytest.mark.parametrize("kind", ["503", "drop"])
 def test_writes_survive(server, proxy, kind):
     rig = Rig(make_agent(server, proxy.endpoint))

@@ -99,7 +99,7 @@ Result<AzureConfig> read_config(const Params& params) {
   if (config.key.empty() && config.sas.empty())
     return fail(Code::kIo,
                 "AZURE_BLOB has no credentials: put AccountName and AccountKey into connection_string, or a SAS behind "
-                "'?' of account_url");
+                "'?' of account_url; managed identities are not supported");
   return config;
 }
 

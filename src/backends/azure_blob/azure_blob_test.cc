@@ -58,6 +58,8 @@ TEST(configuration) {
   CHECK(has(reason({}), "AZURE_STORAGE_CONTAINER_NAME"));
   CHECK(has(reason({{"container_name", "c"}}), "AZURE_STORAGE_CONNECTION_STRING"));
   CHECK(has(reason({{"container_name", "c"}, {"account_url", "https://a.blob.core.windows.net"}}), "SAS"));
+  CHECK(has(reason({{"container_name", "c"}, {"account_url", "https://a.blob.core.windows.net"}}),
+            "managed identities are not supported"));
   CHECK(has(reason({{"container_name", "c"}, {"connection_string", "AccountName=a;AccountKey=???"}}), "AccountKey"));
   const std::string string =
       std::string("DefaultEndpointsProtocol=http;AccountName=acc;AccountKey=") + kKey + ";EndpointSuffix=example.org";
