@@ -284,7 +284,7 @@ def main():
     ctypes.CDLL(None).posix_fallocate(fd, ctypes.c_long(0), ctypes.c_long(TOTAL))
     os.close(fd)
     groups = {"buffered": lambda: buffered(path, arguments.rounds), "overhead": lambda: overhead(path, arguments.rounds),
-              "direct": lambda: direct(path, max(2, arguments.rounds // 2)), "objects": lambda: objects(arguments.rounds)}
+              "direct": lambda: direct(path, arguments.rounds), "objects": lambda: objects(arguments.rounds)}
     figures = []
     try:
         Ours(path, "WRITE", 1 << 20).waiting()
