@@ -1,17 +1,17 @@
-// Floor of object stores: a server that throws away what is PUT and answers GETs with (a range of) one pattern, and a client
-// that does as little as a client can. What the two reach together is the server's own limit; a client is judged only where
-// that is at least twice as quick.
-//   object_sink serve PORT OBJECT_BYTES          until it is killed; GET /counted answers the bytes of all bodies so far
-//   object_sink PUT|GET PORT OBJECT_BYTES COUNT CONNECTIONS     prints the seconds
+// Floor of object stores: a server that throws away what is PUT and answers GETs with (a range of) one pattern, and a
+// client that does as little as a client can. What the two reach together is the server's own limit; a client is judged
+// only where that is at least twice as quick.
+//   object_sink serve PORT OBJECT_BYTES          until it is killed; GET /counted answers the bytes of all bodies so
+//   far object_sink PUT|GET PORT OBJECT_BYTES COUNT CONNECTIONS     prints the seconds
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <strings.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -48,8 +48,8 @@ bool send_all(int socket, const char* data, std::size_t bytes) {
   }
   return true;
 }
-// Bytes `first` to `end` of the endless pattern, sent without a copy: the pages of `blob`, which nobody ever changes, go by
-// way of a pipe into the socket.
+// Bytes `first` to `end` of the endless pattern, sent without a copy: the pages of `blob`, which nobody ever changes,
+// go by way of a pipe into the socket.
 class PatternSender {
  public:
   PatternSender() {
@@ -155,7 +155,8 @@ int run_server(int port, std::size_t object_bytes) {
   const int listener = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
   ::setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
   const sockaddr_in address = address_of(port);
-  if (::bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 || ::listen(listener, 256) != 0) {
+  if (::bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
+      ::listen(listener, 256) != 0) {
     std::perror("object_sink: bind");
     return 1;
   }

@@ -16,8 +16,9 @@ namespace nixl::core::fileio {
 namespace {
 
 constexpr std::size_t kReapBatch = 64;
-// Jobs given to a queue at once. The kernel holds a batch back until it has all of it, and nobody looks for finished ones
-// meanwhile: with long batches the device runs dry between them. Threads pay a lock a batch instead of a system call.
+// Jobs given to a queue at once. The kernel holds a batch back until it has all of it, and nobody looks for finished
+// ones meanwhile: with long batches the device runs dry between them. Threads pay a lock a batch instead of a system
+// call.
 constexpr std::size_t kKernelBatch = 4, kThreadBatch = 64;
 constexpr std::size_t kTurn = 32;  // jobs of one request before another request gets its turn
 
@@ -305,8 +306,8 @@ bool Engine::pump_locked(int lane_index) noexcept {
   while (count < most && !lane.runnable.empty() && !lane.free.empty()) {
     Request& request = *lane.runnable.front();
     auto& jobs = request.lanes[lane_index];
-    for (std::size_t turn = 0;
-         turn < kTurn && count < most && !lane.free.empty() && jobs.next < jobs.jobs.size(); ++turn) {
+    for (std::size_t turn = 0; turn < kTurn && count < most && !lane.free.empty() && jobs.next < jobs.jobs.size();
+         ++turn) {
       const std::uint32_t index = lane.free.back();
       lane.free.pop_back();
       Slot& slot = lane.slots[index];

@@ -155,10 +155,11 @@ Result<std::unique_ptr<ObjectRequest>> ObjectEngine::prepare(bool write, std::sp
             "there is one at offset %llu where %llu was expected",
             unit.key.c_str(), static_cast<unsigned long long>(piece->offset), static_cast<unsigned long long>(end));
       if (piece->copier != unit.copier)
-        return fail(Code::kInvalidArgument,
-                    "object \"%s\": its pieces lie in the memory of two GPUs; write it from one of them, or in parts of "
-                    "its own",
-                    unit.key.c_str());
+        return fail(
+            Code::kInvalidArgument,
+            "object \"%s\": its pieces lie in the memory of two GPUs; write it from one of them, or in parts of "
+            "its own",
+            unit.key.c_str());
       append(unit.body, piece->memory, piece->bytes);
       end += piece->bytes;
     }
@@ -305,7 +306,8 @@ std::optional<Error> ObjectEngine::judge(const Task& task, const Outcome& outcom
   const Reply& reply = outcome.reply;
   *repeatable = outcome.failed && outcome.transient && !task.stage_error;
   const char* method = task.what.step == Step::kGet ? "GET" : "PUT";
-  const std::string what = (task.stage_error ? method : outcome.call.method) + " of object \"" + task.unit->key + "\": ";
+  const std::string what =
+      (task.stage_error ? method : outcome.call.method) + " of object \"" + task.unit->key + "\": ";
   if (task.stage_error) return within(what + "copy through host memory", *task.stage_error);
   if (outcome.failed) return outcome.error;
   if (!reply.ok()) {

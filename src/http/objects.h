@@ -112,7 +112,7 @@ class ObjectEngine {
   unsigned num_calls_ = 0;
   std::deque<ObjectRequest*> waiting_;  // have tasks not yet started; served in turn
   std::unique_ptr<Buffers> buffers_;
-  std::unique_ptr<Client> client_;      // last: its callbacks use the rest
+  std::unique_ptr<Client> client_;  // last: its callbacks use the rest
 };
 
 }  // namespace nixl::core::http

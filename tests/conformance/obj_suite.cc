@@ -12,7 +12,8 @@ namespace {
 
 class Object final : public conformance::Target {
  public:
-  Object(std::string url, std::size_t bytes) : url_(std::move(url)), client_(std::move(*CHECK_OK(http::Client::open({})))) {
+  Object(std::string url, std::size_t bytes)
+      : url_(std::move(url)), client_(std::move(*CHECK_OK(http::Client::open({})))) {
     set_contents(std::string(bytes, 'R'));
   }
   Region region() const override { return {MemKind::kObject, 0, 0, 3, "suite/object"}; }
@@ -24,8 +25,9 @@ class Object final : public conformance::Target {
     http::Call call;
     call.method = method;
     // The server believes any signature, but tells objects from nobody.
-    call.headers = {"Authorization: AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, "
-                    "Signature=0"};
+    call.headers = {
+        "Authorization: AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, "
+        "Signature=0"};
     call.url = url_ + "/bucket/suite/object";
     call.body = {{const_cast<char*>(body.data()), body.size()}};
     const http::Outcome outcome = client_->perform(std::move(call));

@@ -123,6 +123,9 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
 int cuCtxSetCurrent(void*) {
   return 0;
 }
+int cuCtxGetCurrent(void** context) {
+  return *context = nullptr, 0;
+}
 int cuThreadExchangeStreamCaptureMode(int*) {
   return 0;
 }

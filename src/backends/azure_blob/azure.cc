@@ -146,8 +146,8 @@ http::Call Azure::request(std::string method, const std::string& key, const std:
 }
 
 http::Call Azure::get(const std::string& key, std::uint64_t offset, std::uint64_t bytes) const {
-  return request("GET", key, "", {"x-ms-range: bytes=" + std::to_string(offset) + "-" + std::to_string(offset + bytes - 1)},
-                 0);
+  return request("GET", key, "",
+                 {"x-ms-range: bytes=" + std::to_string(offset) + "-" + std::to_string(offset + bytes - 1)}, 0);
 }
 http::Call Azure::put(const std::string& key, const http::Body& body) const {
   http::Call call = request("PUT", key, "", {"x-ms-blob-type: BlockBlob"}, size_of(body));

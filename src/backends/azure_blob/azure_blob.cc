@@ -18,8 +18,7 @@ Result<std::unique_ptr<Backend>> open_azure(BackendConfig config) {
 }
 
 Probe probe_azure() {
-  return {true,
-          "untested against a real server: only its signatures and requests are checked",
+  return {true, "untested against a real server: only its signatures and requests are checked",
           staged_memory_kinds() | KindSet{MemKind::kObject}};
 }
 

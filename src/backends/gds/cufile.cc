@@ -65,8 +65,7 @@ Result<Cufile> open_libraries() {
       find(cufile, "cuFileBatchIODestroy", c.batch_destroy);
   if (!all) {
     const char* error = ::dlerror();
-    return fail(Code::kUnsupported, "libcufile.so.0 is too old: %s",
-                error ? error : "a function is missing");
+    return fail(Code::kUnsupported, "libcufile.so.0 is too old: %s", error ? error : "a function is missing");
   }
   find(cufile, "cuFileSetParameterBool", c.set_flag);
   return c;
@@ -105,7 +104,8 @@ Result<std::string> Cufile::start() const {
 
 std::string Cufile::remark() {
   if (has_kernel_driver()) return "";
-  return "compatibility mode: the kernel driver nvidia-fs is not loaded (no /proc/driver/nvidia-fs), so files go through "
+  return "compatibility mode: the kernel driver nvidia-fs is not loaded (no /proc/driver/nvidia-fs), so files go "
+         "through "
          "host memory";
 }
 

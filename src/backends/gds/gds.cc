@@ -132,8 +132,7 @@ Result<std::unique_ptr<Backend>> open_either(const char* name, BackendConfig con
                                              const gds::GpuQueueConfig& queue_config) {
   NIXL_ASSIGN(const Cufile* cufile, Cufile::load());
   NIXL_ASSIGN(std::string mode, cufile->start());
-  if (mode == "compatibility")
-    NIXL_WARN("%s: %s", name, Cufile::remark().c_str());
+  if (mode == "compatibility") NIXL_WARN("%s: %s", name, Cufile::remark().c_str());
   fileio::EngineConfig engine_config;
   engine_config.num_threads = queue_config.num_threads;
   NIXL_ASSIGN(auto engine, fileio::Engine::open(engine_config));

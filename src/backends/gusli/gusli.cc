@@ -96,8 +96,7 @@ Result<std::unique_ptr<Backend>> open_gusli(BackendConfig config) {
 }
 
 Probe probe_gusli() {
-  return {true,
-          "files and kernel devices; volumes of a network server need libgusli_clnt.so",
+  return {true, "files and kernel devices; volumes of a network server need libgusli_clnt.so",
           staged_memory_kinds() | KindSet{MemKind::kBlock}};
 }
 

@@ -11,8 +11,8 @@
 #include "backends/obj/credentials.h"
 #include "backends/obj/sigv4.h"
 #include "base/env.h"
-#include "check.h"
 #include "base/sha256.h"
+#include "check.h"
 #include "http/text.h"
 
 using namespace nixl::core;
@@ -153,7 +153,8 @@ static void move_gpu_memory() {
   }
   ::setenv("STAND_IN_FAULT", "copy", 1);
   CHECK(!rig.run(*read) && has(rig.last_error, "copy through host memory") && has(rig.last_error, "cuMemcpyAsync"));
-  CHECK(!rig.run(*write) && has(rig.last_error, "PUT of object \"dir/obj 2") && has(rig.last_error, "CUDA driver error 700"));
+  CHECK(!rig.run(*write) && has(rig.last_error, "PUT of object \"dir/obj 2") &&
+        has(rig.last_error, "CUDA driver error 700"));
   ::setenv("STAND_IN_FAULT", "", 1);
   if (!rig.run(*write)) check::failed(__FILE__, __LINE__, rig.last_error);
 }
@@ -168,9 +169,8 @@ TEST(sha256_and_hmac_vectors) {
            "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
   CHECK_EQ(http::hex(hmac_sha256("Jefe", "what do ya want for nothing?")),
            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
-  CHECK_EQ(
-      http::hex(hmac_sha256(std::string(131, '\xaa'), "Test Using Larger Than Block-Size Key - Hash Key First")),
-      "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
+  CHECK_EQ(http::hex(hmac_sha256(std::string(131, '\xaa'), "Test Using Larger Than Block-Size Key - Hash Key First")),
+           "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
 }
 
 TEST(signatures_published_by_aws) {

@@ -67,8 +67,9 @@ class ObjectBackend final : public StorageBackend<ObjectPlace>, private MemoryQu
 
 // The HTTP client that the parameters num_threads and ca_bundle ask for.
 Result<std::unique_ptr<http::Client>> open_client(const Parameters& params, const char* ca_bundle_variable = nullptr);
-// Is the server there? One that refuses at once is told now, not at the first transfer; what it answers does not matter:
-// the rights to look at the bucket may be missing where those to use its objects are given. `what`: for the message.
+// Is the server there? One that refuses at once is told now, not at the first transfer; what it answers does not
+// matter: the rights to look at the bucket may be missing where those to use its objects are given. `what`: for the
+// message.
 Result<void> first_contact(http::Client& client, http::Call call, const char* what);
 
 }  // namespace nixl::core

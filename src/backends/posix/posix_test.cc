@@ -65,7 +65,8 @@ static void move_gpu_memory() {
     const Region region = {MemKind::kVram, reinterpret_cast<std::uint64_t>(memory.data()), memory.size(), 0, ""};
     auto gpu = std::move(*CHECK_OK(backend->add_region(region)));
     const auto no_such = backend->add_region({MemKind::kVram, region.address, 1, 3, ""});
-    CHECK(!no_such && no_such.error().reason == "POSIX cannot take VRAM_SEG: GPU 3: this process sees 1, numbered from 0");
+    CHECK(!no_such &&
+          no_such.error().reason == "POSIX cannot take VRAM_SEG: GPU 3: this process sees 1, numbered from 0");
     // Pieces side by side in the file, in reversed order in memory: many of them fill one buffer.
     const auto run = [&](Op op, std::size_t piece) -> std::string {
       Plan plan;

@@ -1,4 +1,5 @@
-// Parameters of a backend as words, flags and numbers; errors name the backend, the parameter, the value and what is allowed.
+// Parameters of a backend as words, flags and numbers; errors name the backend, the parameter, the value and what is
+// allowed.
 #pragma once
 #include <cstdint>
 #include <limits>

@@ -1,6 +1,6 @@
-// StorageBackend: a backend between memory and storage of its own agent. It knows registrations, the loopback target, whose
-// name may connect and which kinds go together; a backend adds what a place of its storage is and how a plan is carried out.
-// GPU memory, where there is a GPU, comes with a Copier through pinned host buffers.
+// StorageBackend: a backend between memory and storage of its own agent. It knows registrations, the loopback target,
+// whose name may connect and which kinds go together; a backend adds what a place of its storage is and how a plan is
+// carried out. GPU memory, where there is a GPU, comes with a Copier through pinned host buffers.
 #pragma once
 #include <memory>
 #include <string>

@@ -10,8 +10,8 @@
 namespace nixl::core {
 namespace {
 
-constexpr unsigned kPortable = 1;       // CU_MEMHOSTALLOC_PORTABLE: pinned for every GPU
-constexpr unsigned kNonBlocking = 1;    // CU_STREAM_NON_BLOCKING: not held up by the program's default stream
+constexpr unsigned kPortable = 1;     // CU_MEMHOSTALLOC_PORTABLE: pinned for every GPU
+constexpr unsigned kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING: not held up by the program's default stream
 
 std::uint64_t number(const void* address) {
   return reinterpret_cast<std::uint64_t>(address);
@@ -39,8 +39,15 @@ class GpuCopier final : public Copier {
     void* buffer = nullptr;
     return driver_.use(gpu_) && driver_.allocate_pinned(&buffer, bytes, kPortable) == 0 ? buffer : nullptr;
   }
+  // Also called where a backend is closed, on a thread of the program, whose context stays as it is.
   void free(void* buffer, std::size_t) override {
-    if (driver_.use(gpu_)) driver_.free_pinned(buffer);
+    int device = 0;
+    void *own = nullptr, *before = nullptr;
+    if (driver_.get_context(&before) != 0 || driver_.device(&device, gpu_) != 0 ||
+        driver_.retain_context(&own, device) != 0 || driver_.set_context(own) != 0)
+      return;
+    driver_.free_pinned(buffer);
+    driver_.set_context(before);
   }
 
  private:

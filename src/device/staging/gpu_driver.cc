@@ -31,6 +31,7 @@ Result<GpuDriver> open_library() {
   find("cuDeviceGet", driver.device);
   find("cuDevicePrimaryCtxRetain", driver.retain_context);
   find("cuCtxSetCurrent", driver.set_context);
+  find("cuCtxGetCurrent", driver.get_context);
   find("cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode);
   find("cuMemHostAlloc", driver.allocate_pinned);
   find("cuMemFreeHost", driver.free_pinned);

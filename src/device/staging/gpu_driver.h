@@ -14,6 +14,7 @@ struct GpuDriver {
   int (*device)(int*, int) = nullptr;
   int (*retain_context)(void**, int) = nullptr;
   int (*set_context)(void*) = nullptr;
+  int (*get_context)(void**) = nullptr;
   int (*exchange_capture_mode)(int*) = nullptr;
   int (*allocate_pinned)(void**, std::size_t, unsigned) = nullptr;
   int (*free_pinned)(void*) = nullptr;
@@ -29,8 +30,8 @@ struct GpuDriver {
   static Result<void> probe();
   // Initialises the driver, once a process, and returns how many GPUs it has; none is an error.
   Result<int> start() const;
-  // Makes the primary context of `gpu` current in the calling thread, and lets the thread work while another one captures
-  // a graph. For threads of our own.
+  // Makes the primary context of `gpu` current in the calling thread, and lets the thread work while another one
+  // captures a graph. For threads of our own.
   Result<void> use(int gpu) const;
 
   // "cuMemcpyAsync: CUDA driver error 1 (invalid argument)".
