@@ -26,7 +26,7 @@ class HugePages {
 
   // Null where they are switched off (by parameter or environment) or the system has none; the log says so at debug.
   static Result<std::shared_ptr<HugePages>> open(const Params& params);
-  ~HugePages();  // waits for the step under way: some 10 ms
+  ~HugePages();  // waits for the step under way: some 10 ms, on a busy machine up to a second
 
   // Takes note of a region; 0: it covers no whole huge page.
   std::uint64_t add(std::uint64_t address, std::uint64_t length);
