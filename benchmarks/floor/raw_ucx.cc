@@ -26,7 +26,7 @@ using ucx::Api;
 
 namespace {
 
-constexpr std::size_t kBytes = 256 << 20, kPiece = 16 << 10, kPieces = 10'000;
+constexpr std::size_t kBytes = 256 << 20, kCut = 16 << 20, kPiece = 16 << 10, kPieces = 10'000;
 
 [[noreturn]] void die(const std::string& why) {
   std::fprintf(stderr, "raw_ucx: %s\n", why.c_str());
@@ -67,6 +67,7 @@ struct Side {
     address.assign(reinterpret_cast<const char*>(attributes.address), attributes.address_length);
     void* const mapped = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) die("mmap");
+    madvise(mapped, kBytes, MADV_HUGEPAGE);  // as NumPy does, whose arrays the agent is measured with
     bytes = static_cast<char*>(mapped);
     std::memset(bytes, 1, kBytes);
     auto registered =
@@ -210,6 +211,10 @@ int initiate(const char* ip, const char* port) {
     self.copy(true, 0, 0, kBytes);
     self.flush();
   };
+  const auto cut_write = [&] {
+    for (std::size_t at = 0; at < kBytes; at += kCut) self.copy(true, at, at, kCut);
+    self.flush();
+  };
   const auto big_read = [&] {
     self.copy(false, 0, 0, kBytes);
     self.wait(0);
@@ -223,7 +228,7 @@ int initiate(const char* ip, const char* port) {
   };
   const double latency = best(5, 400, small);
   big_write();
-  const double write = best(5, 1, big_write);
+  const double write = std::min(best(5, 1, big_write), best(5, 1, cut_write));  // whichever UCX does better
   const double read = best(3, 1, big_read);
   const double scattered = best(5, 1, list);
   std::printf("{\"latency_64_s\": %.9f, \"write_256m_s\": %.6f, \"read_256m_s\": %.6f, \"list_16k_s\": %.6f}\n",
