@@ -193,7 +193,7 @@ class nixl_agent:
         logger.info("Backend %s was instantiated", canonical)
 
     def _numbers(self, backends):
-        return [self.backends[name] for name in backends]
+        return [self.backends[name] for name in backends] if backends else []
 
     # ---- descriptors
 

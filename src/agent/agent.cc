@@ -547,19 +547,25 @@ Result<void> Agent::send_to(Peer& to, std::string_view message, const std::vecto
 
 Result<void> Agent::send_notification(const std::string& agent, std::string_view message, BackendIds backends) {
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, false));
-  if (!runtime_->has_thread()) runtime_->drive();
   if (agent == name()) {
     runtime_->deliver_to_self(std::string(message));
     return {};
   }
   NIXL_ASSIGN(const auto to, peer(agent));
-  return send_to(*to, message, allowed);
+  auto sent = send_to(*to, message, allowed);
+  if (!runtime_->has_thread()) runtime_->drive();  // the message is on its way meanwhile
+  return sent;
 }
 
 Result<std::vector<Notification>> Agent::drain_notifications(BackendIds backends) {
-  NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
   std::vector<Notification> out;
-  runtime_->drain(backends.empty() ? nullptr : &allowed, out);
+  if (backends.empty()) {
+    NIXL_TRY(usable());
+    runtime_->drain(nullptr, out);
+  } else {
+    NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+    runtime_->drain(&allowed, out);
+  }
   runtime_->handle_lost();
   return out;
 }

@@ -198,6 +198,10 @@ void Runtime::deliver_to_self(std::string message) {
 
 bool Runtime::fill_inbox() {
   const std::lock_guard lock(inbox_mutex_);
+  return fill_inbox_locked();
+}
+
+bool Runtime::fill_inbox_locked() {
   const std::size_t before = inbox_.size();
   std::vector<Notification> fresh;
   const std::size_t count = num_slots();
@@ -214,8 +218,9 @@ bool Runtime::fill_inbox() {
 
 void Runtime::drain(const std::vector<Slot*>* which, std::vector<Notification>& out) {
   help();
-  fill_inbox();
   const std::lock_guard lock(inbox_mutex_);
+  fill_inbox_locked();
+  if (inbox_.empty()) return;
   const auto wanted = [&](Slot* slot) {
     return !which || std::find(which->begin(), which->end(), slot) != which->end();
   };

@@ -94,6 +94,7 @@ class Runtime final : public Events {
   void sleep(int timeout_ms);
   void poll_watched();
   bool fill_inbox();
+  bool fill_inbox_locked();
   void signal_event() noexcept;
   void note_loss(Options::Loss loss) noexcept;
   std::size_t num_slots() const noexcept { return num_slots_.load(std::memory_order_acquire); }
