@@ -24,7 +24,7 @@ class HelperProcess:
 
     def __init__(self, name, prog_thread=True, env=None):
         command = [sys.executable, __file__, name, "1" if prog_thread else "0"]
-        self.name = name
+        self.name, self._read = name, b""
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
                                         env={**os.environ, **(env or {})})
         self.ask(do="hello")
@@ -39,18 +39,23 @@ class HelperProcess:
 
     def answer(self):
         deadline = time.monotonic() + ANSWER_LIMIT_S
-        while True:
-            if not select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
-                raise RuntimeError(f"helper '{self.name}' did not answer within {ANSWER_LIMIT_S} s")
-            line = self.process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"helper '{self.name}' ended with {self.process.wait()}")
-            if line.startswith("{"):
-                break
+        while not (line := self._line(deadline)).startswith(b"{"):  # log lines come the same way
+            pass
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"helper '{self.name}': {answer['error']}")
         return answer
+
+    def _line(self, deadline):
+        while b"\n" not in self._read:
+            if not select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise RuntimeError(f"helper '{self.name}' did not answer within {ANSWER_LIMIT_S} s")
+            more = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not more:
+                raise RuntimeError(f"helper '{self.name}' ended with {self.process.wait()}")
+            self._read += more
+        line, _, self._read = self._read.partition(b"\n")
+        return line
 
     def metadata(self):
         return base64.b64decode(self.ask(do="metadata")["blob"])

@@ -218,3 +218,24 @@ def test_descriptors_and_mappings_stay_constant_over_peers():
     fds, maps = footprint()
     assert fds <= before[0] + 1 and maps <= before[1]
     held.close()
+
+
+def test_the_other_process_of_the_benchmarks_may_log(monkeypatch):
+    """Lines of the log and the answer that arrive in one piece."""
+    from utils import helper_process
+
+    monkeypatch.setattr(helper_process, "ANSWER_LIMIT_S", 10)
+    helper = HelperProcess("talker")
+    helper.ask(do="hello")
+    original, helper.process.stdout = helper.process.stdout, os.fdopen(_pipe_with(b'log\nlog\n{"pid": 1}\n'))
+    assert helper.answer() == {"pid": 1}
+    helper.process.stdout.close()
+    helper.process.stdout = original
+    helper.close()
+
+
+def _pipe_with(content):
+    """The reading end of a pipe that holds `content` and stays open."""
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    return reading
