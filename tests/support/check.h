@@ -53,6 +53,13 @@ inline int run_tests(int argc, char** argv) {
   return count ? 0 : 1;
 }
 
+// Whether the text has this part; says so where it lacks it.
+inline bool has(const std::string& text, const char* part) {
+  if (text.find(part) != std::string::npos) return true;
+  std::fprintf(stderr, "  \"%s\" lacks \"%s\"\n", text.c_str(), part);
+  return false;
+}
+
 // Runs the body in a process of its own: for what a process does or reads but once.
 template <typename F>
 void in_child(F body) {

@@ -17,11 +17,7 @@ namespace {
 constexpr char kAccount[] = "devstoreaccount1";
 constexpr char kKey[] = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
 
-bool has(const std::string& text, const char* part) {
-  if (text.find(part) != std::string::npos) return true;
-  std::fprintf(stderr, "  \"%s\" lacks \"%s\"\n", text.c_str(), part);
-  return false;
-}
+using check::has;
 std::string signature(ToSign request) {
   request.headers.push_back("x-ms-date: Sun, 06 Nov 1994 08:49:37 GMT");
   request.headers.push_back("x-ms-version: 2021-08-06");

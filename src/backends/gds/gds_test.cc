@@ -13,11 +13,7 @@ using namespace nixl::core;
 
 namespace {
 
-bool has(const std::string& text, const char* part) {
-  if (text.find(part) != std::string::npos) return true;
-  std::fprintf(stderr, "  \"%s\" lacks \"%s\"\n", text.c_str(), part);
-  return false;
-}
+using check::has;
 
 using check::in_child;  // libraries are opened once a process: each case has one of its own
 

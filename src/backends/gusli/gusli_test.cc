@@ -13,11 +13,7 @@ using namespace nixl::core;
 
 namespace {
 
-bool has(const std::string& text, const char* part) {
-  if (text.find(part) != std::string::npos) return true;
-  std::fprintf(stderr, "  \"%s\" lacks \"%s\"\n", text.c_str(), part);
-  return false;
-}
+using check::has;
 Result<std::unique_ptr<Backend>> try_open(const std::string& text, Params over = {}) {
   BackendConfig config;
   config.self = {"agent", 1};

@@ -35,11 +35,7 @@ std::string refusal(Params over) {
   CHECK(!opened);
   return opened.error().reason;
 }
-bool has(const std::string& text, const char* part) {
-  if (text.find(part) != std::string::npos) return true;
-  std::fprintf(stderr, "  \"%s\" lacks \"%s\"\n", text.c_str(), part);
-  return false;
-}
+using check::has;
 
 // The request of AWS's published examples: bucket examplebucket, 24 May 2013.
 s3::ToSign example(const char* method, const char* path) {
