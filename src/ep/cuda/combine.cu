@@ -407,7 +407,11 @@ __device__ __forceinline__ void await_pieces(const CombineOp& a, const Shared& s
     if (!here) here = load_word(at) == tag;
     const unsigned without = __ballot_sync(~0u, !here);
     if (!without) return;
-    if (!warp_patient(a.op, *s.block, __shfl_sync(~0u, turn.rank, __ffs(without) - 1), polls, patience)) return;  // the sum finds out who
+    const int rank = __shfl_sync(~0u, turn.rank, __ffs(without) - 1);
+    if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
+      if (threadIdx.x % 32 == 0) fail_peer(a.op, *s.block, s.peers[rank], rank);
+      return;  // the sum gives it up at its first look
+    }
     __nanosleep(20);
   }
 }
