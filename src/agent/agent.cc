@@ -55,6 +55,7 @@ Result<void> Agent::start() {
   runtime.agent = options_.name;
   runtime.progress_thread = options_.progress_thread;
   runtime.on_lost = [this](const Runtime::Options::Loss& loss) { on_lost(loss); };
+  runtime.gone = [this](const PeerId& peer) { return process_gone(peer); };
   runtime.telemetry = telemetry_.get();
   NIXL_ASSIGN(runtime_, Runtime::open(std::move(runtime)));
 

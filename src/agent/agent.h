@@ -112,6 +112,7 @@ class Agent {
   Result<std::shared_ptr<Peer>> admit(Metadata data);
   void forget(const std::shared_ptr<Peer>& peer, Peer::State state, const std::string& reason);
   void on_lost(const Runtime::Options::Loss& loss);
+  bool process_gone(const PeerId& peer) const;
   Result<std::uint64_t> add_request(Op op, const PreparedList& remote, const Route& route, BuiltPlan built,
                                     std::optional<std::string> message);
   Result<void> send_to(Peer& peer, std::string_view message, const std::vector<Slot*>& allowed);

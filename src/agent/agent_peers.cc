@@ -294,6 +294,11 @@ void Agent::on_lost(const Runtime::Options::Loss& loss) {
   forget(peer, Peer::State::kLost, loss.why.reason);
 }
 
+bool Agent::process_gone(const PeerId& id) const {
+  const auto peer = listed_peer(id.name);
+  return peer && peer->incarnation == id.incarnation && gone(*peer);
+}
+
 Result<void> Agent::check_peer(const std::string& agent, const Descs* descs) {
   NIXL_TRY(usable());
   runtime_->help();

@@ -18,12 +18,14 @@ constexpr std::size_t kMaxConnection = 16 << 20;
 constexpr std::size_t kMaxKey = 1 << 20;
 constexpr std::size_t kHeaderBytes = 8 + 2 + 2 + 8 + 4;
 
+// 0: there is no such process, or all that is left of it waits for its parent.
 std::uint64_t start_time(std::uint64_t process) {
   std::ifstream stat("/proc/" + std::to_string(process) + "/stat");
   std::string line;
   if (!std::getline(stat, line)) return 0;
   std::size_t at = line.rfind(')');  // the name before it may hold anything
   if (at == std::string::npos) return 0;
+  if (at + 2 < line.size() && (line[at + 2] == 'Z' || line[at + 2] == 'X')) return 0;
   for (int field = 2; field < 22 && at != std::string::npos; ++field) at = line.find(' ', at + 1);
   return at == std::string::npos ? 0 : std::strtoull(line.c_str() + at, nullptr, 10);
 }
@@ -90,8 +92,7 @@ bool surely_dead(const Home& other) {
   const Home here = home_of_this_process();
   if (other.host.empty() || other.host != here.host || !other.process) return false;
   if (kill(static_cast<pid_t>(other.process), 0) != 0 && errno == ESRCH) return true;
-  const std::uint64_t started = start_time(other.process);
-  return started && other.started && started != other.started;
+  return here.started && other.started && start_time(other.process) != other.started;
 }
 
 std::string encode(const Metadata& data) {

@@ -33,6 +33,7 @@ class Runtime final : public Events {
       bool expected = false;  // nobody need be alarmed
     };
     std::function<void(const Loss&)> on_lost;  // called with no lock held
+    std::function<bool(const PeerId&)> gone;   // as Events::surely_gone
     Telemetry* telemetry = nullptr;            // null: off
   };
   static Result<std::unique_ptr<Runtime>> open(Options options);
@@ -74,6 +75,7 @@ class Runtime final : public Events {
   void terminal() noexcept;
   void peer_lost(const PeerId& peer, Error why) noexcept override { note_loss({peer, std::move(why), false}); }
   void peer_left(const PeerId& peer, Error why) noexcept override { note_loss({peer, std::move(why), true}); }
+  bool surely_gone(const PeerId& peer) const noexcept override { return options_.gone(peer); }
 
   // Waits until some request became terminal after `seen` (a value of events_seen) or the deadline; progresses meanwhile.
   std::uint64_t events_seen() const noexcept { return num_terminal_.load(); }

@@ -150,6 +150,8 @@ class Events {
   virtual void peer_lost(const PeerId& peer, Error why) noexcept = 0;
   // As peer_lost, when nobody need be alarmed: the peer said that it goes, or was never spoken to.
   virtual void peer_left(const PeerId& peer, Error why) noexcept { peer_lost(peer, std::move(why)); }
+  // Is it certain that the peer's process has ended? Where that cannot be known, no.
+  virtual bool surely_gone(const PeerId&) const noexcept { return false; }
 };
 
 // Given to open(). `events` outlives the backend.

@@ -27,6 +27,7 @@ constexpr Nanoseconds kLookEvery = 50'000;  // between two looks at the descript
 class SameHostBackend final : public Backend, private Notifier, private CostModel {
  public:
   static Result<std::unique_ptr<Backend>> open(BackendConfig config);
+  ~SameHostBackend() override;
 
   const Abilities& abilities() const noexcept override { return abilities_; }
   Result<std::unique_ptr<LocalRegion>> add_region(const Region& region) override;
@@ -176,6 +177,12 @@ Result<std::unique_ptr<Transfer>> SameHostBackend::prepare(Plan plan) {
   if (!threads_) threads_ = CopyThreads::shared();
   NIXL_ASSIGN(Vram* const gpu, vram());
   return gpu->prepare(std::move(plan), threads_);
+}
+
+SameHostBackend::~SameHostBackend() {
+  if (!mailbox_) return;
+  SegmentHeader& header = mailbox_->segment().header();
+  if (header.pid == static_cast<std::uint32_t>(::getpid())) header.closed.store(1, std::memory_order_release);
 }
 
 bool SameHostBackend::progress() noexcept {

@@ -16,8 +16,13 @@ namespace {
 
 constexpr long kBacklogRetryNs = 1'000'000;
 
-Error gone(const PeerConnection& peer, std::uint32_t pid) {
-  return {Code::kPeerLost, "agent '" + peer.id().name + "' (process " + std::to_string(pid) + " of this host) died"};
+bool left(PeerConnection& peer) {
+  return peer.process().segment().header().closed.load(std::memory_order_acquire) != 0;
+}
+
+Error gone(PeerConnection& peer) {
+  return {Code::kPeerLost, "agent '" + peer.id().name + "' (process " + std::to_string(peer.process().pid()) +
+                               " of this host) " + (left(peer) ? "left" : "died")};
 }
 
 }  // namespace
@@ -39,14 +44,14 @@ PeerConnection::~PeerConnection() {
 }
 
 Result<void> PeerConnection::check_alive(bool now) {
-  if (lost()) return fail(gone(*this, process_.pid()));
+  if (lost()) return fail(gone(*this));
   if (process_.alive(now)) return {};
-  note_lost(gone(*this, process_.pid()));
-  return fail(gone(*this, process_.pid()));
+  note_lost(gone(*this));
+  return fail(gone(*this));
 }
 
 void PeerConnection::note_lost(const Error& why) {
-  if (!lost_.exchange(true, std::memory_order_acq_rel)) table_->tell_lost(id_, why);
+  if (!lost_.exchange(true, std::memory_order_acq_rel)) table_->tell_lost(id_, why, left(*this));
 }
 
 void PeerConnection::send(std::string_view message) {
@@ -109,8 +114,12 @@ void PeerTable::remove(PeerConnection& peer) noexcept {
   std::erase(peers_, &peer);
 }
 
-void PeerTable::tell_lost(const PeerId& peer, const Error& why) noexcept {
-  if (events_) events_->peer_lost(peer, why);
+void PeerTable::tell_lost(const PeerId& peer, const Error& why, bool left) noexcept {
+  if (!events_) return;
+  if (left)
+    events_->peer_left(peer, why);
+  else
+    events_->peer_lost(peer, why);
 }
 
 void PeerTable::note_backlog() noexcept {

@@ -58,7 +58,7 @@ class PeerTable {
   int epoll_fd() const noexcept { return epoll_.get(); }
   Result<void> add(PeerConnection& peer);
   void remove(PeerConnection& peer) noexcept;
-  void tell_lost(const PeerId& peer, const Error& why) noexcept;
+  void tell_lost(const PeerId& peer, const Error& why, bool left) noexcept;
   // A connection has message parts that did not fit: push them soon.
   void note_backlog() noexcept;
   bool has_backlog() const noexcept { return backlog_.load(std::memory_order_acquire); }

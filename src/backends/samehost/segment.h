@@ -24,6 +24,8 @@ struct alignas(64) SegmentHeader {
   std::uint32_t num_lanes, lane_bytes, num_slots;
   // 1: the owner sleeps and wants its doorbell rung after something was put into a lane.
   alignas(64) std::atomic<std::uint32_t> armed;
+  // 1: the owner has closed; the end of its process is no failure.
+  std::atomic<std::uint32_t> closed;
   // Bit l of word l / 64: lane l has something new.
   alignas(64) std::atomic<std::uint64_t> dirty[kNumLanes / 64];
 };

@@ -246,6 +246,10 @@ void UcxBackend::link_lost_locked(Link& link, const Error& why) {
     config_.events->peer_lost(connection->peer(), why);
 }
 
+bool UcxBackend::surely_gone(const Link& link) const {
+  return config_.events && config_.events->surely_gone({link.target().name, link.target().incarnation});
+}
+
 // ---- messages ----
 
 void UcxBackend::received_locked(Worker& worker, MessageId id, std::string_view bytes) {

@@ -103,6 +103,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
 
   void received_locked(Worker& worker, MessageId id, std::string_view bytes) override;
   void link_lost_locked(Link& link, const Error& why) override;
+  bool surely_gone(const Link& link) const override;
   void settled_locked(Worker& worker) override;
   Result<void> handle_locked(Desk& desk, MessageId id, std::string_view bytes);
   Result<void> answer_hello_locked(Desk& desk, const Hello& hello);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <utility>
 
 #include "base/log.h"
 
@@ -10,6 +11,9 @@ namespace nixl::core::ucx {
 namespace {
 
 constexpr std::size_t kHistoryBytes = 256 << 10;  // of sent notifications kept for the case that the link breaks
+// Before a broken link is opened again. A process that dies has let go of everything by then and is known to be dead: UCX
+// keeps the socket of an endpoint whose connection is refused at once.
+constexpr Nanoseconds kBeforeAgain = 10'000'000;
 
 std::uint64_t next_link_id() {
   static std::atomic<std::uint64_t> last{0};
@@ -193,11 +197,19 @@ void Link::failed_locked() {
   state_ = State::kConnecting;
   const std::vector<Job*> jobs = jobs_;
   for (Job* const job : jobs) job->link_down_locked();
-  if (auto opened = open_endpoint_locked(patience); !opened) lose_locked(why);
+  again_ = std::max<Nanoseconds>(patience, 1);
+  deadline_ = Deadline::after(kBeforeAgain);
+  worker_->connecting_.push_back(this);
+  worker_->quiet_ = false;
 }
 
 void Link::check_deadline_locked() {
   if (state_ != State::kConnecting || !deadline_.passed()) return;
+  if (const Nanoseconds patience = std::exchange(again_, 0); patience > 0) {
+    std::erase(worker_->connecting_, this);
+    if (worker_->receiver_->surely_gone(*this) || !open_endpoint_locked(patience)) lose_locked(why_);
+    return;
+  }
   lose_locked(why_.reason.empty()
                   ? Error{Code::kPeerLost, "agent '" + target_.name + "' did not answer over " + path_ + " within " +
                                                std::to_string(caller_->connect_ns / 1'000'000) + " ms"}
@@ -209,6 +221,7 @@ void Link::lose_locked(Error why) {
   state_ = State::kLost;
   why_ = std::move(why);
   drop_endpoint_locked(false);
+  std::erase(worker_->connecting_, this);
   const std::vector<Job*> jobs = jobs_;
   for (Job* const job : jobs) job->link_lost_locked(why_);
   history_.clear();

@@ -52,6 +52,7 @@ class Link {
   // Its end alarms nobody: the peer closed it, or nothing ever crossed it.
   bool missed_by_none() const noexcept { return dismissed_ || !used_; }
   void failed_locked();
+  // Opens again what broke a moment ago, and ends what has waited too long.
   void check_deadline_locked();
   void lose_locked(Error why);
 
@@ -90,6 +91,7 @@ class Link {
   int num_attempts_ = 0;  // endpoints opened since the peer answered last
   bool used_ = false;  // it was ready, or something waits for it
   bool dismissed_ = false;
+  Nanoseconds again_ = 0;  // > 0: the endpoint broke; at the deadline another is opened, which has this long to be answered
   ucs_status_t failure_ = UCS_OK;
   Error why_;
   Deadline deadline_ = Deadline::never();

@@ -45,6 +45,8 @@ class Receiver {
   virtual ~Receiver() = default;
   virtual void received_locked(Worker& worker, MessageId id, std::string_view bytes) = 0;
   virtual void link_lost_locked(Link& link, const Error& why) = 0;
+  // Has the process on the other side surely ended?
+  virtual bool surely_gone(const Link& link) const = 0;
   // After every round of progress: the place to destroy links and jobs that ended in it.
   virtual void settled_locked(Worker& worker) = 0;
 };
