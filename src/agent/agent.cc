@@ -46,6 +46,8 @@ Result<std::unique_ptr<Agent>> Agent::open(AgentOptions options, Catalog& catalo
 
 Result<void> Agent::start() {
   NIXL_ASSIGN(const Settings settings, Settings::read());
+  if (const auto traced = settings.text("NIXL_TRACE_BACKENDS"))
+    NIXL_WARN("agent %s: NIXL_TRACE_BACKENDS is '%s'; this release has no trace backends", name().c_str(), traced->c_str());
   NIXL_ASSIGN(telemetry_, Telemetry::open(settings, options_.name, options_.capture_telemetry));
   self_ = std::make_shared<Peer>();
   self_->name = options_.name;

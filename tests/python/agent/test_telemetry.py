@@ -62,6 +62,12 @@ def test_bad_settings(monkeypatch):
         agent("t")
 
 
+def test_trace_backends_are_not_there_and_this_is_said(monkeypatch, capfd):
+    monkeypatch.setenv("NIXL_TRACE_BACKENDS", "nvtx")
+    assert agent("traced").name == "traced"
+    assert "NIXL_TRACE_BACKENDS is 'nvtx'; this release has no trace backends" in capfd.readouterr().err
+
+
 def events_of(path):
     data = path.read_bytes()
     write, read, version, expected, capacity, mask = struct.unpack_from("<QQiiQQ", data)
