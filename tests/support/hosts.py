@@ -41,6 +41,8 @@ class FarHost:
                 pytest.skip(f"no network namespaces here: ip {words}: {made.stderr.strip()}")
 
     def tear_down(self):
+        if shutil.which("ip") is None:
+            return
         for words in (f"netns del {self.name}", f"link del ve{os.getpid()}"):
             subprocess.run(["ip", *words.split()], capture_output=True, timeout=LIMIT_S, check=False)
 

@@ -434,6 +434,8 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   a.recv_places = args.recv_places;
   a.record = make_record_layout(args.max_tokens, args.topk, args.num_ranks);
   a.records = static_cast<std::uint8_t*>(args.records);
+  last_experts_ = args.num_ranks * capacity_.experts_per_rank;
+  last_tokens_ = static_cast<int>(args.max_tokens);
   a.recv_stats = args.recv_stats;
   a.wait_cost = args.wait_cost;
   const int grid = grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4));
@@ -550,10 +552,12 @@ std::string CudaPath::take_input_error() {
   if (found == 0) return "";
   const unsigned long long what = found - 1;
   char text[200];
-  std::snprintf(text, sizeof(text),
-                (what & 255) == gpu::kOutsideId ? "a top-k id of token %llu is outside the experts of the call; its entry was dropped"
-                                                : "expert %llu was selected more often than a rank may send tokens; rows past that were dropped",
-                what >> 8);
+  if ((what & 255) == gpu::kOutsideId)
+    std::snprintf(text, sizeof(text), "a top-k id of token %llu is outside the %d experts of the call; its entry was dropped", what >> 8,
+                  last_experts_.load());
+  else
+    std::snprintf(text, sizeof(text), "expert %llu was selected more than %d times by this rank; rows past that were dropped", what >> 8,
+                  last_tokens_.load());
   return text;
 }
 

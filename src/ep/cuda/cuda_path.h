@@ -86,6 +86,7 @@ class CudaPath final : public Path {
   cudaEvent_t event_ = nullptr;
   std::atomic<void*> last_stream_{nullptr};  // of the newest operation
   std::atomic<bool> has_last_stream_{false};
+  std::atomic<int> last_experts_{0}, last_tokens_{0};  // bounds of the newest dispatch
   std::uint32_t first_count_ = 1;  // of connections made with the newest export
   void* exposed_ = nullptr;  // what clients may overwrite
   std::int64_t exposed_bytes_ = 0;
