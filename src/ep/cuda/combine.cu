@@ -3,6 +3,7 @@
 // Dispatch left records: what each message's rows are and what each own token waits for. So rows go out without being asked
 // for, and nobody counts. Sums of one rank need the weights: the owner sends those first, unless they came with dispatch.
 #include "ep/cuda/device/op.cuh"
+#include "ep/cuda/device/piece.cuh"
 #include "ep/cuda/launch.h"
 #include "ep/layout/reduce.h"
 
@@ -11,7 +12,6 @@ namespace gpu {
 namespace {
 
 constexpr int kControl = kWarps - 1;  // the warp that begins the operation; it has the fewest rows to send
-constexpr int kMaxPer = 5;            // chunks of a piece, in registers
 constexpr int kBatch = 4;             // contributions whose loads are in flight together
 constexpr std::uint32_t kNoWeight = 0xffffffff;  // in a weight's place: this entry is not part of the sum
 __device__ __forceinline__ std::uint32_t weight_bits(float weight) {
@@ -91,44 +91,12 @@ __device__ __forceinline__ uint4 rounded(const float (&sum)[8]) {
   return make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
 }
 
-// Sends the chunks of one piece as they are made, and after them the words that their tags displaced. One warp.
-template <int kLanes>
-class PieceSender {
-  using Line = Lines<kLanes>;
-
- public:
-  __device__ PieceSender(const RowShape& shape, std::uint8_t* to, std::uint32_t tag) : to_(to), tail_(to + shape.per * kChunkBytes), tag_(tag) {}
-  __device__ __forceinline__ void send(int chunk, int lane, uint4 v) {
-    if (kLanes == 1) {  // eleven cells take the 32 words
-      uint4 cell;
-      cell.x = __shfl_sync(~0u, v.w, 3 * lane % 32);
-      cell.y = __shfl_sync(~0u, v.w, (3 * lane + 1) % 32);
-      cell.z = __shfl_sync(~0u, v.w, (3 * lane + 2) % 32);
-      cell.w = tag_;
-      if (lane < 11) store_cell(tail_ + (chunk * 11 + lane) * 16, cell);
-    } else {  // lane c carries those of chunk c
-      const std::uint32_t words[4] = {__shfl_sync(~0u, v.w, 7), __shfl_sync(~0u, v.w, 15), __shfl_sync(~0u, v.w, 23), __shfl_sync(~0u, v.w, 31)};
-      if (lane == chunk) displaced_ = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    Line::store(to_ + chunk * kChunkBytes, lane, v, tag_);
-  }
-  __device__ __forceinline__ void finish(int lane) {
-    if (kLanes != 1) Line::store(tail_, lane, displaced_, tag_, 1);
-  }
-
- private:
-  std::uint8_t* to_;
-  std::uint8_t* tail_;
-  std::uint32_t tag_;
-  uint4 displaced_ = {};
-};
-
 // The chunks of a piece of a row as they lie in the caller's memory; zeros for a missing row.
 struct Piece {
-  uint4 chunk[kMaxPer];
+  uint4 chunk[kCombinePiece];
   __device__ __forceinline__ void load(const CombineOp& a, const std::uint16_t* row, int first, int chunks, int lane) {
 #pragma unroll
-    for (int u = 0; u < kMaxPer; ++u)
+    for (int u = 0; u < kCombinePiece; ++u)
       if (u < chunks) chunk[u] = row ? load_row(a, row, first + u, lane) : make_uint4(0, 0, 0, 0);
   }
 };
@@ -172,7 +140,7 @@ __device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, 
     PieceSender<kLanes> out(a.shape, to + piece * a.shape.piece_bytes, peer.tag_out);
     if (e != first_entry) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first, chunks, lane);
 #pragma unroll
-    for (int u = 0; u < kMaxPer; ++u)
+    for (int u = 0; u < kCombinePiece; ++u)
       if (u < chunks) out.send(u, lane, rows.chunk[u]);
     out.finish(lane);
   }
@@ -215,19 +183,19 @@ __device__ __forceinline__ void send_sum(const CombineOp& a, const Shared& s, in
   if (!await_weights(a, s, rank, m, &weight)) return;
   const Peer& peer = s.peers[rank];
   const auto address = reinterpret_cast<unsigned long long>(m.row);
-  float sum[kMaxPer][8] = {};
+  float sum[kCombinePiece][8] = {};
 #pragma unroll 1
   for (int e = 0; e < m.entries; ++e) {
     const std::uint32_t bits = __shfl_sync(~0u, weight, e);
     if (e > 0) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first, chunks, lane);
     if (bits == kNoWeight) continue;
 #pragma unroll
-    for (int u = 0; u < kMaxPer; ++u)
+    for (int u = 0; u < kCombinePiece; ++u)
       if (u < chunks) add_weighted(sum[u], __uint_as_float(bits), rows.chunk[u]);
   }
   PieceSender<kLanes> out(a.shape, peer.remote + std::int64_t{number} * a.shape.row_bytes + piece * a.shape.piece_bytes, peer.tag_out);
 #pragma unroll
-  for (int u = 0; u < kMaxPer; ++u)
+  for (int u = 0; u < kCombinePiece; ++u)
     if (u < chunks) out.send(u, lane, rounded(sum[u]));
   out.finish(lane);
 }
@@ -307,29 +275,6 @@ __device__ void send_weights(const CombineOp& a, const Shared& s, Share share) {
     }
   }
 }
-
-// A chunk of a row on its way in, and where the words are that its tags displaced.
-template <int kLanes>
-struct Arriving {
-  using Line = Lines<kLanes>;
-  uint4 data, tail;
-  // `data_at`, `tail_at`: offsets inside the row of the chunk and of what this lane reads of its tail.
-  __device__ __forceinline__ void load(const std::uint8_t* row, int data_at, int tail_at, int lane) {
-    data = Line::load(row + data_at, lane);
-    tail = kLanes == 1 ? load_cell(row + tail_at) : load_line(row + tail_at);
-  }
-  __device__ __forceinline__ bool fresh(int lane, std::uint32_t tag) const {
-    return Line::fresh(data, lane, tag) && (!Line::holds_tag(lane) || tail.w == tag);
-  }
-  __device__ __forceinline__ uint4 value(int c, int lane) const {
-    const int q = kLanes == 1 ? lane % 3 : lane / 8;
-    std::uint32_t word = q == 0 ? tail.x : q == 1 ? tail.y : q == 2 ? tail.z : tail.w;
-    if (kLanes != 1) word = __shfl_sync(~0u, word, lane / 8 * 8 + c);
-    uint4 v = data;
-    if (Line::holds_tag(lane)) v.w = word;
-    return v;
-  }
-};
 
 // What a token's sum is made of: lane p of the warp holds the p-th contribution in the order of summation.
 struct Contribution {

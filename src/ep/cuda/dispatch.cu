@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kSendThreads = kSenders * 32;
 constexpr int kRestThreads = kThreads - kSendThreads;
-constexpr int kMaxPer = 8;  // data chunks of a piece, held in registers while their row's places are written
 enum Barrier { kAll, kSending, kResting, kBasesKnown };
 
 struct Shared {
@@ -105,7 +104,7 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
     if (line < Line::kPerChunk)
       s.scratch[i] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
   }
-  if (lane < scale_words) s.scratch[displaced + lane] = scales[lane];  // at most 32: kMaxPer chunks of four
+  if (lane < scale_words) s.scratch[displaced + lane] = scales[lane];  // at most 32: kDispatchPiece chunks of four
   write_meta(a, s, token, rank, s.scratch + displaced + scale_words);
   __syncwarp();
   to += a.shape.per * kChunkBytes;
@@ -294,7 +293,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   const int chunks = a.shape.chunks_of(piece), first = piece * a.shape.per;
   const std::uint32_t tag = peer.tag_in;
   const bool eager = a.shape.per <= 2;  // few pieces are under way: look at everything at once
-  uint4 data[kMaxPer];
+  uint4 data[kDispatchPiece];
   Patience patience;
   unsigned polls = 0;
   if (!eager) {
@@ -307,7 +306,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
     bool fresh = true;
     if (eager) {
 #pragma unroll
-      for (int c = 0; c < kMaxPer; ++c)
+      for (int c = 0; c < kDispatchPiece; ++c)
         if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
     }
 #pragma unroll 1
@@ -323,10 +322,10 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
     }
     if (__all_sync(~0u, fresh)) {
 #pragma unroll
-      for (int c = 0; c < kMaxPer; ++c)
+      for (int c = 0; c < kDispatchPiece; ++c)
         if (c < chunks && !eager) data[c] = Line::load(from + c * kChunkBytes, lane);
 #pragma unroll
-      for (int c = 0; c < kMaxPer; ++c)
+      for (int c = 0; c < kDispatchPiece; ++c)
         if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
       if (__all_sync(~0u, fresh)) break;
     }
@@ -337,7 +336,7 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   }
   __syncwarp();
 #pragma unroll
-  for (int c = 0; c < kMaxPer; ++c)
+  for (int c = 0; c < kDispatchPiece; ++c)
     if (c < chunks && Line::holds_tag(lane)) data[c].w = s.scratch[c * Line::kDisplaced + lane / kLanes];
   const std::uint32_t* scales = s.scratch + chunks * Line::kDisplaced;
   const int num_scales = chunks * a.chunk_words;

@@ -11,6 +11,8 @@ namespace nixl::core::ep::gpu {
 
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kDispatchPiece = 8;  // most chunks of a piece, which a warp holds in registers
+inline constexpr int kCombinePiece = 5;   // the same, with the sums beside them
 inline constexpr int kSenders = 8;  // warps that send first; the others receive from the start
 
 // Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket, whatever

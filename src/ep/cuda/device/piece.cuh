@@ -1,0 +1,62 @@
+// Pieces of bfloat16 rows on the link: chunks, then the words that their tags displaced (ep/layout/push.h).
+#pragma once
+#include "ep/cuda/device/line.cuh"
+
+namespace nixl::core::ep::gpu {
+
+// Sends the chunks of one piece as they are made, and after them the words that their tags displaced. One warp.
+template <int kLanes>
+class PieceSender {
+  using Line = Lines<kLanes>;
+
+ public:
+  __device__ PieceSender(const RowShape& shape, std::uint8_t* to, std::uint32_t tag) : to_(to), tail_(to + shape.per * kChunkBytes), tag_(tag) {}
+  __device__ __forceinline__ void send(int chunk, int lane, uint4 v) {
+    if (kLanes == 1) {  // eleven cells take the 32 words
+      uint4 cell;
+      cell.x = __shfl_sync(~0u, v.w, 3 * lane % 32);
+      cell.y = __shfl_sync(~0u, v.w, (3 * lane + 1) % 32);
+      cell.z = __shfl_sync(~0u, v.w, (3 * lane + 2) % 32);
+      cell.w = tag_;
+      if (lane < 11) store_cell(tail_ + (chunk * 11 + lane) * 16, cell);
+    } else {  // lane c carries those of chunk c
+      const std::uint32_t words[4] = {__shfl_sync(~0u, v.w, 7), __shfl_sync(~0u, v.w, 15), __shfl_sync(~0u, v.w, 23), __shfl_sync(~0u, v.w, 31)};
+      if (lane == chunk) displaced_ = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    Line::store(to_ + chunk * kChunkBytes, lane, v, tag_);
+  }
+  __device__ __forceinline__ void finish(int lane) {
+    if (kLanes != 1) Line::store(tail_, lane, displaced_, tag_, 1);
+  }
+
+ private:
+  std::uint8_t* to_;
+  std::uint8_t* tail_;
+  std::uint32_t tag_;
+  uint4 displaced_ = {};
+};
+
+// A chunk of a row on its way in, and where the words are that its tags displaced.
+template <int kLanes>
+struct Arriving {
+  using Line = Lines<kLanes>;
+  uint4 data, tail;
+  // `data_at`, `tail_at`: offsets inside the row of the chunk and of what this lane reads of its tail.
+  __device__ __forceinline__ void load(const std::uint8_t* row, int data_at, int tail_at, int lane) {
+    data = Line::load(row + data_at, lane);
+    tail = kLanes == 1 ? load_cell(row + tail_at) : load_line(row + tail_at);
+  }
+  __device__ __forceinline__ bool fresh(int lane, std::uint32_t tag) const {
+    return Line::fresh(data, lane, tag) && (!Line::holds_tag(lane) || tail.w == tag);
+  }
+  __device__ __forceinline__ uint4 value(int c, int lane) const {
+    const int q = kLanes == 1 ? lane % 3 : lane / 8;
+    std::uint32_t word = q == 0 ? tail.x : q == 1 ? tail.y : q == 2 ? tail.z : tail.w;
+    if (kLanes != 1) word = __shfl_sync(~0u, word, lane / 8 * 8 + c);
+    uint4 v = data;
+    if (Line::holds_tag(lane)) v.w = word;
+    return v;
+  }
+};
+
+}  // namespace nixl::core::ep::gpu
