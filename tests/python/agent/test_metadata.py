@@ -175,7 +175,7 @@ def test_listener_with_a_secret(monkeypatch, capfd):
     until(lambda: told("agent target: metadata connection dropped: the caller does not use NIXL_LISTEN_SECRET",
                        "agent target: metadata connection dropped: NIXL_LISTEN_SECRET differs",
                        "agent open: metadata connection dropped: the caller uses NIXL_LISTEN_SECRET",
-                       "agent friend: metadata was not fetched", "NIXL_LISTEN_SECRET is set here and may not be there"))
+                       "agent friend: metadata was not fetched", "NIXL_LISTEN_SECRET is set here and may not be there"), 40)
     friend.fetch_remote_metadata("target", "127.0.0.1", port)
     friend.send_local_metadata("127.0.0.1", port)
     until(lambda: friend.check_remote_metadata("target") and target.check_remote_metadata("friend"))
