@@ -136,8 +136,8 @@ struct Initiator {
     for (int attempt = 1; connecting; ++attempt) {
       failure = UCS_OK;
       ucp_ep_params_t params{};
-      params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                          UCP_EP_PARAM_FIELD_ERR_HANDLER;
+      params.field_mask =
+          UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
       params.address = reinterpret_cast<const ucp_address_t*>(address.data());
       params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
       params.err_handler = {&Initiator::on_error, this};

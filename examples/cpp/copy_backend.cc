@@ -24,13 +24,16 @@ class Copy final : public nixl::Backend {
   void disconnect(void*) override {}
   void* registerMemory(const nixl::PluginRegion& region) override {
     if (limit_ && region.len > limit_)
-      throw std::length_error("a region of " + std::to_string(region.len) + " bytes is above limit_bytes=" + std::to_string(limit_));
+      throw std::length_error("a region of " + std::to_string(region.len) +
+                              " bytes is above limit_bytes=" + std::to_string(limit_));
     return this;
   }
   void deregisterMemory(void*) override {}
   void* loadLocalMemory(void*, const nixl::PluginRegion&) override { return this; }
 
-  void* prepareTransfer(bool write, void*, std::vector<nixl::PluginPiece> pieces) override { return new Job{write, std::move(pieces)}; }
+  void* prepareTransfer(bool write, void*, std::vector<nixl::PluginPiece> pieces) override {
+    return new Job{write, std::move(pieces)};
+  }
   nixl::PluginState postTransfer(void* transfer, const std::string*) override {
     const auto* job = static_cast<Job*>(transfer);
     for (const nixl::PluginPiece& piece : job->pieces) {

@@ -23,7 +23,8 @@ int main(int argc, char** argv) {
   agent->addRemoteAgent(remote.getMetadata());
   remote.addRemoteAgent(agent->getMetadata());
 
-  auto write = agent->prepareTransfer(nixl::OpType::WRITE, local_descs, remote_descs, "remote_agent", backend, "written");
+  auto write =
+      agent->prepareTransfer(nixl::OpType::WRITE, local_descs, remote_descs, "remote_agent", backend, "written");
   agent->postTransfer(write);
   while (agent->checkTransfer(write) != nixl::XferState::DONE) {
   }
@@ -39,7 +40,8 @@ int main(int argc, char** argv) {
   agent->releaseTransfer(read);
   agent->deregisterMemory(reg);
   remote.deregisterMemory(remote_reg);
-  const bool right = target == std::vector<char>(size, 'w') && buffer == target && notifs["my_agent"].at(0) == "written";
+  const bool right =
+      target == std::vector<char>(size, 'w') && buffer == target && notifs["my_agent"].at(0) == "written";
   std::printf("%s: %s\n", backend.c_str(), right ? "ok" : "WRONG BYTES");
   return right ? 0 : 1;
 }

@@ -74,8 +74,11 @@ struct MemDescriptor {
   MemDescriptor() = default;
   template <class A, class L, class D>
   MemDescriptor(A addr_, L len_, D dev_id_, MemType type_ = MemType::DRAM, std::string meta_ = {})
-      : addr(static_cast<std::uintptr_t>(detail::number(addr_, "address"))), len(detail::number(len_, "length")),
-        dev_id(detail::number(dev_id_, "device id")), type(type_), meta(std::move(meta_)) {}
+      : addr(static_cast<std::uintptr_t>(detail::number(addr_, "address"))),
+        len(detail::number(len_, "length")),
+        dev_id(detail::number(dev_id_, "device id")),
+        type(type_),
+        meta(std::move(meta_)) {}
 };
 
 using Params = std::unordered_map<std::string, std::string>;
@@ -87,7 +90,7 @@ struct AgentConfig {
   bool enable_prog_thread = true;
   bool enable_listen = false;
   std::uint16_t listen_port = 8888;  // 0: any free one
-  std::optional<bool> use_etcd;      // true: publish and discover by itself; false: no etcd; nullopt: explicit calls only
+  std::optional<bool> use_etcd;  // true: publish and discover by itself; false: no etcd; nullopt: explicit calls only
   bool capture_telemetry = false;
   unsigned num_threads = 0;
   std::optional<SyncMode> sync_mode;  // accepted; every mode is safe from any thread
@@ -144,8 +147,9 @@ class NIXL_EXPORT Agent {
   RegHandle registerMemory(const std::vector<MemDescriptor>& descs, const std::string& backend = "");
   void deregisterMemory(const RegHandle& memory);
   // Each side has one kind. One descriptor against many of the same total length is cut in order.
-  XferHandle prepareTransfer(OpType op, const std::vector<MemDescriptor>& local, const std::vector<MemDescriptor>& remote,
-                             const std::string& remote_agent, const std::string& backend = "", const std::string& notif = "");
+  XferHandle prepareTransfer(OpType op, const std::vector<MemDescriptor>& local,
+                             const std::vector<MemDescriptor>& remote, const std::string& remote_agent,
+                             const std::string& backend = "", const std::string& notif = "");
   XferState postTransfer(const XferHandle& transfer);
   XferState checkTransfer(const XferHandle& transfer);
   // Blocks without spinning; PROC when the time is up.
@@ -172,7 +176,7 @@ class NIXL_EXPORT Agent {
 
   // ---- The batch interface: descriptors in columns, handles and backends as numbers. Same rules, no cost per descriptor
   // beyond its bytes; what the language bindings use. An empty list of backends stands for all of them.
-  using Handle = std::uint64_t;  // never used twice by one agent; 0 is none
+  using Handle = std::uint64_t;     // never used twice by one agent; 0 is none
   using BackendId = std::uint32_t;  // from 1, in creation order
   using BackendIds = std::vector<BackendId>;
 
@@ -185,7 +189,8 @@ class NIXL_EXPORT Agent {
   void deregisterDescs(const Descs& descs, const BackendIds& backends = {});
   std::vector<std::optional<Params>> queryMemory(const Descs& descs, BackendId backend);
 
-  Handle prepareDescs(const std::string& agent, Descs descs, const BackendIds& backends = {});  // agent "": the local side
+  Handle prepareDescs(const std::string& agent, Descs descs,
+                      const BackendIds& backends = {});  // agent "": the local side
   void releaseDescs(Handle list);
   // Pair k: block local_index[k] with block remote_index[k]. `merge`: neighbours on both sides become one.
   struct Indices {
@@ -213,7 +218,8 @@ class NIXL_EXPORT Agent {
   void requirePeer(const std::string& agent, const Descs* descs);  // throws NOT_FOUND when unknown or not covered
   void connect(const std::string& agent, const BackendIds& backends, std::chrono::nanoseconds timeout);
   void notify(const std::string& agent, const std::string& message, const BackendIds& backends);
-  std::vector<std::pair<std::string, std::string>> drainNotifs(const BackendIds& backends);  // sender, message; in order
+  std::vector<std::pair<std::string, std::string>> drainNotifs(
+      const BackendIds& backends);  // sender, message; in order
   // A device-readable table of memory for kernels; NOT_SUPPORTED where no backend offers it.
   Handle openView(const std::string& agent, const Descs& descs, const BackendIds& backends);
 

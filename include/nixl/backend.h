@@ -23,7 +23,7 @@ struct BackendInfo {
   std::string version;
   std::vector<MemType> mems;  // usable here; documented ones when not available
   bool local = false, remote = false, notif = false, available = false;
-  std::string reason;  // why not available, and what to install or set
+  std::string reason;                                   // why not available, and what to install or set
   std::unordered_map<std::string, std::string> params;  // name and default
   bool lists_params = true;                             // get_plugin_params shows them
   std::string threads_param;                            // parameter that the agent's num_threads sets
@@ -103,7 +103,9 @@ class Backend {
   virtual bool progress() { return false; }
 
   // Notifications.
-  virtual void sendNotif(void* /*peer*/, const std::string&) { throw std::logic_error("this backend has no notifications"); }
+  virtual void sendNotif(void* /*peer*/, const std::string&) {
+    throw std::logic_error("this backend has no notifications");
+  }
   virtual std::vector<std::pair<std::string, std::string>> drainNotifs() { return {}; }  // sender, message
 
   // Optional; nullopt: cannot answer. An entry is nullopt when the file or object is absent.
@@ -140,18 +142,18 @@ inline constexpr const char* kPluginTag = "itanium " NIXL_TAG_LIBRARY;
 // Defines the entry point. Class has static members: `std::string probe()`, `std::unordered_map<std::string, std::string> params()`,
 // `std::vector<nixl::MemType> mems()`, `constexpr bool kRemote, kLocal, kNotif`, `constexpr const char* kVersion`, and a constructor
 // taking const nixl::PluginInit&.
-#define NIXL_BACKEND_PLUGIN(Class)                                                                              \
-  extern "C" NIXL_EXPORT const nixl::PluginDescription* nixl_backend_plugin() {                                 \
-    static const nixl::PluginDescription description{                                                           \
-        nixl::kPluginApi,                                                                                       \
-        nixl::kPluginTag,                                                                                       \
-        Class::kVersion,                                                                                        \
-        &Class::probe,                                                                                          \
-        &Class::params,                                                                                         \
+#define NIXL_BACKEND_PLUGIN(Class)                                                                                    \
+  extern "C" NIXL_EXPORT const nixl::PluginDescription* nixl_backend_plugin() {                                       \
+    static const nixl::PluginDescription description{                                                                 \
+        nixl::kPluginApi,                                                                                             \
+        nixl::kPluginTag,                                                                                             \
+        Class::kVersion,                                                                                              \
+        &Class::probe,                                                                                                \
+        &Class::params,                                                                                               \
         [](const nixl::PluginInit& init) -> std::unique_ptr<nixl::Backend> { return std::make_unique<Class>(init); }, \
-        &Class::mems,                                                                                           \
-        Class::kRemote,                                                                                         \
-        Class::kLocal,                                                                                          \
-        Class::kNotif};                                                                                         \
-    return &description;                                                                                        \
+        &Class::mems,                                                                                                 \
+        Class::kRemote,                                                                                               \
+        Class::kLocal,                                                                                                \
+        Class::kNotif};                                                                                               \
+    return &description;                                                                                              \
   }

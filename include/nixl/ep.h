@@ -75,58 +75,58 @@ struct Options {
   int rank = 0;
   Device device = Device::kCpu;
   Combine combine = Combine::kExact;
-  std::int64_t timeout_ms = 30'000;          // limit of every wait for a peer inside an operation; 0: do not wait
+  std::int64_t timeout_ms = 30'000;  // limit of every wait for a peer inside an operation; 0: do not wait
   std::int64_t connect_timeout_ms = 300'000;
-  bool nvlink = true;                        // CUDA: use NVLink between GPUs of one host
+  bool nvlink = true;  // CUDA: use NVLink between GPUs of one host
 };
 
 // Inputs and outputs of one dispatch. Pointers are on the buffer's device. stream: a cudaStream_t, ignored on the CPU.
 struct Dispatch {
-  const void* x = nullptr;         // bf16 [n, H], contiguous
-  std::int64_t num_tokens = 0;     // n, 0 <= n <= M
-  std::int64_t hidden = 0;         // H: multiple of 128 (of 8 for Payload::kBf16)
-  const void* topk_idx = nullptr;  // int32 or int64 [n, K]; negative: skip
-  int topk = 0;                    // K, 1 .. 32
-  int index_bytes = 8;             // 4 or 8
+  const void* x = nullptr;              // bf16 [n, H], contiguous
+  std::int64_t num_tokens = 0;          // n, 0 <= n <= M
+  std::int64_t hidden = 0;              // H: multiple of 128 (of 8 for Payload::kBf16)
+  const void* topk_idx = nullptr;       // int32 or int64 [n, K]; negative: skip
+  int topk = 0;                         // K, 1 .. 32
+  int index_bytes = 8;                  // 4 or 8
   const float* topk_weights = nullptr;  // optional fp32 [n, K], on all ranks or on none: see recv_weights
-  std::int64_t max_tokens = 0;     // M
-  int num_ranks = 0;               // R
+  std::int64_t max_tokens = 0;          // M
+  int num_ranks = 0;                    // R
   Payload payload = Payload::kBf16;
   // Outputs; rows past the count are left untouched.
-  void* recv_x = nullptr;                 // [L, T, H] bf16 or fp8 (e4m3) bytes
-  void* recv_scales = nullptr;            // fp32 [L, H/128, T] (or int32 [L, H/512, T] for ue8m0): row index innermost
-  std::int32_t* recv_count = nullptr;     // [L]
-  std::int32_t* src_info = nullptr;       // [L, T] token index at the source
-  std::int64_t* layout_range = nullptr;   // [L, R] first row << 32 | count
+  void* recv_x = nullptr;                // [L, T, H] bf16 or fp8 (e4m3) bytes
+  void* recv_scales = nullptr;           // fp32 [L, H/128, T] (or int32 [L, H/512, T] for ue8m0): row index innermost
+  std::int32_t* recv_count = nullptr;    // [L]
+  std::int32_t* src_info = nullptr;      // [L, T] token index at the source
+  std::int64_t* layout_range = nullptr;  // [L, R] first row << 32 | count
   // Optional: the place of each row in its token's top-k, and (only with places and topk_weights) its weight. Handed to
   // combine, weights let it sum rows in its send phase.
-  float* recv_weights = nullptr;          // [L, T]
-  std::uint8_t* recv_places = nullptr;    // [L, T]
-  void* records = nullptr;                // record_bytes() of memory that the combines of this dispatch get; CUDA only
-  std::int32_t* recv_stats = nullptr;     // optional [L], counts are added
-  std::int64_t* wait_cost = nullptr;      // optional [R], time waited for each source is added (ns; CUDA: clock cycles)
+  float* recv_weights = nullptr;        // [L, T]
+  std::uint8_t* recv_places = nullptr;  // [L, T]
+  void* records = nullptr;              // record_bytes() of memory that the combines of this dispatch get; CUDA only
+  std::int32_t* recv_stats = nullptr;   // optional [L], counts are added
+  std::int64_t* wait_cost = nullptr;    // optional [R], time waited for each source is added (ns; CUDA: clock cycles)
   void* stream = nullptr;
 };
 
 struct CombineArgs {
-  const void* x = nullptr;         // bf16 [L, T, H]; ignored with zero_copy
-  std::int64_t num_tokens = 0;     // n of the owner's dispatch
+  const void* x = nullptr;      // bf16 [L, T, H]; ignored with zero_copy
+  std::int64_t num_tokens = 0;  // n of the owner's dispatch
   std::int64_t hidden = 0;
   const void* topk_idx = nullptr;  // as in dispatch
   int topk = 0;
   int index_bytes = 8;
-  const float* topk_weights = nullptr;   // fp32 [n, K]
+  const float* topk_weights = nullptr;         // fp32 [n, K]
   const std::int32_t* src_info = nullptr;      // from dispatch
   const std::int64_t* layout_range = nullptr;  // from dispatch
   const float* recv_weights = nullptr;         // from dispatch, optional; without them and with sends_only a combine is
   const std::uint8_t* recv_places = nullptr;   //   exact whatever Options::combine says
   const void* records = nullptr;               // from dispatch; CUDA only
-  std::int64_t max_tokens = 0;     // M of the handle
-  int num_ranks = 0;               // R of the handle
-  bool zero_copy = false;          // rows are in the buffer of next_combine_buffer()
-  bool logfmt = false;             // compress rows on the wire
-  bool sends_only = false;         // the receive phase is called apart (hook): no phase may wait for a peer before it
-  void* out = nullptr;             // bf16 [n, H]
+  std::int64_t max_tokens = 0;                 // M of the handle
+  int num_ranks = 0;                           // R of the handle
+  bool zero_copy = false;                      // rows are in the buffer of next_combine_buffer()
+  bool logfmt = false;                         // compress rows on the wire
+  bool sends_only = false;  // the receive phase is called apart (hook): no phase may wait for a peer before it
+  void* out = nullptr;      // bf16 [n, H]
   std::int64_t* wait_cost = nullptr;
   void* stream = nullptr;
 };

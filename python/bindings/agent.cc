@@ -1,13 +1,12 @@
 // nixl._native: nixl::Agent under the names of the low-level Python interface. The GIL is released around native work.
-#include <nixl/agent.h>
-#include <nixl/backend.h>
-#include <nixl/version.h>
-
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
+#include <nixl/agent.h>
+#include <nixl/backend.h>
+#include <nixl/version.h>
 
 #include "descs.h"
 
@@ -64,7 +63,8 @@ class IndexRun {
   explicit IndexRun(nb::handle source) {
     PyObject* object = source.ptr();
     if (PyObject_CheckBuffer(object) && read_buffer(object)) return;
-    const nb::object items = nb::steal(PySequence_Fast(object, "indices must be a list of integers or a one-dimensional array"));
+    const nb::object items =
+        nb::steal(PySequence_Fast(object, "indices must be a list of integers or a one-dimensional array"));
     if (!items.is_valid()) throw nb::python_error();
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
     copy_.resize(static_cast<std::size_t>(count));
@@ -89,7 +89,8 @@ class IndexRun {
     if (step == sizeof(T))  // a loop that vectorises
       for (Py_ssize_t i = 0; i < count; ++i) copy_[i] = static_cast<std::int64_t>(reinterpret_cast<const T*>(from)[i]);
     else
-      for (Py_ssize_t i = 0; i < count; ++i) copy_[i] = static_cast<std::int64_t>(*reinterpret_cast<const T*>(from + i * step));
+      for (Py_ssize_t i = 0; i < count; ++i)
+        copy_[i] = static_cast<std::int64_t>(*reinterpret_cast<const T*>(from + i * step));
   }
   // false: the object is better read as a sequence.
   bool read_buffer(PyObject* object) {
@@ -103,18 +104,28 @@ class IndexRun {
     if (ndim != 1 || !std::strchr("bBhHiIlLqQ", format)) {
       PyBuffer_Release(&view_);
       view_.obj = nullptr;
-      throw nb::value_error(ndim != 1 ? ("indices must be one-dimensional; the array has " + std::to_string(ndim) + " dimensions").c_str()
-                                      : "indices must be integers");
+      throw nb::value_error(
+          ndim != 1 ? ("indices must be one-dimensional; the array has " + std::to_string(ndim) + " dimensions").c_str()
+                    : "indices must be integers");
     }
     const Py_ssize_t count = view_.shape[0], step = view_.strides[0];
-    if (view_.itemsize == 8 && step == 8) return true;  // used in place; huge unsigned values are out of range all the same
+    if (view_.itemsize == 8 && step == 8)
+      return true;  // used in place; huge unsigned values are out of range all the same
     const char* from = static_cast<const char*>(view_.buf);
     const bool is_signed = std::strchr("bhilq", format) != nullptr;
     switch (view_.itemsize) {
-      case 1: is_signed ? convert<std::int8_t>(from, count, step) : convert<std::uint8_t>(from, count, step); break;
-      case 2: is_signed ? convert<std::int16_t>(from, count, step) : convert<std::uint16_t>(from, count, step); break;
-      case 4: is_signed ? convert<std::int32_t>(from, count, step) : convert<std::uint32_t>(from, count, step); break;
-      default: convert<std::int64_t>(from, count, step); break;
+      case 1:
+        is_signed ? convert<std::int8_t>(from, count, step) : convert<std::uint8_t>(from, count, step);
+        break;
+      case 2:
+        is_signed ? convert<std::int16_t>(from, count, step) : convert<std::uint16_t>(from, count, step);
+        break;
+      case 4:
+        is_signed ? convert<std::int32_t>(from, count, step) : convert<std::uint32_t>(from, count, step);
+        break;
+      default:
+        convert<std::int64_t>(from, count, step);
+        break;
     }
     PyBuffer_Release(&view_);
     view_.obj = nullptr;
@@ -168,212 +179,264 @@ constexpr int kLowestStatus = -12;
 PyObject* g_statuses[14] = {};  // members of nixl_status_t from -12 to 1
 PyObject* g_make_error = nullptr;
 
-nb::object status_of(int value) { return nb::borrow(g_statuses[value - kLowestStatus]); }
-nb::object status_of(XferState state) { return status_of(static_cast<int>(state)); }
+nb::object status_of(int value) {
+  return nb::borrow(g_statuses[value - kLowestStatus]);
+}
+nb::object status_of(XferState state) {
+  return status_of(static_cast<int>(state));
+}
 
 void bind_transfers(nb::class_<Agent>& agent) {
   agent
-      .def("prepXferDlist",
-           [](Agent& self, nb::handle name, const XferList& list, const Ids& backends) {
-             const std::string peer = text_of(name, "the agent's name");
-             return free_of_gil([&] { return self.prepareDescs(peer, list.descs, backends); });
-           },
-           "agent_name"_a, "descs"_a, "backend"_a = Ids{})
-      .def("prepXferDlist",
-           [](Agent& self, const XferList& list, const Ids& backends) {
-             return free_of_gil([&] { return self.prepareDescs("", list.descs, backends); });
-           },
-           "descs"_a, "backend"_a = Ids{})
-      .def("makeXferReq",
-           [](Agent& self, OpType op, Handle local, nb::handle local_indices, Handle remote, nb::handle remote_indices,
-              nb::handle notif, const Ids& backends, bool skip_merge) {
-             const IndexRun mine(local_indices), theirs(remote_indices);
-             auto message = message_of(notif);
-             return free_of_gil([&] {
-               return self.makeTransfer(op, local, mine.get(), remote, theirs.get(), std::move(message), backends, !skip_merge);
-             });
-           },
-           "operation"_a, "local_side"_a, "local_indices"_a, "remote_side"_a, "remote_indices"_a, "notif_msg"_a = "",
-           "backend"_a = Ids{}, "skip_desc_merg"_a = false)
-      .def("createXferReq",
-           [](Agent& self, OpType op, const XferList& local, const XferList& remote, nb::handle name, nb::handle notif,
-              const Ids& backends) {
-             const std::string peer = text_of(name, "the agent's name");
-             auto message = message_of(notif);
-             return free_of_gil([&] { return self.makeTransfer(op, local.descs, remote.descs, peer, std::move(message), backends); });
-           },
-           "operation"_a, "local_descs"_a, "remote_descs"_a, "remote_agent"_a, "notif_msg"_a = "", "backend"_a = Ids{})
-      .def("estimateXferCost",
-           [](Agent& self, Handle handle) {
-             const CostEstimate cost = free_of_gil([&] { return self.estimateCost(handle); });
-             return nb::make_tuple(cost.duration_us, cost.error_margin_us, 0);
-           },
-           "req_handle"_a)
-      .def("postXferReq",
-           [](Agent& self, Handle handle, nb::handle notif) {
-             const auto message = message_of(notif);
-             return status_of(free_of_gil([&] { return self.post(handle, message ? &*message : nullptr); }));
-           },
-           "reqh"_a, "notif_msg"_a = "")
-      .def("getXferStatus", [](Agent& self, Handle handle) { return status_of(free_of_gil([&] { return self.check(handle); })); }, "reqh"_a)
-      .def("waitXferReq",
-           [](Agent& self, Handle handle, double seconds) {
-             return status_of(free_of_gil([&] {
-               return self.wait(handle, std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(seconds, 1e9) * 1e9)));
-             }));
-           },
-           "reqh"_a, "seconds"_a)
-      .def("cancelXferReq", [](Agent& self, Handle handle) { free_of_gil([&] { self.cancel(handle); }); }, "reqh"_a)
-      .def("getXferTelemetry", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.telemetry(handle); }); }, "reqh"_a)
-      .def("queryXferBackend", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.backendOf(handle); }); }, "reqh"_a)
-      .def("queryXferPath", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.pathOf(handle); }); }, "reqh"_a)
-      .def("releaseXferReq",
-           [](Agent& self, Handle handle) {
-             free_of_gil([&] { self.release(handle); });
-             return status_of(0);
-           },
-           "reqh"_a)
-      .def("releasedDlistH",
-           [](Agent& self, Handle handle) {
-             free_of_gil([&] { self.releaseDescs(handle); });
-             return status_of(0);
-           },
-           "handle"_a)
-      .def("prepMemView",
-           [](Agent& self, const XferList& list, const Ids& backends) { return self.openView("", list.descs, backends); },
-           "dlist"_a, "backends"_a = Ids{})
-      .def("prepMemView",
-           [](Agent& self, const RemoteList& list, const Ids& backends) { return self.openView(list.descs.text(0), list.descs, backends); },
-           "dlist"_a, "backends"_a = Ids{})
-      .def("releaseMemView", [](Agent&, Handle) {}, "mvh"_a);
+      .def(
+          "prepXferDlist",
+          [](Agent& self, nb::handle name, const XferList& list, const Ids& backends) {
+            const std::string peer = text_of(name, "the agent's name");
+            return free_of_gil([&] { return self.prepareDescs(peer, list.descs, backends); });
+          },
+          "agent_name"_a, "descs"_a, "backend"_a = Ids{})
+      .def(
+          "prepXferDlist",
+          [](Agent& self, const XferList& list, const Ids& backends) {
+            return free_of_gil([&] { return self.prepareDescs("", list.descs, backends); });
+          },
+          "descs"_a, "backend"_a = Ids{})
+      .def(
+          "makeXferReq",
+          [](Agent& self, OpType op, Handle local, nb::handle local_indices, Handle remote, nb::handle remote_indices,
+             nb::handle notif, const Ids& backends, bool skip_merge) {
+            const IndexRun mine(local_indices), theirs(remote_indices);
+            auto message = message_of(notif);
+            return free_of_gil([&] {
+              return self.makeTransfer(op, local, mine.get(), remote, theirs.get(), std::move(message), backends,
+                                       !skip_merge);
+            });
+          },
+          "operation"_a, "local_side"_a, "local_indices"_a, "remote_side"_a, "remote_indices"_a, "notif_msg"_a = "",
+          "backend"_a = Ids{}, "skip_desc_merg"_a = false)
+      .def(
+          "createXferReq",
+          [](Agent& self, OpType op, const XferList& local, const XferList& remote, nb::handle name, nb::handle notif,
+             const Ids& backends) {
+            const std::string peer = text_of(name, "the agent's name");
+            auto message = message_of(notif);
+            return free_of_gil(
+                [&] { return self.makeTransfer(op, local.descs, remote.descs, peer, std::move(message), backends); });
+          },
+          "operation"_a, "local_descs"_a, "remote_descs"_a, "remote_agent"_a, "notif_msg"_a = "", "backend"_a = Ids{})
+      .def(
+          "estimateXferCost",
+          [](Agent& self, Handle handle) {
+            const CostEstimate cost = free_of_gil([&] { return self.estimateCost(handle); });
+            return nb::make_tuple(cost.duration_us, cost.error_margin_us, 0);
+          },
+          "req_handle"_a)
+      .def(
+          "postXferReq",
+          [](Agent& self, Handle handle, nb::handle notif) {
+            const auto message = message_of(notif);
+            return status_of(free_of_gil([&] { return self.post(handle, message ? &*message : nullptr); }));
+          },
+          "reqh"_a, "notif_msg"_a = "")
+      .def(
+          "getXferStatus",
+          [](Agent& self, Handle handle) { return status_of(free_of_gil([&] { return self.check(handle); })); },
+          "reqh"_a)
+      .def(
+          "waitXferReq",
+          [](Agent& self, Handle handle, double seconds) {
+            return status_of(free_of_gil([&] {
+              return self.wait(handle,
+                               std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(seconds, 1e9) * 1e9)));
+            }));
+          },
+          "reqh"_a, "seconds"_a)
+      .def(
+          "cancelXferReq", [](Agent& self, Handle handle) { free_of_gil([&] { self.cancel(handle); }); }, "reqh"_a)
+      .def(
+          "getXferTelemetry",
+          [](Agent& self, Handle handle) { return free_of_gil([&] { return self.telemetry(handle); }); }, "reqh"_a)
+      .def(
+          "queryXferBackend",
+          [](Agent& self, Handle handle) { return free_of_gil([&] { return self.backendOf(handle); }); }, "reqh"_a)
+      .def(
+          "queryXferPath", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.pathOf(handle); }); },
+          "reqh"_a)
+      .def(
+          "releaseXferReq",
+          [](Agent& self, Handle handle) {
+            free_of_gil([&] { self.release(handle); });
+            return status_of(0);
+          },
+          "reqh"_a)
+      .def(
+          "releasedDlistH",
+          [](Agent& self, Handle handle) {
+            free_of_gil([&] { self.releaseDescs(handle); });
+            return status_of(0);
+          },
+          "handle"_a)
+      .def(
+          "prepMemView",
+          [](Agent& self, const XferList& list, const Ids& backends) {
+            return self.openView("", list.descs, backends);
+          },
+          "dlist"_a, "backends"_a = Ids{})
+      .def(
+          "prepMemView",
+          [](Agent& self, const RemoteList& list, const Ids& backends) {
+            return self.openView(list.descs.text(0), list.descs, backends);
+          },
+          "dlist"_a, "backends"_a = Ids{})
+      .def(
+          "releaseMemView", [](Agent&, Handle) {}, "mvh"_a);
 }
 
 void bind_exchange(nb::class_<Agent>& agent) {
-  agent
-      .def("getLocalMD", [](Agent& self) { return bytes_of(free_of_gil([&] { return self.getMetadata(); })); })
-      .def("getLocalPartialMD",
-           [](Agent& self, const RegList& list, bool connections, const Ids& backends) {
-             return bytes_of(free_of_gil([&] { return self.partialMetadata(list.descs, connections, backends); }));
-           },
-           "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{})
-      .def("loadRemoteMD",
-           [](Agent& self, nb::bytes metadata) {
-             const std::string bytes(metadata.c_str(), metadata.size());
-             return bytes_of(free_of_gil([&] { return self.addRemoteAgent(bytes); }));
-           },
-           "metadata"_a)
-      .def("invalidateRemoteMD",
-           [](Agent& self, nb::handle name) {
-             const std::string peer = text_of(name, "the agent's name");
-             return status_of(free_of_gil([&]() -> int {
-               try {
-                 const bool known = self.checkRemoteMetadata(peer);
-                 self.removeRemoteAgent(peer);
-                 return known ? 0 : -4;
-               } catch (const Error& error) {
-                 return error.code();
-               }
-             }));
-           },
-           "agent"_a)
-      .def("sendLocalMD",
-           [](Agent& self, const std::string& ip, std::uint16_t port) { free_of_gil([&] { self.sendLocalMetadata(ip, port); }); },
-           "ip_addr"_a = "", "port"_a = 0)
-      .def("sendLocalPartialMD",
-           [](Agent& self, const RegList& list, bool connections, const Ids& backends, const std::string& ip, std::uint16_t port,
-              const std::string& label) {
-             free_of_gil([&] { self.sendPartialMetadata(list.descs, connections, backends, ip, port, label); });
-           },
-           "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{}, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
-      .def("fetchRemoteMD",
-           [](Agent& self, nb::handle name, const std::string& ip, std::uint16_t port, const std::string& label) {
-             const std::string peer = text_of(name, "the agent's name");
-             free_of_gil([&] { self.fetchLabelled(peer, ip, port, label); });
-           },
-           "remote_agent"_a, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
-      .def("invalidateLocalMD",
-           [](Agent& self, const std::string& ip, std::uint16_t port) { free_of_gil([&] { self.invalidateLocalMetadata(ip, port); }); },
-           "ip_addr"_a = "", "port"_a = 0)
-      .def("checkRemoteMD",
-           [](Agent& self, nb::handle name, const XferList& list) {
-             const std::string peer = text_of(name, "the agent's name");
-             return status_of(free_of_gil([&]() -> int {
-               try {
-                 self.requirePeer(peer, &list.descs);
-                 return 0;
-               } catch (const Error& error) {
-                 return error.code();
-               }
-             }));
-           },
-           "name"_a, "descs"_a)
-      .def("makeConnection",
-           [](Agent& self, nb::handle name, const Ids& backends) {
-             const std::string peer = text_of(name, "the agent's name");
-             free_of_gil([&] { self.connect(peer, backends, std::chrono::seconds(10)); });
-           },
-           "remote_agent"_a, "backends"_a = Ids{})
-      .def("getNotifs",
-           [](Agent& self, nb::dict map, const Ids& backends) {
-             for (auto& [sender, message] : free_of_gil([&] { return self.drainNotifs(backends); })) {
-               const nb::str key(sender.data(), sender.size());
-               if (!map.contains(key)) map[key] = nb::list();
-               nb::cast<nb::list>(map[key]).append(bytes_of(message));
-             }
-             return map;
-           },
-           "notif_map"_a, "backends"_a = Ids{})
-      .def("genNotif",
-           [](Agent& self, nb::handle name, nb::handle message, const Ids& backends) {
-             const std::string peer = text_of(name, "the agent's name"), text = text_of(message, "a notification");
-             free_of_gil([&] { self.notify(peer, text, backends); });
-           },
-           "remote_agent"_a, "msg"_a, "backends"_a = Ids{})
+  agent.def("getLocalMD", [](Agent& self) { return bytes_of(free_of_gil([&] { return self.getMetadata(); })); })
+      .def(
+          "getLocalPartialMD",
+          [](Agent& self, const RegList& list, bool connections, const Ids& backends) {
+            return bytes_of(free_of_gil([&] { return self.partialMetadata(list.descs, connections, backends); }));
+          },
+          "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{})
+      .def(
+          "loadRemoteMD",
+          [](Agent& self, nb::bytes metadata) {
+            const std::string bytes(metadata.c_str(), metadata.size());
+            return bytes_of(free_of_gil([&] { return self.addRemoteAgent(bytes); }));
+          },
+          "metadata"_a)
+      .def(
+          "invalidateRemoteMD",
+          [](Agent& self, nb::handle name) {
+            const std::string peer = text_of(name, "the agent's name");
+            return status_of(free_of_gil([&]() -> int {
+              try {
+                const bool known = self.checkRemoteMetadata(peer);
+                self.removeRemoteAgent(peer);
+                return known ? 0 : -4;
+              } catch (const Error& error) {
+                return error.code();
+              }
+            }));
+          },
+          "agent"_a)
+      .def(
+          "sendLocalMD",
+          [](Agent& self, const std::string& ip, std::uint16_t port) {
+            free_of_gil([&] { self.sendLocalMetadata(ip, port); });
+          },
+          "ip_addr"_a = "", "port"_a = 0)
+      .def(
+          "sendLocalPartialMD",
+          [](Agent& self, const RegList& list, bool connections, const Ids& backends, const std::string& ip,
+             std::uint16_t port, const std::string& label) {
+            free_of_gil([&] { self.sendPartialMetadata(list.descs, connections, backends, ip, port, label); });
+          },
+          "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{}, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
+      .def(
+          "fetchRemoteMD",
+          [](Agent& self, nb::handle name, const std::string& ip, std::uint16_t port, const std::string& label) {
+            const std::string peer = text_of(name, "the agent's name");
+            free_of_gil([&] { self.fetchLabelled(peer, ip, port, label); });
+          },
+          "remote_agent"_a, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
+      .def(
+          "invalidateLocalMD",
+          [](Agent& self, const std::string& ip, std::uint16_t port) {
+            free_of_gil([&] { self.invalidateLocalMetadata(ip, port); });
+          },
+          "ip_addr"_a = "", "port"_a = 0)
+      .def(
+          "checkRemoteMD",
+          [](Agent& self, nb::handle name, const XferList& list) {
+            const std::string peer = text_of(name, "the agent's name");
+            return status_of(free_of_gil([&]() -> int {
+              try {
+                self.requirePeer(peer, &list.descs);
+                return 0;
+              } catch (const Error& error) {
+                return error.code();
+              }
+            }));
+          },
+          "name"_a, "descs"_a)
+      .def(
+          "makeConnection",
+          [](Agent& self, nb::handle name, const Ids& backends) {
+            const std::string peer = text_of(name, "the agent's name");
+            free_of_gil([&] { self.connect(peer, backends, std::chrono::seconds(10)); });
+          },
+          "remote_agent"_a, "backends"_a = Ids{})
+      .def(
+          "getNotifs",
+          [](Agent& self, nb::dict map, const Ids& backends) {
+            for (auto& [sender, message] : free_of_gil([&] { return self.drainNotifs(backends); })) {
+              const nb::str key(sender.data(), sender.size());
+              if (!map.contains(key)) map[key] = nb::list();
+              nb::cast<nb::list>(map[key]).append(bytes_of(message));
+            }
+            return map;
+          },
+          "notif_map"_a, "backends"_a = Ids{})
+      .def(
+          "genNotif",
+          [](Agent& self, nb::handle name, nb::handle message, const Ids& backends) {
+            const std::string peer = text_of(name, "the agent's name"), text = text_of(message, "a notification");
+            free_of_gil([&] { self.notify(peer, text, backends); });
+          },
+          "remote_agent"_a, "msg"_a, "backends"_a = Ids{})
       .def("eventFd", [](Agent& self) { return free_of_gil([&] { return self.eventFd(); }); })
       .def("getListenPort", [](Agent& self) { return self.listenPort(); });
 }
 
 void bind_backends(nb::class_<Agent>& agent) {
-  agent
-      .def("getAvailPlugins", [](Agent& self) { return free_of_gil([&] { return self.pluginList(); }); })
-      .def("getPluginParams",
-           [](Agent&, const std::string& type) {
-             const auto info = free_of_gil([&] { return usable_backend(type); });
-             if (!info) throw Error(-4, "backend '" + type + "' is not available");
-             return nb::make_tuple(info->lists_params ? dict_of(info->params) : nb::dict(), kind_names(info->mems));
-           },
-           "type"_a)
-      .def("getBackendParams",
-           [](Agent& self, Agent::BackendId id) {
-             return nb::make_tuple(dict_of(self.backendParams(id)), kind_names(self.backendMems(id)));
-           },
-           "backend"_a)
-      .def("createBackend",
-           [](Agent& self, const std::string& type, const nb::dict& params) {
-             const Params native = params_of(params);
-             return free_of_gil([&] { return self.addBackend(type, native); });
-           },
-           "type"_a, "params"_a)
-      .def("registerMem",
-           [](Agent& self, const RegList& list, const Ids& backends) {
-             free_of_gil([&] { self.registerDescs(list.descs, backends); });
-             return status_of(0);
-           },
-           "descs"_a, "backends"_a = Ids{})
-      .def("deregisterMem",
-           [](Agent& self, const RegList& list, const Ids& backends) {
-             free_of_gil([&] { self.deregisterDescs(list.descs, backends); });
-             return status_of(0);
-           },
-           "descs"_a, "backends"_a = Ids{})
-      .def("queryMem",
-           [](Agent& self, const RegList& list, Agent::BackendId id) {
-             const auto answers = free_of_gil([&] { return self.queryMemory(list.descs, id); });
-             nb::list out;
-             for (const auto& answer : answers) out.append(answer ? nb::object(dict_of(*answer)) : nb::none());
-             return out;
-           },
-           "descs"_a, "backend"_a);
+  agent.def("getAvailPlugins", [](Agent& self) { return free_of_gil([&] { return self.pluginList(); }); })
+      .def(
+          "getPluginParams",
+          [](Agent&, const std::string& type) {
+            const auto info = free_of_gil([&] { return usable_backend(type); });
+            if (!info) throw Error(-4, "backend '" + type + "' is not available");
+            return nb::make_tuple(info->lists_params ? dict_of(info->params) : nb::dict(), kind_names(info->mems));
+          },
+          "type"_a)
+      .def(
+          "getBackendParams",
+          [](Agent& self, Agent::BackendId id) {
+            return nb::make_tuple(dict_of(self.backendParams(id)), kind_names(self.backendMems(id)));
+          },
+          "backend"_a)
+      .def(
+          "createBackend",
+          [](Agent& self, const std::string& type, const nb::dict& params) {
+            const Params native = params_of(params);
+            return free_of_gil([&] { return self.addBackend(type, native); });
+          },
+          "type"_a, "params"_a)
+      .def(
+          "registerMem",
+          [](Agent& self, const RegList& list, const Ids& backends) {
+            free_of_gil([&] { self.registerDescs(list.descs, backends); });
+            return status_of(0);
+          },
+          "descs"_a, "backends"_a = Ids{})
+      .def(
+          "deregisterMem",
+          [](Agent& self, const RegList& list, const Ids& backends) {
+            free_of_gil([&] { self.deregisterDescs(list.descs, backends); });
+            return status_of(0);
+          },
+          "descs"_a, "backends"_a = Ids{})
+      .def(
+          "queryMem",
+          [](Agent& self, const RegList& list, Agent::BackendId id) {
+            const auto answers = free_of_gil([&] { return self.queryMemory(list.descs, id); });
+            nb::list out;
+            for (const auto& answer : answers) out.append(answer ? nb::object(dict_of(*answer)) : nb::none());
+            return out;
+          },
+          "descs"_a, "backend"_a);
 }
 
 }  // namespace
@@ -396,14 +459,16 @@ void bind_agent(nb::module_& module) {
       .def_ro("descCount", &XferTelemetry::desc_count)
       .def_ro("backendName", &XferTelemetry::backend);
   nb::class_<Config>(module, "nixlAgentConfig")
-      .def("__init__",
-           [](Config* self, bool prog, bool listen, std::uint16_t port, nb::object sync, std::uint64_t workers, std::uint64_t pthr,
-              std::uint64_t lthr, bool telemetry) {
-             const nb::object timeout = nb::module_::import_("datetime").attr("timedelta")("seconds"_a = 5);
-             new (self) Config{prog, listen, port, std::move(sync), workers, pthr, lthr, telemetry, timeout, std::nullopt};
-           },
-           "useProgThread"_a = true, "useListenThread"_a = false, "listenPort"_a = 8888, "syncMode"_a = 0, "num_workers"_a = 1,
-           "pthrDelay"_a = 0, "lthrDelay"_a = 100'000, "captureTelemetry"_a = false)
+      .def(
+          "__init__",
+          [](Config* self, bool prog, bool listen, std::uint16_t port, nb::object sync, std::uint64_t workers,
+             std::uint64_t pthr, std::uint64_t lthr, bool telemetry) {
+            const nb::object timeout = nb::module_::import_("datetime").attr("timedelta")("seconds"_a = 5);
+            new (self)
+                Config{prog, listen, port, std::move(sync), workers, pthr, lthr, telemetry, timeout, std::nullopt};
+          },
+          "useProgThread"_a = true, "useListenThread"_a = false, "listenPort"_a = 8888, "syncMode"_a = 0,
+          "num_workers"_a = 1, "pthrDelay"_a = 0, "lthrDelay"_a = 100'000, "captureTelemetry"_a = false)
       .def_rw("useProgThread", &Config::use_prog_thread)
       .def_rw("useListenThread", &Config::use_listen_thread)
       .def_rw("listenPort", &Config::listen_port)
@@ -414,18 +479,21 @@ void bind_agent(nb::module_& module) {
       .def_rw("etcdWatchTimeout", &Config::etcd_watch_timeout)
       .def_rw("useEtcd", &Config::use_etcd, nb::arg().none());
   nb::class_<Agent> agent(module, "nixlAgent", nb::dynamic_attr(), nb::is_weak_referenceable());
-  agent.def(nb::new_([](nb::handle name, const Config& config) { return make_agent(name, config); }), "name"_a, "config"_a);
+  agent.def(nb::new_([](nb::handle name, const Config& config) { return make_agent(name, config); }), "name"_a,
+            "config"_a);
   bind_backends(agent);
   bind_transfers(agent);
   bind_exchange(agent);
 
   module.def("set_classes", [](nb::object status_class, nb::object make_error) {
-    for (int value = kLowestStatus; value <= 1; ++value) g_statuses[value - kLowestStatus] = status_class(value).release().ptr();
+    for (int value = kLowestStatus; value <= 1; ++value)
+      g_statuses[value - kLowestStatus] = status_class(value).release().ptr();
     g_make_error = make_error.release().ptr();
   });
   module.def("plugin_report", [] {
     nb::dict report;
-    for (const BackendInfo& info : free_of_gil([] { return listBackends(); })) report[nb::str(info.name.c_str())] = describe(info);
+    for (const BackendInfo& info : free_of_gil([] { return listBackends(); }))
+      report[nb::str(info.name.c_str())] = describe(info);
     return report;
   });
   module.def("plugin_details", [] {  // name: (module file, parameter that num_threads sets)

@@ -1,8 +1,8 @@
 #include "descs.h"
 
-#include <algorithm>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -10,7 +10,8 @@ namespace nixl::python {
 using nb::literals::operator""_a;
 
 std::string text_of(nb::handle value, const char* what) {
-  if (PyBytes_Check(value.ptr())) return {PyBytes_AS_STRING(value.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(value.ptr()))};
+  if (PyBytes_Check(value.ptr()))
+    return {PyBytes_AS_STRING(value.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(value.ptr()))};
   if (PyUnicode_Check(value.ptr())) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
@@ -20,7 +21,9 @@ std::string text_of(nb::handle value, const char* what) {
   throw nb::type_error((std::string(what) + " must be str or bytes, not " + Py_TYPE(value.ptr())->tp_name).c_str());
 }
 
-nb::bytes bytes_of(const std::string& text) { return nb::bytes(text.data(), text.size()); }
+nb::bytes bytes_of(const std::string& text) {
+  return nb::bytes(text.data(), text.size());
+}
 
 namespace {
 
@@ -50,10 +53,12 @@ class Rows {
     const bool shaped = view_.ndim == 2 && (view_.shape[1] == columns || view_.shape[0] == 0);
     if (!integers || !shaped || !PyBuffer_IsContiguous(&view_, 'C')) {
       const std::string seen = "the array has " + std::to_string(view_.ndim) + " dimensions" +
-                               (view_.ndim == 2 ? ", " + std::to_string(view_.shape[1]) + " columns" : "") + ", format '" + format +
-                               "'" + (PyBuffer_IsContiguous(&view_, 'C') ? "" : ", not C-contiguous");
+                               (view_.ndim == 2 ? ", " + std::to_string(view_.shape[1]) + " columns" : "") +
+                               ", format '" + format + "'" +
+                               (PyBuffer_IsContiguous(&view_, 'C') ? "" : ", not C-contiguous");
       PyBuffer_Release(&view_);
-      throw nb::value_error((seen + "; needed: N x " + std::to_string(columns) + ", uint64 or int64, C-contiguous").c_str());
+      throw nb::value_error(
+          (seen + "; needed: N x " + std::to_string(columns) + ", uint64 or int64, C-contiguous").c_str());
     }
   }
   Rows(const Rows&) = delete;
@@ -65,7 +70,9 @@ class Rows {
   Py_buffer view_{};
 };
 
-bool is_array(PyObject* object) { return PyObject_CheckBuffer(object) && !PyBytes_Check(object) && !PyByteArray_Check(object); }
+bool is_array(PyObject* object) {
+  return PyObject_CheckBuffer(object) && !PyBytes_Check(object) && !PyByteArray_Check(object);
+}
 
 // Entries of a tuple that describes one row.
 struct Arity {
@@ -81,9 +88,11 @@ constexpr Arity kArity<RemoteList>{4, 4};
 class Tuple {
  public:
   Tuple(PyObject* tuple, Arity arity) : tuple_(tuple) {
-    if (!PyTuple_Check(tuple)) throw nb::type_error((std::string("a descriptor must be a tuple, not ") + Py_TYPE(tuple)->tp_name).c_str());
+    if (!PyTuple_Check(tuple))
+      throw nb::type_error((std::string("a descriptor must be a tuple, not ") + Py_TYPE(tuple)->tp_name).c_str());
     if (size() < arity.least || size() > arity.most)
-      throw nb::value_error(("a descriptor has " + std::to_string(size()) + " entries; needed: " + std::to_string(arity.most)).c_str());
+      throw nb::value_error(
+          ("a descriptor has " + std::to_string(size()) + " entries; needed: " + std::to_string(arity.most)).c_str());
   }
   Py_ssize_t size() const { return PyTuple_GET_SIZE(tuple_); }
   std::uint64_t number(Py_ssize_t i) const { return number_of(PyTuple_GET_ITEM(tuple_, i)); }
@@ -133,7 +142,8 @@ Descs read(MemType type, nb::handle content) {
       return descs;
     }
   }
-  const nb::object items = nb::steal(PySequence_Fast(object, "descriptors must be a number, an array or a list of tuples"));
+  const nb::object items =
+      nb::steal(PySequence_Fast(object, "descriptors must be a number, an array or a list of tuples"));
   if (!items.is_valid()) throw nb::python_error();
   const std::size_t count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(items.ptr()));
   PyObject** const rows = PySequence_Fast_ITEMS(items.ptr());
@@ -165,8 +175,9 @@ Descs read_strided(MemType type, nb::handle array) {
     if (static_cast<std::int64_t>(descs.count[row]) < 1)
       throw nb::value_error(("row " + std::to_string(row) + ": count must be at least 1").c_str());
     if (descs.stride[row] < descs.len[row])
-      throw nb::value_error(("row " + std::to_string(row) + ": stride " + std::to_string(descs.stride[row]) + " is below the length " +
-                             std::to_string(descs.len[row])).c_str());
+      throw nb::value_error(("row " + std::to_string(row) + ": stride " + std::to_string(descs.stride[row]) +
+                             " is below the length " + std::to_string(descs.len[row]))
+                                .c_str());
   }
   return descs;
 }
@@ -174,7 +185,9 @@ Descs read_strided(MemType type, nb::handle array) {
 std::size_t place(std::uint64_t size, Py_ssize_t index) {
   const Py_ssize_t count = static_cast<Py_ssize_t>(size), at = index < 0 ? index + count : index;
   if (at < 0 || at >= count)
-    throw nb::index_error(("index " + std::to_string(index) + " is out of range: the list has " + std::to_string(count) + " descriptors").c_str());
+    throw nb::index_error(
+        ("index " + std::to_string(index) + " is out of range: the list has " + std::to_string(count) + " descriptors")
+            .c_str());
   return static_cast<std::size_t>(at);
 }
 
@@ -195,7 +208,8 @@ nb::tuple item(const List& list, Py_ssize_t index) {
   else if constexpr (std::is_same_v<List, RegList>)
     return nb::make_tuple(addr, descs.len[row], descs.dev[row], bytes_of(descs.text(row)));
   else
-    return nb::make_tuple(addr, descs.len[row], descs.dev[row], nb::str(descs.text(row).data(), descs.text(row).size()));
+    return nb::make_tuple(addr, descs.len[row], descs.dev[row],
+                          nb::str(descs.text(row).data(), descs.text(row).size()));
 }
 
 void refuse_runs(const Descs& descs) {
@@ -236,7 +250,8 @@ std::size_t index_of(const List& list, nb::handle tuple) {
   Descs one(list.descs.type);
   add_tuple(one, tuple.ptr(), Arity{3, 4});
   for (std::size_t row = 0; row < list.descs.rows(); ++row)
-    if (list.descs.addr[row] == one.addr[0] && list.descs.len[row] == one.len[0] && list.descs.dev[row] == one.dev[0]) return row;
+    if (list.descs.addr[row] == one.addr[0] && list.descs.len[row] == one.len[0] && list.descs.dev[row] == one.dev[0])
+      return row;
   throw Error(-4, "the descriptor is not in the list");
 }
 
@@ -245,21 +260,26 @@ std::string print(const List& list, const char* name) {
   std::string out = std::string(name) + " of " + std::to_string(list.descs.rows()) + " rows\n";
   for (std::size_t row = 0; row < list.descs.rows(); ++row) {
     char line[128];
-    std::snprintf(line, sizeof line, "  %zu: addr 0x%llx len %llu dev %llu\n", row, static_cast<unsigned long long>(list.descs.addr[row]),
-                  static_cast<unsigned long long>(list.descs.len[row]), static_cast<unsigned long long>(list.descs.dev[row]));
+    std::snprintf(line, sizeof line, "  %zu: addr 0x%llx len %llu dev %llu\n", row,
+                  static_cast<unsigned long long>(list.descs.addr[row]),
+                  static_cast<unsigned long long>(list.descs.len[row]),
+                  static_cast<unsigned long long>(list.descs.dev[row]));
     out += line;
   }
   return out;
 }
 
 template <typename List>
-constexpr std::uint8_t kClass = std::is_same_v<List, XferList> ? 0 : std::is_same_v<List, RegList> ? 1 : 2;
+constexpr std::uint8_t kClass = std::is_same_v<List, XferList>  ? 0
+                                : std::is_same_v<List, RegList> ? 1
+                                                                : 2;
 
 template <typename List>
 Descs unpack(nb::handle bytes) {
   if (!PyBytes_Check(bytes.ptr())) throw nb::type_error("packed descriptors are bytes");
   std::uint8_t seen = 0;
-  Descs descs = unpackDescs(PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr())), seen);
+  Descs descs =
+      unpackDescs(PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr())), seen);
   if (seen != kClass<List>) throw Error(-5, "the packed list is of another class");
   return descs;
 }
@@ -267,8 +287,10 @@ Descs unpack(nb::handle bytes) {
 template <typename List>
 nb::class_<List> bind_list(nb::module_& module, const char* name) {
   return nb::class_<List>(module, name)
-      .def("__init__", [](List* self, MemType type, nb::object content, nb::object) { new (self) List{read<List>(type, content)}; },
-           "type"_a, "content"_a = 0, "sorted"_a = false)
+      .def(
+          "__init__",
+          [](List* self, MemType type, nb::object content, nb::object) { new (self) List{read<List>(type, content)}; },
+          "type"_a, "content"_a = 0, "sorted"_a = false)
       .def("__getitem__", [](const List& list, Py_ssize_t index) { return item(list, index); })
       .def("__setitem__", [](List& list, Py_ssize_t index, nb::handle tuple) { replace(list, index, tuple); })
       .def("addDesc", [](List& list, nb::handle tuple) { add(list, tuple); })
@@ -281,7 +303,8 @@ nb::class_<List> bind_list(nb::module_& module, const char* name) {
       .def("print", [name](const List& list) { nb::print(nb::str(print(list, name).c_str())); })
       .def("__len__", [](const List& list) { return list.descs.blocks(); })
       .def("__bool__", [](const List&) { return true; })
-      .def("__eq__", [](const List& a, nb::handle b) { return nb::isinstance<List>(b) && a.descs == nb::cast<const List&>(b).descs; })
+      .def("__eq__", [](const List& a,
+                        nb::handle b) { return nb::isinstance<List>(b) && a.descs == nb::cast<const List&>(b).descs; })
       .def("__getstate__", [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>)); })
       .def("__setstate__", [](List& list, nb::bytes state) { new (&list) List{unpack<List>(state)}; })
       .def("pack", [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>)); })

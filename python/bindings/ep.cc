@@ -1,10 +1,11 @@
 // nixl_ep._native: nixl::ep::Buffer with addresses as integers. Tensors are looked at in Python; no torch here.
+#include "nixl/ep.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "nixl/ep.h"
 #include "nixl/version.h"
 #include "output_pool.h"
 
@@ -58,8 +59,8 @@ class PythonStore final : public Store {
 };
 
 // Bytes as an array with strides in elements of `item` bytes; `owner` lives as long as the array.
-nb::object array(void* data, std::vector<std::int64_t> shape, std::vector<std::int64_t> strides, int item, Device device,
-                 int device_id, nb::handle owner) {
+nb::object array(void* data, std::vector<std::int64_t> shape, std::vector<std::int64_t> strides, int item,
+                 Device device, int device_id, nb::handle owner) {
   const std::vector<size_t> sizes(shape.begin(), shape.end());
   const nb::dlpack::dtype type{static_cast<uint8_t>(nb::dlpack::dtype_code::UInt), static_cast<uint8_t>(8 * item), 1};
   return nb::cast(nb::ndarray<>(data, sizes.size(), sizes.data(), owner, strides.data(), type,
@@ -90,17 +91,23 @@ enum class Run : int { kWhole = 0, kSend = 1, kReceive = 2 };
 
 void run_dispatch(Buffer& self, int run, const Dispatch& args) {
   switch (static_cast<Run>(run)) {
-    case Run::kWhole: return self.dispatch(args);
-    case Run::kSend: return self.dispatch_send(args);
-    case Run::kReceive: return self.dispatch_recv(args);
+    case Run::kWhole:
+      return self.dispatch(args);
+    case Run::kSend:
+      return self.dispatch_send(args);
+    case Run::kReceive:
+      return self.dispatch_recv(args);
   }
 }
 
 void run_combine(Buffer& self, int run, const CombineArgs& args) {
   switch (static_cast<Run>(run)) {
-    case Run::kWhole: return self.combine(args);
-    case Run::kSend: return self.combine_send(args);
-    case Run::kReceive: return self.combine_recv(args);
+    case Run::kWhole:
+      return self.combine(args);
+    case Run::kSend:
+      return self.combine_send(args);
+    case Run::kReceive:
+      return self.combine_recv(args);
   }
 }
 
@@ -125,8 +132,8 @@ void bind_operations(nb::module_& m) {
              self->wait_cost = pointer<std::int64_t>(wait_cost);
              self->stream = pointer(stream);
            })
-      .def("outputs", [](Dispatch& self, Address x, Address scales, Address count, Address src_info, Address layout_range,
-                         Address weights, Address places, Address records) {
+      .def("outputs", [](Dispatch& self, Address x, Address scales, Address count, Address src_info,
+                         Address layout_range, Address weights, Address places, Address records) {
         self.recv_x = pointer(x);
         self.recv_scales = pointer(scales);
         self.recv_count = pointer<std::int32_t>(count);
@@ -156,7 +163,8 @@ void bind_operations(nb::module_& m) {
              self->stream = pointer(stream);
            })
       .def("handle",
-           [](CombineArgs& self, Address src_info, Address layout_range, Address weights, Address places, Address records) {
+           [](CombineArgs& self, Address src_info, Address layout_range, Address weights, Address places,
+              Address records) {
              self.src_info = pointer<std::int32_t>(src_info);
              self.layout_range = pointer<std::int64_t>(layout_range);
              self.recv_weights = pointer<float>(weights);
@@ -180,51 +188,65 @@ void bind_buffer(nb::module_& m) {
                                        connect_timeout_ms, nvlink});
            })
       .def("update_memory", &Buffer::update_memory, free)
-      .def("set_store", [](Buffer& self, nb::object store) {
+      .def(
+          "set_store",
+          [](Buffer& self, nb::object store) {
             std::shared_ptr<Store> inside;
             if (!store.is_none()) inside = std::make_shared<PythonStore>(std::move(store));
             const nb::gil_scoped_release released;
             self.set_store(std::move(inside));
-          }, "store"_a.none())
+          },
+          "store"_a.none())
       .def("connect", &Buffer::connect, free)
       .def("disconnect", &Buffer::disconnect, free)
       .def("destroy", &Buffer::destroy, free)
       .def("dispatch", &run_dispatch, free)
       .def("combine", &run_combine, free)
-      .def("barrier", [](Buffer& self, Address stream) { self.barrier(pointer(stream)); }, free)
-      .def("mask", [](Buffer& self, const std::vector<int>& ranks, bool masked, Address stream) {
+      .def(
+          "barrier", [](Buffer& self, Address stream) { self.barrier(pointer(stream)); }, free)
+      .def(
+          "mask",
+          [](Buffer& self, const std::vector<int>& ranks, bool masked, Address stream) {
             self.mask(ranks, masked, pointer(stream));
-          }, free)
-      .def("clean_masks", [](Buffer& self, Address stream) { self.clean_masks(pointer(stream)); }, free)
-      .def("query_masks", [](const Buffer& self, Address out, Address stream) {
+          },
+          free)
+      .def(
+          "clean_masks", [](Buffer& self, Address stream) { self.clean_masks(pointer(stream)); }, free)
+      .def(
+          "query_masks",
+          [](const Buffer& self, Address out, Address stream) {
             self.query_masks(pointer<std::int32_t>(out), pointer(stream));
-          }, free)
+          },
+          free)
       .def("active_ranks", &Buffer::active_ranks)
       .def("connected_ranks", &Buffer::connected_ranks)
       .def("active_rank_bound", &Buffer::active_rank_bound)
       .def("take_input_error", &Buffer::take_input_error)
       .def("incarnation", &Buffer::incarnation)
-      .def("take_faults", [](Buffer& self) {
-            nb::list out;
-            for (const Fault& f : self.take_faults())
-              out.append(nb::make_tuple(f.rank, f.operation, static_cast<int>(f.phase), f.expected, f.seen));
-            return out;
-          })
-      .def("next_combine_buffer", [](Buffer& self, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
-                                     int device, int device_id) {
-            const View v = self.next_combine_buffer(max_tokens, hidden, num_ranks);
-            return array(v.data, {v.shape[0], v.shape[1], v.shape[2]}, {v.stride[0], v.stride[1], v.stride[2]}, 2,
-                         static_cast<Device>(device), device_id, keep(v));
-          })
-      .def("data_memory", [](const Buffer& self, std::int64_t offset, std::int64_t bytes, int device, int device_id) {
-            const View v = self.data_memory();
-            return array(static_cast<char*>(v.data) + offset, {bytes}, {1}, 1, static_cast<Device>(device), device_id, keep(v));
-          })
+      .def("take_faults",
+           [](Buffer& self) {
+             nb::list out;
+             for (const Fault& f : self.take_faults())
+               out.append(nb::make_tuple(f.rank, f.operation, static_cast<int>(f.phase), f.expected, f.seen));
+             return out;
+           })
+      .def("next_combine_buffer",
+           [](Buffer& self, std::int64_t max_tokens, std::int64_t hidden, int num_ranks, int device, int device_id) {
+             const View v = self.next_combine_buffer(max_tokens, hidden, num_ranks);
+             return array(v.data, {v.shape[0], v.shape[1], v.shape[2]}, {v.stride[0], v.stride[1], v.stride[2]}, 2,
+                          static_cast<Device>(device), device_id, keep(v));
+           })
+      .def("data_memory",
+           [](const Buffer& self, std::int64_t offset, std::int64_t bytes, int device, int device_id) {
+             const View v = self.data_memory();
+             return array(static_cast<char*>(v.data) + offset, {bytes}, {1}, 1, static_cast<Device>(device), device_id,
+                          keep(v));
+           })
       .def("data_bytes", [](const Buffer& self) { return self.data_memory().shape[0]; })
       .def("fault_view", [](const Buffer& self, int device, int device_id) {
-            const View v = self.fault_view();
-            return array(v.data, {v.shape[0]}, {1}, 4, static_cast<Device>(device), device_id, keep(v));
-          });
+        const View v = self.fault_view();
+        return array(v.data, {v.shape[0]}, {1}, 4, static_cast<Device>(device), device_id, keep(v));
+      });
 }
 
 }  // namespace

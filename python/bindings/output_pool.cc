@@ -7,7 +7,9 @@
 namespace {
 constexpr std::size_t kMaxFreeBytes = std::size_t{4} << 30;  // of address space; what was never touched costs no memory
 constexpr std::size_t kPage = 4096;
-std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+std::size_t whole_pages(std::size_t bytes) {
+  return (bytes + kPage - 1) / kPage * kPage;
+}
 }  // namespace
 
 OutputPool& OutputPool::instance() {

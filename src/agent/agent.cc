@@ -47,7 +47,8 @@ Result<std::unique_ptr<Agent>> Agent::open(AgentOptions options, Catalog& catalo
 Result<void> Agent::start() {
   NIXL_ASSIGN(const Settings settings, Settings::read());
   if (const auto traced = settings.text("NIXL_TRACE_BACKENDS"))
-    NIXL_WARN("agent %s: NIXL_TRACE_BACKENDS is '%s'; this release has no trace backends", name().c_str(), traced->c_str());
+    NIXL_WARN("agent %s: NIXL_TRACE_BACKENDS is '%s'; this release has no trace backends", name().c_str(),
+              traced->c_str());
   NIXL_ASSIGN(telemetry_, Telemetry::open(settings, options_.name, options_.capture_telemetry));
   self_ = std::make_shared<Peer>();
   self_->name = options_.name;
@@ -79,7 +80,8 @@ Result<void> Agent::start() {
 
 Agent::~Agent() {
   leave_census(incarnation_);
-  if (fork_count_ != fork_count()) {  // a forked child: threads and devices belong to the parent; everything is left alone
+  if (fork_count_ !=
+      fork_count()) {  // a forked child: threads and devices belong to the parent; everything is left alone
     (void)exchange_.release();
     (void)runtime_.release();
     for (auto& slot : slots_) (void)slot.release();
@@ -100,7 +102,8 @@ Agent::~Agent() {
     if (all_stopped) {
       slot->backend.reset();
     } else {
-      NIXL_ERROR("agent %s: backend %s is left open: I/O in flight did not stop", options_.name.c_str(), slot->name().c_str());
+      NIXL_ERROR("agent %s: backend %s is left open: I/O in flight did not stop", options_.name.c_str(),
+                 slot->name().c_str());
       (void)slot->backend.release();
     }
   }
@@ -108,7 +111,8 @@ Agent::~Agent() {
 
 Result<void> Agent::usable() const {
   if (fork_count_ != fork_count())
-    return fail(Code::kNotAllowed, "agent '%s' belongs to the parent process; a forked child makes its own", options_.name.c_str());
+    return fail(Code::kNotAllowed, "agent '%s' belongs to the parent process; a forked child makes its own",
+                options_.name.c_str());
   return {};
 }
 
@@ -143,11 +147,13 @@ Result<std::vector<Slot*>> Agent::chosen(BackendIds backends, bool with_companio
       list.push_back(candidate);
   }
   for (const std::uint32_t id : backends)
-    if (!slot(id)) return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", id, name().c_str());
+    if (!slot(id))
+      return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", id, name().c_str());
   if (with_companions) {
     const std::size_t count = list.size();
     for (std::size_t i = 0; i < count; ++i)
-      if (Slot* companion = list[i]->companion; companion && std::find(list.begin(), list.end(), companion) == list.end())
+      if (Slot* companion = list[i]->companion;
+          companion && std::find(list.begin(), list.end(), companion) == list.end())
         list.push_back(companion);
   }
   return list;
@@ -199,7 +205,9 @@ Result<Slot*> Agent::open_slot(const BackendEntry& entry, Params params, bool co
   }
   if (can.local) {
     auto self = raw->backend->connect(PeerId{options_.name, incarnation_}, raw->connection);
-    if (!self) return fail(Code::kIo, "backend %s: connecting to the own agent: %s", entry.name.c_str(), self.error().reason.c_str());
+    if (!self)
+      return fail(Code::kIo, "backend %s: connecting to the own agent: %s", entry.name.c_str(),
+                  self.error().reason.c_str());
     auto link = std::make_unique<PeerLink>();
     link->slot = raw;
     link->bytes = raw->connection;
@@ -254,7 +262,8 @@ Result<std::uint32_t> Agent::create_backend(const std::string& asked, const Para
       return std::find(a.excludes.begin(), a.excludes.end(), b.name) != a.excludes.end();
     };
     if (clash(*entry, *other->entry) || clash(*other->entry, *entry))
-      return fail(Code::kNotAllowed, "backends %s and %s cannot be in one agent", entry->name.c_str(), other->name().c_str());
+      return fail(Code::kNotAllowed, "backends %s and %s cannot be in one agent", entry->name.c_str(),
+                  other->name().c_str());
   }
   NIXL_ASSIGN(Params params, full_params(*entry, given));
   NIXL_ASSIGN(Slot* const fresh, open_slot(*entry, std::move(params), false));
@@ -273,7 +282,8 @@ Region region_at(const Descs& descs, std::size_t row) {
 }  // namespace
 
 Result<void> Agent::register_one(Slot& slot, const Region& region) {
-  if (const auto held = slot.regions.exact(region); held && (!is_storage(region.kind) || held->region.meta == region.meta)) {
+  if (const auto held = slot.regions.exact(region);
+      held && (!is_storage(region.kind) || held->region.meta == region.meta)) {
     ++held->registrations;
     return {};
   }
@@ -336,8 +346,8 @@ Result<void> Agent::register_memory(const Descs& descs, BackendIds backends) {
   for (Slot* slot : candidates)
     if (slot->abilities().registrable().has(kind)) fitting.push_back(slot);
   if (fitting.empty())
-    return fail(Code::kNotFound, "no %sbackend of agent '%s' registers %s", backends.empty() ? "" : "named ", name().c_str(),
-                nixl::core::name(kind));
+    return fail(Code::kNotFound, "no %sbackend of agent '%s' registers %s", backends.empty() ? "" : "named ",
+                name().c_str(), nixl::core::name(kind));
   std::optional<Error> first;
   bool any = false;
   {
@@ -385,7 +395,8 @@ Result<void> Agent::deregister_memory(const Descs& descs, BackendIds backends) {
     for (Slot* slot : candidates)
       if (slot->abilities().registrable().has(kind_of(descs)) && holds_all(*slot, descs)) holders.push_back(slot);
     if (descs.rows() && (holders.empty() || (!backends.empty() && holders.size() < candidates.size())))
-      return fail(Code::kNotFound, "not every descriptor of the list (%zu, first %s) is registered as given; nothing was deregistered",
+      return fail(Code::kNotFound,
+                  "not every descriptor of the list (%zu, first %s) is registered as given; nothing was deregistered",
                   descs.rows(), describe(descs, 0).c_str());
     for (Slot* slot : holders)
       for (std::size_t row = 0; row < descs.rows(); ++row) {
@@ -405,7 +416,8 @@ Result<void> Agent::deregister_memory(const Descs& descs, BackendIds backends) {
 Result<std::vector<std::optional<Params>>> Agent::query_memory(const Descs& descs, std::uint32_t backend) {
   NIXL_TRY(usable());
   Slot* const asked = slot(backend);
-  if (!asked) return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", backend, name().c_str());
+  if (!asked)
+    return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", backend, name().c_str());
   MemoryQuery* query = asked->backend->memory_query();
   if (!query) return fail(Code::kUnsupported, "backend %s answers no queries about memory", asked->name().c_str());
   std::vector<Region> regions;
@@ -415,7 +427,8 @@ Result<std::vector<std::optional<Params>>> Agent::query_memory(const Descs& desc
 
 // ---- lists and requests
 
-Result<PreparedList> Agent::remote_list(const std::string& agent, const Descs& descs, const std::vector<Slot*>& allowed) {
+Result<PreparedList> Agent::remote_list(const std::string& agent, const Descs& descs,
+                                        const std::vector<Slot*>& allowed) {
   NIXL_ASSIGN(auto other, peer(agent));
   auto list = prepare_remote(descs, other, allowed);
   if (list || other->is_self || !exchange_->discovers() || descs.rows() == 0) return list;
@@ -461,13 +474,15 @@ Result<std::uint64_t> Agent::make_request(Op op, std::uint64_t local, std::span<
   NIXL_TRY(usable());
   const auto mine = lists_.get(local), other = lists_.get(remote);
   if (!mine || !other)
-    return fail(Code::kInvalidArgument, "%s handle 0x%llx is not a prepared list of agent '%s'", mine ? "remote" : "local",
-                static_cast<unsigned long long>(mine ? remote : local), name().c_str());
-  if (!mine->local) return fail(Code::kInvalidArgument, "the local side was prepared for agent '%s'", mine->peer->name.c_str());
+    return fail(Code::kInvalidArgument, "%s handle 0x%llx is not a prepared list of agent '%s'",
+                mine ? "remote" : "local", static_cast<unsigned long long>(mine ? remote : local), name().c_str());
+  if (!mine->local)
+    return fail(Code::kInvalidArgument, "the local side was prepared for agent '%s'", mine->peer->name.c_str());
   if (other->local) return fail(Code::kInvalidArgument, "the remote side was prepared as a local list");
   runtime_->handle_lost();
   if (other->peer->state != Peer::State::kAlive)
-    return fail(Code::kNotFound, "agent '%s' was removed or lost since its list was prepared", other->peer->name.c_str());
+    return fail(Code::kNotFound, "agent '%s' was removed or lost since its list was prepared",
+                other->peer->name.c_str());
   Result<Route> route = fail(Code::kInternal, "no route");
   if (backends.empty()) {
     route = choose_route(*mine, *other);
@@ -545,7 +560,8 @@ Result<void> Agent::send_to(Peer& to, std::string_view message, const std::vecto
     }
   }
   if (!any_notifier) return fail(Code::kIo, "no backend of agent '%s' carries notifications", name().c_str());
-  return fail(Code::kNotFound, "agent '%s' shares no notification backend with agent '%s'", to.name.c_str(), name().c_str());
+  return fail(Code::kNotFound, "agent '%s' shares no notification backend with agent '%s'", to.name.c_str(),
+              name().c_str());
 }
 
 Result<void> Agent::send_notification(const std::string& agent, std::string_view message, BackendIds backends) {

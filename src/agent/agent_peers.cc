@@ -93,7 +93,8 @@ Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections
     any_holds = true;
     data.backends.push_back(std::move(info));
   }
-  if (!any_usable) return fail(Code::kIo, "no backend of agent '%s' reaches other agents with these descriptors", name().c_str());
+  if (!any_usable)
+    return fail(Code::kIo, "no backend of agent '%s' reaches other agents with these descriptors", name().c_str());
   if (!any_holds) return fail(Code::kNotFound, "a descriptor of the list is not registered exactly as given");
   return encode(data);
 }
@@ -121,7 +122,8 @@ Result<std::shared_ptr<Peer>> Agent::peer(const std::string& agent) {
     found = known_peer(agent);
   }
   if (!found)
-    return fail(Code::kNotFound, "agent '%s' is unknown to agent '%s': load its metadata first", agent.c_str(), name().c_str());
+    return fail(Code::kNotFound, "agent '%s' is unknown to agent '%s': load its metadata first", agent.c_str(),
+                name().c_str());
   return found;
 }
 
@@ -129,7 +131,7 @@ namespace {
 
 struct Staged {
   Slot* slot = nullptr;
-  PeerLink* link = nullptr;           // existing, or fresh.get()
+  PeerLink* link = nullptr;  // existing, or fresh.get()
   std::unique_ptr<PeerLink> fresh;
   std::vector<std::shared_ptr<RemoteEntry>> entries;
 };
@@ -137,8 +139,8 @@ struct Staged {
 Result<void> stage_connection(Staged& staged, const BackendInfo& info, const Metadata& data, bool optional) {
   if (!info.has_connection || staged.link) {
     if (info.has_connection && staged.link->bytes != info.connection)
-      return fail(Code::kNotAllowed, "agent '%s' is known with another %s connection; remove it first", data.agent.c_str(),
-                  info.name.c_str());
+      return fail(Code::kNotAllowed, "agent '%s' is known with another %s connection; remove it first",
+                  data.agent.c_str(), info.name.c_str());
     return {};
   }
   staged.fresh = std::make_unique<PeerLink>();
@@ -152,7 +154,8 @@ Result<void> stage_connection(Staged& staged, const BackendInfo& info, const Met
   } else if (optional || connection.error().code == Code::kUnsupported) {
     staged.link->unreachable = connection.error().reason;
   } else {
-    return fail(Code::kIo, "agent '%s' by %s: %s", data.agent.c_str(), info.name.c_str(), connection.error().reason.c_str());
+    return fail(Code::kIo, "agent '%s' by %s: %s", data.agent.c_str(), info.name.c_str(),
+                connection.error().reason.c_str());
   }
   return {};
 }
@@ -162,8 +165,8 @@ Result<void> stage_regions(Staged& staged, BackendInfo& info, const std::string&
   if (info.regions.empty()) return {};
   if (!staged.link) {
     if (optional) return {};
-    return fail(Code::kNotFound, "regions of agent '%s' for %s came before its connection: load that first", agent.c_str(),
-                info.name.c_str());
+    return fail(Code::kNotFound, "regions of agent '%s' for %s came before its connection: load that first",
+                agent.c_str(), info.name.c_str());
   }
   if (!staged.link->connection) return {};
   if (!staged.fresh)
@@ -178,8 +181,9 @@ Result<void> stage_regions(Staged& staged, BackendInfo& info, const std::string&
     auto object = staged.slot->backend->import_region(*staged.link->connection, item.region, item.key);
     if (!object && optional) continue;
     if (!object)
-      return fail(Code::kIo, "region 0x%llx of agent '%s' by %s: %s", static_cast<unsigned long long>(item.region.address),
-                  agent.c_str(), info.name.c_str(), object.error().reason.c_str());
+      return fail(Code::kIo, "region 0x%llx of agent '%s' by %s: %s",
+                  static_cast<unsigned long long>(item.region.address), agent.c_str(), info.name.c_str(),
+                  object.error().reason.c_str());
     RemoteEntry& entry = block[staged.entries.size()];
     entry.region = std::move(item.region);
     entry.key = std::move(item.key);
@@ -192,7 +196,8 @@ Result<void> stage_regions(Staged& staged, BackendInfo& info, const std::string&
 }  // namespace
 
 Result<std::shared_ptr<Peer>> Agent::admit(Metadata data) {
-  if (data.agent == name()) return fail(Code::kInvalidArgument, "this is the metadata of agent '%s' itself", name().c_str());
+  if (data.agent == name())
+    return fail(Code::kInvalidArgument, "this is the metadata of agent '%s' itself", name().c_str());
   runtime_->handle_lost();
   auto known = listed_peer(data.agent);
   if (known && known->state != Peer::State::kAlive) {
@@ -240,7 +245,8 @@ Result<std::shared_ptr<Peer>> Agent::admit(Metadata data) {
   }
   if (!common) {
     unstage();
-    return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", data.agent.c_str(), name().c_str(), why.c_str());
+    return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", data.agent.c_str(), name().c_str(),
+                why.c_str());
   }
   for (Staged& one : staged) {
     if (one.fresh) peer->adopt(std::move(one.fresh));
@@ -329,11 +335,15 @@ Result<void> Agent::connect(const std::string& agent, BackendIds backends, Nanos
     if (!link->usage.acquire()) return fail(Code::kNotFound, "agent '%s' was removed meanwhile", agent.c_str());
     auto ready = link->connection->wait_ready(deadline);
     link->release();
-    if (!ready && ready.error().code == Code::kPeerLost) runtime_->peer_lost({to->name, to->incarnation}, ready.error());
-    if (!ready && !slot->is_companion) return fail(Code::kIo, "%s: %s", slot->name().c_str(), ready.error().reason.c_str());
+    if (!ready && ready.error().code == Code::kPeerLost)
+      runtime_->peer_lost({to->name, to->incarnation}, ready.error());
+    if (!ready && !slot->is_companion)
+      return fail(Code::kIo, "%s: %s", slot->name().c_str(), ready.error().reason.c_str());
     any = true;
   }
-  if (!any) return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", agent.c_str(), name().c_str(), why.c_str());
+  if (!any)
+    return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", agent.c_str(), name().c_str(),
+                why.c_str());
   return {};
 }
 
@@ -347,8 +357,9 @@ void Agent::memory_changed() {
 namespace {
 Result<void> need_store(const Exchange& exchange) {
   if (exchange.has_store()) return {};
-  return fail(Code::kInvalidArgument, "no ip address was given and no store is configured: set NIXL_ETCD_ENDPOINTS or "
-                                      "NIXL_TCPSTORE_ENDPOINT, or pass an address");
+  return fail(Code::kInvalidArgument,
+              "no ip address was given and no store is configured: set NIXL_ETCD_ENDPOINTS or "
+              "NIXL_TCPSTORE_ENDPOINT, or pass an address");
 }
 }  // namespace
 
@@ -376,7 +387,8 @@ Result<void> Agent::send_partial(const Descs& descs, bool connections, BackendId
   return {};
 }
 
-Result<void> Agent::fetch(const std::string& agent, const std::string& ip, std::uint16_t port, const std::string& label) {
+Result<void> Agent::fetch(const std::string& agent, const std::string& ip, std::uint16_t port,
+                          const std::string& label) {
   NIXL_TRY(usable());
   if (!ip.empty()) {
     exchange_->fetch(ip, port, agent);
@@ -398,6 +410,8 @@ Result<void> Agent::invalidate(const std::string& ip, std::uint16_t port) {
   return {};
 }
 
-std::uint16_t Agent::listen_port() const noexcept { return exchange_ ? exchange_->port() : 0; }
+std::uint16_t Agent::listen_port() const noexcept {
+  return exchange_ ? exchange_->port() : 0;
+}
 
 }  // namespace nixl::core

@@ -35,11 +35,21 @@ void fuzz(const std::string& good, Read&& read) {
     for (int i = 0; i < changes; ++i) {
       const std::size_t at = random() % bytes.size();
       switch (random() % 5) {
-        case 0: bytes[at] = static_cast<char>(random()); break;
-        case 1: bytes[at] = static_cast<char>(bytes[at] ^ (1 << random() % 8)); break;
-        case 2: bytes.insert(at, 1, static_cast<char>(random())); break;
-        case 3: bytes.erase(at, 1 + random() % 8); break;
-        default: bytes.replace(at, std::min<std::size_t>(8, bytes.size() - at), 8, static_cast<char>(0xff)); break;
+        case 0:
+          bytes[at] = static_cast<char>(random());
+          break;
+        case 1:
+          bytes[at] = static_cast<char>(bytes[at] ^ (1 << random() % 8));
+          break;
+        case 2:
+          bytes.insert(at, 1, static_cast<char>(random()));
+          break;
+        case 3:
+          bytes.erase(at, 1 + random() % 8);
+          break;
+        default:
+          bytes.replace(at, std::min<std::size_t>(8, bytes.size() - at), 8, static_cast<char>(0xff));
+          break;
       }
       if (bytes.empty()) bytes = "x";
     }
@@ -52,7 +62,10 @@ Metadata sample() {
   data.agent = "prefill-0";
   data.incarnation = 42;
   data.home = home_of_this_process();
-  data.backends.push_back({"UCX", true, std::string("\0addr", 5), {{{MemKind::kDram, 4096, 64, 0, ""}, "key"}, {{MemKind::kVram, 1, 2, 3, ""}, ""}}});
+  data.backends.push_back({"UCX",
+                           true,
+                           std::string("\0addr", 5),
+                           {{{MemKind::kDram, 4096, 64, 0, ""}, "key"}, {{MemKind::kVram, 1, 2, 3, ""}, ""}}});
   data.backends.push_back({"SAME_HOST", false, "", {}});
   return data;
 }
@@ -72,8 +85,9 @@ TEST(usage_hands_destruction_to_exactly_one) {
 
 TEST(coverage_finds_nested_and_overlapping_regions) {
   RegionIndex<LocalEntry> index;
-  for (const auto& [address, length, device] : {std::tuple(1000, 1000, 0), std::tuple(1100, 10, 0), std::tuple(1105, 10, 0),
-                                                std::tuple(1000, 50, 1), std::tuple(5000, 0, 0)})
+  for (const auto& [address, length, device] :
+       {std::tuple(1000, 1000, 0), std::tuple(1100, 10, 0), std::tuple(1105, 10, 0), std::tuple(1000, 50, 1),
+        std::tuple(5000, 0, 0)})
     index.put(entry(address, length, device));
   const auto view = index.snapshot(MemKind::kDram);
   const auto holder = [&](std::uint64_t address, std::uint64_t length, std::uint64_t device) -> std::uint64_t {
@@ -110,7 +124,8 @@ TEST(coverage_agrees_with_a_plain_search) {
       const std::uint64_t address = random() % 250, length = random() % 40, device = random() % 2;
       bool expected = false;
       for (const Region& region : all)
-        expected |= region.device == device && region.address <= address && address + length <= region.address + region.length;
+        expected |=
+            region.device == device && region.address <= address && address + length <= region.address + region.length;
       const auto place = view->find(device, address, length);
       CHECK_EQ(place != view->kNone, expected);
       if (expected) CHECK(view->item(place).holds(device, address, length));
@@ -180,7 +195,9 @@ TEST(metadata_round_trip_and_damage) {
     std::string whole = good.substr(0, 12);
     const std::uint64_t length = bytes.size();
     const std::uint32_t checksum = crc32c(bytes);
-    whole.append(reinterpret_cast<const char*>(&length), 8).append(reinterpret_cast<const char*>(&checksum), 4).append(bytes);
+    whole.append(reinterpret_cast<const char*>(&length), 8)
+        .append(reinterpret_cast<const char*>(&checksum), 4)
+        .append(bytes);
     (void)decode(whole);
   });
 }
@@ -237,7 +254,8 @@ TEST(sealed_frames_open_once_with_the_secret_and_in_order) {
     return **CHECK_OK(reader.next());
   };
   Seal caller("s3cret", Seal::Side::kCaller, a, b), listener("s3cret", Seal::Side::kListener, a, b);
-  const Frame first = carried(caller.close(encode_frame(Verb::kLoad, "one"))), second = carried(caller.close(encode_frame(Verb::kSend, "")));
+  const Frame first = carried(caller.close(encode_frame(Verb::kLoad, "one"))),
+              second = carried(caller.close(encode_frame(Verb::kSend, "")));
   CHECK_EQ(CHECK_OK(listener.open(first))->body, "one");
   CHECK(!listener.open(first));  // played again
   Seal other("secret", Seal::Side::kListener, a, b), elsewhere("s3cret", Seal::Side::kListener, b, a);
@@ -262,4 +280,6 @@ TEST(settings_of_a_file_and_damage) {
   fuzz(text, [](const std::string& bytes) { (void)Settings::parse(bytes, "fuzz"); });
 }
 
-int main(int argc, char** argv) { return check::run_tests(argc, argv); }
+int main(int argc, char** argv) {
+  return check::run_tests(argc, argv);
+}

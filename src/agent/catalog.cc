@@ -40,7 +40,8 @@ void Catalog::scan(const std::string& directory, bool warn) {
   if (error) {
     if (warn && std::find(seen_files_.begin(), seen_files_.end(), directory) == seen_files_.end()) {
       seen_files_.push_back(directory);
-      NIXL_WARN("NIXL_PLUGIN_DIR=%s: %s; no plug-ins are loaded from there", directory.c_str(), error.message().c_str());
+      NIXL_WARN("NIXL_PLUGIN_DIR=%s: %s; no plug-ins are loaded from there", directory.c_str(),
+                error.message().c_str());
     }
     return;
   }
@@ -103,7 +104,8 @@ Result<const BackendEntry*> Catalog::find(const std::string& name) {
     if (known.name == name) return fail(Code::kNotFound, "backend %s is not available: %s", known.name, known.reason);
   std::string have;
   for (const std::string& viable_name : viable()) have += (have.empty() ? "" : " ") + viable_name;
-  return fail(Code::kNotFound, "there is no backend '%s'; available: %s", name.c_str(), have.empty() ? "none" : have.c_str());
+  return fail(Code::kNotFound, "there is no backend '%s'; available: %s", name.c_str(),
+              have.empty() ? "none" : have.c_str());
 }
 
 std::string Catalog::canonical(const std::string& name) {
@@ -120,7 +122,9 @@ std::vector<const BackendEntry*> Catalog::entries() {
   return list;
 }
 
-Probe Catalog::probe(const BackendEntry& entry) { return entry.probe(); }
+Probe Catalog::probe(const BackendEntry& entry) {
+  return entry.probe();
+}
 
 std::vector<std::string> Catalog::viable() {
   std::vector<std::string> names;

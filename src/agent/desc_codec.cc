@@ -40,10 +40,12 @@ Result<Descs> decode(ByteReader& in, std::uint8_t& list_class) {
   if (version != kVersion) return fail(Code::kMismatch, "version %u; this library reads version %u", version, kVersion);
   NIXL_ASSIGN(list_class, in.get<std::uint8_t>());
   NIXL_ASSIGN(const auto type, in.get<std::uint8_t>());
-  if (list_class > 2 || type > 4) return fail(Code::kMismatch, "class %u, memory kind %u are unknown", list_class, type);
+  if (list_class > 2 || type > 4)
+    return fail(Code::kMismatch, "class %u, memory kind %u are unknown", list_class, type);
   NIXL_ASSIGN(const auto rows, in.get<std::uint64_t>());
   constexpr std::uint64_t kMostRows = 1ull << 32;
-  if (rows > kMostRows) return fail(Code::kMismatch, "%llu rows are above the limit", static_cast<unsigned long long>(rows));
+  if (rows > kMostRows)
+    return fail(Code::kMismatch, "%llu rows are above the limit", static_cast<unsigned long long>(rows));
   Descs descs(static_cast<MemType>(type));
   for (Column* column : {&descs.addr, &descs.len, &descs.dev, &descs.stride, &descs.count}) {
     NIXL_ASSIGN(*column, get(in, rows));
@@ -53,7 +55,8 @@ Result<Descs> decode(ByteReader& in, std::uint8_t& list_class) {
     return fail(Code::kMismatch, "columns are missing");
   NIXL_ASSIGN(const auto texts, in.get<std::uint64_t>());
   if (texts != 0 && (texts != rows || texts > in.left() / 4))
-    return fail(Code::kMismatch, "%llu texts for %llu rows", static_cast<unsigned long long>(texts), static_cast<unsigned long long>(rows));
+    return fail(Code::kMismatch, "%llu texts for %llu rows", static_cast<unsigned long long>(texts),
+                static_cast<unsigned long long>(rows));
   for (std::uint64_t i = 0; i < texts; ++i) {
     NIXL_ASSIGN(const auto text, in.get_text(kMaxText));
     descs.meta.emplace_back(text);

@@ -20,13 +20,15 @@ namespace {
 
 constexpr Nanoseconds kConnectTime = 1'000'000'000;
 constexpr Nanoseconds kBodyTime = 5'000'000'000;
-constexpr Nanoseconds kSlice = 200'000'000;  // how soon a waiting job notices that the agent goes
+constexpr Nanoseconds kSlice = 200'000'000;            // how soon a waiting job notices that the agent goes
 constexpr Nanoseconds kOperationTime = 3'000'000'000;  // an agent is gone within five seconds, also beside a dead store
 constexpr Nanoseconds kLease = 10'000'000'000;
 constexpr Nanoseconds kWarnEvery = 10'000'000'000;
 constexpr const char* kFullLabel = "metadata";
 
-std::string address(const std::string& ip, std::uint16_t port) { return net::to_text({ip, port}); }
+std::string address(const std::string& ip, std::uint16_t port) {
+  return net::to_text({ip, port});
+}
 
 // The store an agent is configured with, and how its keys are spelt.
 struct StoreChoice {
@@ -54,7 +56,8 @@ Result<StoreChoice> open_store(const Settings& settings, std::optional<bool> use
   if (use_etcd.value_or(false) && !etcd)
     return fail(Code::kNotAllowed, "use_etcd=True needs the variable NIXL_ETCD_ENDPOINTS, e.g. http://localhost:2379");
   if (etcd && tcp)
-    return fail(Code::kNotAllowed, "NIXL_ETCD_ENDPOINTS and NIXL_TCPSTORE_ENDPOINT are both set; one store is possible");
+    return fail(Code::kNotAllowed,
+                "NIXL_ETCD_ENDPOINTS and NIXL_TCPSTORE_ENDPOINT are both set; one store is possible");
   if (!etcd && !tcp) return choice;
   choice.etcd = etcd.has_value();
   choice.endpoint = etcd ? *etcd : *tcp;
@@ -72,7 +75,9 @@ Result<StoreChoice> open_store(const Settings& settings, std::optional<bool> use
   }
   const char* name = etcd ? "etcd" : "tcp";
   const StoreEntry* entry = catalog.store(name);
-  if (!entry) return fail(Code::kUnsupported, "%s is set, but this build has no %s store", etcd ? "NIXL_ETCD_ENDPOINTS" : "NIXL_TCPSTORE_ENDPOINT", name);
+  if (!entry)
+    return fail(Code::kUnsupported, "%s is set, but this build has no %s store",
+                etcd ? "NIXL_ETCD_ENDPOINTS" : "NIXL_TCPSTORE_ENDPOINT", name);
   NIXL_ASSIGN(choice.store, entry->open(std::move(config)));
   return choice;
 }
@@ -80,7 +85,10 @@ Result<StoreChoice> open_store(const Settings& settings, std::optional<bool> use
 class ExchangeImpl final : public Exchange {
  public:
   ExchangeImpl(Hooks hooks, StoreChoice store, std::string secret, Nanoseconds watch_timeout, bool discovers)
-      : hooks_(std::move(hooks)), store_(std::move(store)), secret_(std::move(secret)), watch_timeout_(watch_timeout),
+      : hooks_(std::move(hooks)),
+        store_(std::move(store)),
+        secret_(std::move(secret)),
+        watch_timeout_(watch_timeout),
         discovers_(discovers) {}
   ~ExchangeImpl() override { close(); }
 
@@ -93,9 +101,8 @@ class ExchangeImpl final : public Exchange {
   bool discovers() const noexcept override { return discovers_; }
 
   void send(const std::string& ip, std::uint16_t port, std::string bytes) override {
-    run("metadata was not delivered", ip, port, [this, ip, port, frame = encode_frame(Verb::kLoad, bytes)] {
-      return talk(ip, port, frame, nullptr);
-    });
+    run("metadata was not delivered", ip, port,
+        [this, ip, port, frame = encode_frame(Verb::kLoad, bytes)] { return talk(ip, port, frame, nullptr); });
   }
   void fetch(const std::string& ip, std::uint16_t port, const std::string& agent) override {
     run("metadata was not fetched", ip, port, [this, ip, port, agent]() -> Result<void> {
@@ -104,14 +111,17 @@ class ExchangeImpl final : public Exchange {
       if (reply.verb != Verb::kLoad) return fail(Code::kMismatch, "the answer is not metadata");
       NIXL_ASSIGN(const std::string name, hooks_.name_in(reply.body));
       if (name != agent)
-        return fail(Code::kMismatch, "the answer is of agent '%s', agent '%s' was asked for", name.c_str(), agent.c_str());
+        return fail(Code::kMismatch, "the answer is of agent '%s', agent '%s' was asked for", name.c_str(),
+                    agent.c_str());
       NIXL_TRY(hooks_.load(reply.body));
       return {};
     });
   }
   void invalidate(const std::string& ip, std::uint16_t port) override {
     run("the invalidation was not delivered", ip, port,
-        [this, ip, port, frame = encode_frame(Verb::kInvalidate, hooks_.agent)] { return talk(ip, port, frame, nullptr); });
+        [this, ip, port, frame = encode_frame(Verb::kInvalidate, hooks_.agent)] {
+          return talk(ip, port, frame, nullptr);
+        });
   }
 
   void publish(const std::string& label, std::string bytes) override {
@@ -170,7 +180,8 @@ class ExchangeImpl final : public Exchange {
   void run(const char* what, const std::string& ip, std::uint16_t port, Job job) {
     workers_.run([this, what, ip, port, job = std::move(job)] {
       if (auto done = job(); !done && !workers_.stopping())
-        NIXL_WARN("agent %s: %s (%s): %s", hooks_.agent.c_str(), what, address(ip, port).c_str(), done.error().reason.c_str());
+        NIXL_WARN("agent %s: %s (%s): %s", hooks_.agent.c_str(), what, address(ip, port).c_str(),
+                  done.error().reason.c_str());
     });
   }
 
@@ -180,7 +191,8 @@ class ExchangeImpl final : public Exchange {
       NIXL_ASSIGN(const bool ready, net::wait_any({&entry, 1}, Deadline::after(kSlice).earlier(deadline)));
       if (ready) return {};
       if (workers_.stopping()) return fail(Code::kCancelled, "the agent goes");
-      if (deadline.passed()) return fail(Code::kTimeout, "no %s within the time allowed", events == POLLIN ? "answer" : "room to send");
+      if (deadline.passed())
+        return fail(Code::kTimeout, "no %s within the time allowed", events == POLLIN ? "answer" : "room to send");
     }
   }
 
@@ -217,8 +229,10 @@ class ExchangeImpl final : public Exchange {
   Result<void> send_all(const Fd& socket, const std::string& bytes) {
     std::size_t written = 0;
     while (written < bytes.size()) {
-      const ssize_t sent = ::send(socket.get(), bytes.data() + written, bytes.size() - written, MSG_DONTWAIT | MSG_NOSIGNAL);
-      if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) return fail(errno_error("send", errno));
+      const ssize_t sent =
+          ::send(socket.get(), bytes.data() + written, bytes.size() - written, MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+        return fail(errno_error("send", errno));
       if (sent > 0)
         written += static_cast<std::size_t>(sent);
       else
@@ -284,7 +298,8 @@ class ExchangeImpl final : public Exchange {
       if (workers_.stopping()) return fail(Code::kCancelled, "the agent goes");
       if (deadline.passed())
         return fail(Code::kTimeout, "agent '%s' did not appear in %s within %lld ms (key %s)", agent.c_str(),
-                    store_.endpoint.c_str(), static_cast<long long>(watch_timeout_ / 1'000'000), store_.key(agent, label).c_str());
+                    store_.endpoint.c_str(), static_cast<long long>(watch_timeout_ / 1'000'000),
+                    store_.key(agent, label).c_str());
     }
   }
 
@@ -297,7 +312,9 @@ class ExchangeImpl final : public Exchange {
       return fail(bytes.error());
     }
     NIXL_ASSIGN(const std::string name, hooks_.load(*bytes));
-    if (name != agent) NIXL_WARN("agent %s: the key of agent '%s' holds metadata of '%s'", hooks_.agent.c_str(), agent.c_str(), name.c_str());
+    if (name != agent)
+      NIXL_WARN("agent %s: the key of agent '%s' holds metadata of '%s'", hooks_.agent.c_str(), agent.c_str(),
+                name.c_str());
     return {};
   }
 
@@ -308,7 +325,8 @@ class ExchangeImpl final : public Exchange {
       if (!watcher || watches_.count(agent)) return false;
       watches_[agent] = nullptr;  // being made
     }
-    auto made = watcher->watch(store_.key(agent, ""), [this, agent](const StoreEvent& event) { changed(agent, event); });
+    auto made =
+        watcher->watch(store_.key(agent, ""), [this, agent](const StoreEvent& event) { changed(agent, event); });
     if (!made) warn(made.error());
     const std::lock_guard lock(mutex_);
     if (made)
@@ -360,10 +378,12 @@ class ExchangeImpl final : public Exchange {
 
 }  // namespace
 
-Result<std::unique_ptr<Exchange>> Exchange::open(Hooks hooks, Options options, const Settings& settings, Catalog& catalog) {
+Result<std::unique_ptr<Exchange>> Exchange::open(Hooks hooks, Options options, const Settings& settings,
+                                                 Catalog& catalog) {
   NIXL_ASSIGN(StoreChoice store, open_store(settings, options.use_etcd, catalog));
   const bool discovers = options.use_etcd.value_or(false);
-  auto exchange = std::make_unique<ExchangeImpl>(std::move(hooks), std::move(store), settings.text("NIXL_LISTEN_SECRET").value_or(""),
+  auto exchange = std::make_unique<ExchangeImpl>(std::move(hooks), std::move(store),
+                                                 settings.text("NIXL_LISTEN_SECRET").value_or(""),
                                                  options.watch_timeout_ns, discovers);
   if (options.listen) NIXL_TRY(exchange->listen(options.port));
   return std::unique_ptr<Exchange>(std::move(exchange));

@@ -23,7 +23,7 @@ class Exchange {
   struct Hooks {
     std::string agent;
     std::function<Result<std::string>()> metadata;
-    std::function<Result<std::string>(std::string_view)> load;   // bytes to the peer's name
+    std::function<Result<std::string>(std::string_view)> load;     // bytes to the peer's name
     std::function<Result<std::string>(std::string_view)> name_in;  // the name in the bytes, nothing loaded
     std::function<void(const std::string&)> remove;
     std::function<bool(const std::string&)> knows;

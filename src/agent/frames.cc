@@ -4,7 +4,8 @@
 
 namespace nixl::core {
 namespace {
-constexpr std::string_view kVerbs[] = {"NIXLCOMM:LOAD", "NIXLCOMM:SEND", "NIXLCOMM:INVL", "NIXLCOMM:HELO", "NIXLCOMM:SEAL"};
+constexpr std::string_view kVerbs[] = {"NIXLCOMM:LOAD", "NIXLCOMM:SEND", "NIXLCOMM:INVL", "NIXLCOMM:HELO",
+                                       "NIXLCOMM:SEAL"};
 constexpr std::size_t kVerbBytes = 13;
 
 Result<Verb> verb_of(std::string_view payload) {
@@ -32,8 +33,8 @@ Result<std::optional<Frame>> FrameReader::next() {
   const auto length = in.get<std::uint64_t>();
   if (!length) return std::optional<Frame>();
   if (*length < kVerbBytes || *length > kMaxFrameBytes)
-    return fail(Code::kMismatch, "frame of %llu bytes; allowed are %zu to %zu", static_cast<unsigned long long>(*length),
-                kVerbBytes, kMaxFrameBytes);
+    return fail(Code::kMismatch, "frame of %llu bytes; allowed are %zu to %zu",
+                static_cast<unsigned long long>(*length), kVerbBytes, kMaxFrameBytes);
   if (in.left() >= kVerbBytes || in.left() >= *length) {
     const std::string_view rest = std::string_view(input_).substr(in.offset());
     NIXL_TRY(verb_of(rest));

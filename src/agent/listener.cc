@@ -14,10 +14,13 @@ constexpr Nanoseconds kBodyTime = 5'000'000'000;
 
 Result<std::unique_ptr<Listener>> Listener::open(std::uint16_t port, std::string secret, const Exchange::Hooks& hooks) {
   auto socket = net::listen_tcp({"", port});
-  if (!socket) return fail(Code::kIo, "agent '%s' cannot listen on port %u: %s", hooks.agent.c_str(), port, socket.error().reason.c_str());
+  if (!socket)
+    return fail(Code::kIo, "agent '%s' cannot listen on port %u: %s", hooks.agent.c_str(), port,
+                socket.error().reason.c_str());
   NIXL_ASSIGN(const net::Endpoint here, net::local_endpoint(socket->get()));
   NIXL_ASSIGN(net::Wakeup wakeup, net::Wakeup::open());
-  std::unique_ptr<Listener> listener(new Listener(std::move(*socket), here.port, std::move(secret), std::move(wakeup), hooks));
+  std::unique_ptr<Listener> listener(
+      new Listener(std::move(*socket), here.port, std::move(secret), std::move(wakeup), hooks));
   listener->thread_ = std::thread([self = listener.get()] { self->loop(); });
   return listener;
 }
@@ -139,8 +142,8 @@ void Listener::answer(Guest& guest, Frame frame) {
 
 void Listener::write(Guest& guest) {
   while (guest.written < guest.output.size()) {
-    const ssize_t sent = send(guest.socket.get(), guest.output.data() + guest.written, guest.output.size() - guest.written,
-                              MSG_DONTWAIT | MSG_NOSIGNAL);
+    const ssize_t sent = send(guest.socket.get(), guest.output.data() + guest.written,
+                              guest.output.size() - guest.written, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0 && errno == EINTR) continue;
     if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
     if (sent <= 0) {

@@ -32,7 +32,11 @@ class Listener {
     bool over = false;
   };
   Listener(Fd socket, std::uint16_t port, std::string secret, net::Wakeup wakeup, const Exchange::Hooks& hooks)
-      : socket_(std::move(socket)), port_(port), secret_(std::move(secret)), wakeup_(std::move(wakeup)), hooks_(hooks) {}
+      : socket_(std::move(socket)),
+        port_(port),
+        secret_(std::move(secret)),
+        wakeup_(std::move(wakeup)),
+        hooks_(hooks) {}
   void loop();
   void accept_all();
   void read(Guest& guest);

@@ -61,7 +61,8 @@ bool resolve(const Descs& descs, const Snapshot<Entry>& view, Column& region, bo
       return true;
     }
     values.resize(rows);
-    std::fill(values.begin() + static_cast<std::ptrdiff_t>(row), values.begin() + static_cast<std::ptrdiff_t>(end), place);
+    std::fill(values.begin() + static_cast<std::ptrdiff_t>(row), values.begin() + static_cast<std::ptrdiff_t>(end),
+              place);
     row = end;
   }
   region = Column(std::move(values));
@@ -108,8 +109,8 @@ bool resolve_all(const Descs& descs, const Candidates& candidates, std::vector<R
 }
 
 template <typename Entry>
-Result<void> finish(PreparedList& list, std::vector<Resolved<Entry>>& sides, const std::vector<Resolved<Entry>>& candidates,
-                    const std::string& whose) {
+Result<void> finish(PreparedList& list, std::vector<Resolved<Entry>>& sides,
+                    const std::vector<Resolved<Entry>>& candidates, const std::string& whose) {
   if (list.descs.rows() == 0) return fail(Code::kNotFound, "the descriptor list is empty");
   if (list.descs.has_runs()) NIXL_TRY(check_runs(list.descs));
   std::size_t bad_row = 0;
@@ -157,7 +158,8 @@ Result<PreparedList> prepare_local(Descs descs, const std::vector<Slot*>& allowe
   const MemKind kind = kind_of(list.descs);
   std::vector<Resolved<LocalEntry>> candidates;
   for (Slot* slot : allowed)
-    if (slot->abilities().registrable().has(kind)) candidates.push_back({slot, nullptr, slot->regions.snapshot(kind), {}});
+    if (slot->abilities().registrable().has(kind))
+      candidates.push_back({slot, nullptr, slot->regions.snapshot(kind), {}});
   NIXL_TRY(finish(list, list.ours, candidates, "with a backend of this agent"));
   return list;
 }

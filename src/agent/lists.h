@@ -27,8 +27,8 @@ inline MemKind kind_of(const Descs& descs) noexcept {
 struct PreparedList {
   Descs descs;
   bool local = false;
-  std::shared_ptr<Peer> peer;               // remote side: whose memory
-  std::vector<Resolved<LocalEntry>> ours;   // local side, in creation order
+  std::shared_ptr<Peer> peer;              // remote side: whose memory
+  std::vector<Resolved<LocalEntry>> ours;  // local side, in creation order
   std::vector<Resolved<RemoteEntry>> theirs;
   bool spans = false;                      // some row of some side is kSpans
   std::vector<std::uint64_t> first_block;  // with runs: number of the first block of each row, and the total

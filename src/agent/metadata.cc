@@ -34,7 +34,8 @@ Result<BackendInfo> decode_backend(ByteReader& in) {
   BackendInfo info;
   NIXL_ASSIGN(info.name, in.get_text(kMaxName));
   NIXL_ASSIGN(const auto has_connection, in.get<std::uint8_t>());
-  if (has_connection > 1) return fail(Code::kMismatch, "flag %u at offset %zu is not 0 or 1", has_connection, in.offset() - 1);
+  if (has_connection > 1)
+    return fail(Code::kMismatch, "flag %u at offset %zu is not 0 or 1", has_connection, in.offset() - 1);
   info.has_connection = has_connection;
   if (has_connection) {
     NIXL_ASSIGN(info.connection, in.get_text(kMaxConnection));
@@ -46,7 +47,8 @@ Result<BackendInfo> decode_backend(ByteReader& in) {
   info.regions.resize(count);
   for (RegionInfo& item : info.regions) {
     NIXL_ASSIGN(const auto kind, in.get<std::uint8_t>());
-    if (kind >= kNumMemKinds) return fail(Code::kMismatch, "memory kind %u at offset %zu is unknown", kind, in.offset() - 1);
+    if (kind >= kNumMemKinds)
+      return fail(Code::kMismatch, "memory kind %u at offset %zu is unknown", kind, in.offset() - 1);
     item.region.kind = static_cast<MemKind>(kind);
     NIXL_ASSIGN(item.region.address, in.get<std::uint64_t>());
     NIXL_ASSIGN(item.region.length, in.get<std::uint64_t>());

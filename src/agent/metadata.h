@@ -11,9 +11,9 @@ namespace nixl::core {
 
 // Where an agent lives, so that a survivor on the same machine can tell whether it is still there.
 struct Home {
-  std::string host;              // boot id and process-id namespace
+  std::string host;  // boot id and process-id namespace
   std::uint64_t process = 0;
-  std::uint64_t started = 0;     // start time of the process, clock ticks since boot
+  std::uint64_t started = 0;  // start time of the process, clock ticks since boot
 };
 Home home_of_this_process();
 // true only when it is certain that the process is gone.

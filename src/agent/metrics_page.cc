@@ -18,8 +18,8 @@ Result<std::vector<std::int64_t>> bucket_bounds(const Settings& settings) {
   for (std::size_t comma; (comma = rest.find(',')) != std::string::npos; rest.erase(0, comma + 1)) {
     const auto bound = parse_int(rest.substr(0, comma));
     if (!bound || *bound <= 0 || (!bounds.empty() && *bound <= bounds.back()))
-      return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_HISTOGRAM_BUCKETS_US is '%s'; rising numbers with commas are needed",
-                  text->c_str());
+      return fail(Code::kInvalidArgument,
+                  "NIXL_TELEMETRY_HISTOGRAM_BUCKETS_US is '%s'; rising numbers with commas are needed", text->c_str());
     bounds.push_back(*bound);
   }
   return bounds;
@@ -86,7 +86,8 @@ std::string MetricsPage::text() const {
   return out;
 }
 
-void MetricsPage::line(std::string& out, const std::string& name, std::uint64_t value, const std::string& labels) const {
+void MetricsPage::line(std::string& out, const std::string& name, std::uint64_t value,
+                       const std::string& labels) const {
   out += name + "{" + labels_ + labels + "} " + std::to_string(value) + "\n";
 }
 void MetricsPage::counter(std::string& out, Metric metric, const std::string& name, std::uint64_t value) const {
@@ -115,8 +116,8 @@ void MetricsPage::times(std::string& out, Metric metric, const std::string& name
 }
 
 std::string merge_pages(std::span<const std::string> pages) {
-  std::vector<std::string> order;                 // the `# TYPE` lines as they first came
-  std::map<std::string, std::string> lines_of;    // by `# TYPE` line
+  std::vector<std::string> order;               // the `# TYPE` lines as they first came
+  std::map<std::string, std::string> lines_of;  // by `# TYPE` line
   for (const std::string& page : pages) {
     std::string type;
     for (std::size_t at = 0, end; at < page.size(); at = end + 1) {

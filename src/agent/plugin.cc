@@ -41,24 +41,32 @@ PluginRegion outside(const Region& region) {
 struct Line final : Connection {
   nixl::Backend* plugin = nullptr;
   void* peer = nullptr;
-  ~Line() override { (void)guarded("disconnect", [this] { plugin->disconnect(peer); }); }
+  ~Line() override {
+    (void)guarded("disconnect", [this] { plugin->disconnect(peer); });
+  }
 };
 struct Held final : LocalRegion {
   nixl::Backend* plugin = nullptr;
   void* memory = nullptr;
-  ~Held() override { (void)guarded("deregisterMemory", [this] { plugin->deregisterMemory(memory); }); }
+  ~Held() override {
+    (void)guarded("deregisterMemory", [this] { plugin->deregisterMemory(memory); });
+  }
 };
 struct Seen final : RemoteRegion {
   nixl::Backend* plugin = nullptr;
   void* memory = nullptr;
-  ~Seen() override { (void)guarded("unloadRemoteMemory", [this] { plugin->unloadRemoteMemory(memory); }); }
+  ~Seen() override {
+    (void)guarded("unloadRemoteMemory", [this] { plugin->unloadRemoteMemory(memory); });
+  }
 };
 
 class PluginTransfer final : public Transfer {
  public:
   PluginTransfer(nixl::Backend& plugin, void* transfer, std::string name)
       : plugin_(plugin), transfer_(transfer), name_(std::move(name)) {}
-  ~PluginTransfer() override { (void)guarded("releaseTransfer", [this] { plugin_.releaseTransfer(transfer_); }); }
+  ~PluginTransfer() override {
+    (void)guarded("releaseTransfer", [this] { plugin_.releaseTransfer(transfer_); });
+  }
 
   Result<TransferState> submit(std::optional<std::string_view> message) override {
     cancelled_ = false;
@@ -94,7 +102,8 @@ class PluginTransfer final : public Transfer {
 
 class PluginBackend final : public Backend, private Notifier, private MemoryQuery {
  public:
-  PluginBackend(std::unique_ptr<nixl::Backend> plugin, std::string name) : plugin_(std::move(plugin)), name_(std::move(name)) {
+  PluginBackend(std::unique_ptr<nixl::Backend> plugin, std::string name)
+      : plugin_(std::move(plugin)), name_(std::move(name)) {
     const KindSet kinds = kinds_of(plugin_->getSupportedMems());
     abilities_ = {kinds, kinds, plugin_->supportsRemote(), plugin_->supportsLocal(), false};
     notifies_ = plugin_->supportsNotif();
@@ -111,12 +120,14 @@ class PluginBackend final : public Backend, private Notifier, private MemoryQuer
   Result<std::string> export_region(const LocalRegion& region) override {
     return guarded("publicKey", [&] { return plugin_->publicKey(static_cast<const Held&>(region).memory); });
   }
-  Result<std::unique_ptr<RemoteRegion>> import_region(Connection& peer, const Region& region, std::string_view key) override {
+  Result<std::unique_ptr<RemoteRegion>> import_region(Connection& peer, const Region& region,
+                                                      std::string_view key) override {
     return seen(guarded("loadRemoteMemory", [&] {
       return plugin_->loadRemoteMemory(static_cast<Line&>(peer).peer, outside(region), std::string(key));
     }));
   }
-  Result<std::unique_ptr<RemoteRegion>> loopback_region(Connection&, const Region& region, LocalRegion& local) override {
+  Result<std::unique_ptr<RemoteRegion>> loopback_region(Connection&, const Region& region,
+                                                        LocalRegion& local) override {
     return seen(guarded("loadLocalMemory",
                         [&] { return plugin_->loadLocalMemory(static_cast<Held&>(local).memory, outside(region)); }));
   }
@@ -139,8 +150,9 @@ class PluginBackend final : public Backend, private Notifier, private MemoryQuer
                           static_cast<Held*>(plan.local_regions[plan.local_region[row]])->memory,
                           static_cast<Seen*>(plan.remote_regions[plan.remote_region[row]])->memory});
     NIXL_ASSIGN(void* made, guarded("prepareTransfer", [&] {
-      return plugin_->prepareTransfer(plan.op == Op::kWrite, static_cast<Line*>(plan.peer)->peer, std::move(pieces));
-    }));
+                  return plugin_->prepareTransfer(plan.op == Op::kWrite, static_cast<Line*>(plan.peer)->peer,
+                                                  std::move(pieces));
+                }));
     return std::make_unique<PluginTransfer>(*plugin_, made, name_);
   }
   bool progress() noexcept override {
@@ -166,7 +178,8 @@ class PluginBackend final : public Backend, private Notifier, private MemoryQuer
     NIXL_ASSIGN(const auto answers, guarded("queryMemory", [&] { return plugin_->queryMemory(list); }));
     if (!answers) return fail(Code::kUnsupported, "plug-in %s answers no queries about memory", name_.c_str());
     std::vector<std::optional<Params>> out;
-    for (const auto& answer : *answers) out.push_back(answer ? std::optional<Params>({answer->begin(), answer->end()}) : std::nullopt);
+    for (const auto& answer : *answers)
+      out.push_back(answer ? std::optional<Params>({answer->begin(), answer->end()}) : std::nullopt);
     return out;
   }
 
@@ -209,7 +222,8 @@ BackendEntry entry_of(const PluginDescription& description, const std::string& n
 
 template <typename Seen>
 tl::unexpected<Error> wrong_build(const Seen& seen, int api, const char* tag) {
-  return fail(Code::kMismatch, "it was built for API %d, '%s'; this library has API %d, '%s'", seen.api, seen.tag, api, tag);
+  return fail(Code::kMismatch, "it was built for API %d, '%s'; this library has API %d, '%s'", seen.api, seen.tag, api,
+              tag);
 }
 
 }  // namespace
@@ -221,7 +235,8 @@ Result<LoadedPlugin> load_plugin(const std::string& path, const std::string& nam
     const Module* module = entry();
     if (module->api != kModuleApi || std::string_view(module->tag) != kModuleTag)
       return wrong_build(*module, kModuleApi, kModuleTag);
-    return LoadedPlugin{{module->backends.begin(), module->backends.end()}, {module->stores.begin(), module->stores.end()}};
+    return LoadedPlugin{{module->backends.begin(), module->backends.end()},
+                        {module->stores.begin(), module->stores.end()}};
   }
   if (const auto entry = reinterpret_cast<const PluginDescription* (*)()>(dlsym(file, "nixl_backend_plugin"))) {
     const PluginDescription* description = entry();
@@ -229,7 +244,8 @@ Result<LoadedPlugin> load_plugin(const std::string& path, const std::string& nam
       return wrong_build(*description, kPluginApi, kPluginTag);
     return LoadedPlugin{{entry_of(*description, name)}, {}};
   }
-  return fail(Code::kNotFound, "it exports neither nixl_backend_plugin nor nixl_module; does it say NIXL_BACKEND_PLUGIN(Class)?");
+  return fail(Code::kNotFound,
+              "it exports neither nixl_backend_plugin nor nixl_module; does it say NIXL_BACKEND_PLUGIN(Class)?");
 }
 
 }  // namespace nixl::core

@@ -67,8 +67,9 @@ class PageServer {
       request.append(buffer, static_cast<std::size_t>(got));
     }
     const std::string body = text_();
-    const std::string reply = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nConnection: close\r\nContent-Length: " +
-                              std::to_string(body.size()) + "\r\n\r\n" + body;
+    const std::string reply =
+        "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nConnection: close\r\nContent-Length: " +
+        std::to_string(body.size()) + "\r\n\r\n" + body;
     std::size_t written = 0;
     while (written < reply.size()) {
       if (!net::wait_for(guest, POLLOUT, deadline, "room for the answer")) return;
@@ -90,10 +91,12 @@ Result<void> serve(PageServer& server, const Settings& settings, const std::stri
   NIXL_ASSIGN(const auto port, settings.number("NIXL_TELEMETRY_PROMETHEUS_PORT"));
   NIXL_ASSIGN(const auto local, settings.flag("NIXL_TELEMETRY_PROMETHEUS_LOCAL"));
   if (port && (*port < 0 || *port > 65535))
-    return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_PROMETHEUS_PORT is %lld; 0 to 65535 are allowed", static_cast<long long>(*port));
+    return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_PROMETHEUS_PORT is %lld; 0 to 65535 are allowed",
+                static_cast<long long>(*port));
   const net::Endpoint at{local.value_or(false) ? "127.0.0.1" : "", static_cast<std::uint16_t>(port.value_or(9090))};
   if (auto served = server.serve(at); !served)
-    NIXL_WARN("agent %s: telemetry cannot be read on port %u: %s", agent.c_str(), at.port, served.error().reason.c_str());
+    NIXL_WARN("agent %s: telemetry cannot be read on port %u: %s", agent.c_str(), at.port,
+              served.error().reason.c_str());
   return {};
 }
 
@@ -151,7 +154,7 @@ class SharedPages final : public TelemetrySink {
     std::vector<std::string> pages;
     std::error_code error;
     for (const auto& file : std::filesystem::directory_iterator(place_.directory, error)) {
-      struct stat about{};
+      struct stat about {};
       if (file.path().extension() != ".prom" || stat(file.path().c_str(), &about) != 0) continue;
       if (std::time(nullptr) - about.st_mtime > place_.stale_s) {
         unlink(file.path().c_str());
@@ -207,24 +210,29 @@ class SharedPages final : public TelemetrySink {
 
 Result<std::int64_t> positive(const Settings& settings, const char* name, std::int64_t usual) {
   NIXL_ASSIGN(const auto value, settings.number(name));
-  if (value && *value <= 0) return fail(Code::kInvalidArgument, "%s is %lld; a number above 0 is needed", name, static_cast<long long>(*value));
+  if (value && *value <= 0)
+    return fail(Code::kInvalidArgument, "%s is %lld; a number above 0 is needed", name, static_cast<long long>(*value));
   return value.value_or(usual);
 }
 
 }  // namespace
 
-Result<std::unique_ptr<TelemetrySink>> open_prometheus(const Settings& settings, const std::string& agent, MetricSet shown) {
+Result<std::unique_ptr<TelemetrySink>> open_prometheus(const Settings& settings, const std::string& agent,
+                                                       MetricSet shown) {
   NIXL_ASSIGN(auto page, MetricsPage::open(settings, MetricsPage::label("agent_name", agent), shown));
   auto sink = std::make_unique<Prometheus>(std::move(page));
   NIXL_TRY(serve(sink->server, settings, agent));
   return std::unique_ptr<TelemetrySink>(std::move(sink));
 }
 
-Result<std::unique_ptr<TelemetrySink>> open_shared_prometheus(const Settings& settings, const std::string& agent, MetricSet shown) {
+Result<std::unique_ptr<TelemetrySink>> open_shared_prometheus(const Settings& settings, const std::string& agent,
+                                                              MetricSet shown) {
   static std::atomic<int> number{0};
   const auto directory = settings.text("NIXL_TELEMETRY_MULTIPROC_DIR");
   if (!directory)
-    return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER=prometheus_mp needs NIXL_TELEMETRY_MULTIPROC_DIR, a directory that all processes share");
+    return fail(Code::kMismatch,
+                "NIXL_TELEMETRY_EXPORTER=prometheus_mp needs NIXL_TELEMETRY_MULTIPROC_DIR, a directory that all "
+                "processes share");
   const std::string rank_variable = settings.text("NIXL_TELEMETRY_RANK_ENV").value_or("LOCAL_RANK");
   const std::string rank = env_text(rank_variable.c_str()).value_or("0");
   SharedPages::Place place;

@@ -11,20 +11,25 @@ constexpr Nanoseconds kSpinBeforeSleep = 50'000;
 }
 
 Request::Request(Parts parts, BuiltPlan& built)
-    : parts_(std::move(parts)), ours_(std::move(built.ours)), theirs_(std::move(built.theirs)),
+    : parts_(std::move(parts)),
+      ours_(std::move(built.ours)),
+      theirs_(std::move(built.theirs)),
       core_delivers_(parts_.peer->is_self || !parts_.slot->notifier) {
   times_.total_bytes = built.plan.total_bytes;
   times_.num_descs = built.num_descs;
 }
 
-Request::~Request() { (void)release(); }
+Request::~Request() {
+  (void)release();
+}
 
 Result<std::shared_ptr<Request>> Request::make(Parts parts, BuiltPlan built) {
   built.plan.op = parts.op;
   std::shared_ptr<Request> request(new Request(std::move(parts), built));
   NIXL_TRY(request->check_peer());
   if (!request->acquire())
-    return fail(Code::kNotFound, "a region of this request, or agent '%s', was removed meanwhile", request->peer()->name.c_str());
+    return fail(Code::kNotFound, "a region of this request, or agent '%s', was removed meanwhile",
+                request->peer()->name.c_str());
   Slot& slot = *request->parts_.slot;
   Result<std::unique_ptr<Transfer>> transfer = [&] {
     const auto lock = slot.setup();
@@ -51,13 +56,15 @@ Result<void> Request::check_peer() const {
     case Peer::State::kAlive:
       return {};
     case Peer::State::kLost:
-      if (!peer.told.exchange(true)) return fail(Code::kPeerLost, "agent '%s' is lost: %s", peer.name.c_str(), peer.why.c_str());
+      if (!peer.told.exchange(true))
+        return fail(Code::kPeerLost, "agent '%s' is lost: %s", peer.name.c_str(), peer.why.c_str());
       return fail(Code::kNotFound, "agent '%s' was lost (%s); load its new metadata and make the request again",
                   peer.name.c_str(), peer.why.c_str());
     case Peer::State::kRemoved:
       break;
   }
-  return fail(Code::kNotFound, "agent '%s' was removed; load its metadata and make the request again", peer.name.c_str());
+  return fail(Code::kNotFound, "agent '%s' was removed; load its metadata and make the request again",
+              peer.name.c_str());
 }
 
 // Everything the plan points to stays alive until give_back().
@@ -100,7 +107,8 @@ Result<bool> Request::post(std::optional<std::string_view> message) {
   if (under_way()) return fail(Code::kBusy, "the transfer to agent '%s' is still running", peer()->name.c_str());
   NIXL_TRY(check_peer());
   if (!acquire())
-    return fail(Code::kNotFound, "a region of this request was deregistered here, or by agent '%s'; make the request again",
+    return fail(Code::kNotFound,
+                "a region of this request was deregistered here, or by agent '%s'; make the request again",
                 peer()->name.c_str());
   if (message) parts_.message = std::string(*message);
   started_ns_ = now_ns();
@@ -153,7 +161,8 @@ void Request::finish(std::optional<Error> error) {
   state_ = error ? State::kFailed : State::kDone;
   Telemetry* telemetry = parts_.runtime->telemetry();
   if (telemetry && error) telemetry->failed(error->code);
-  if (telemetry && !error && !inline_end) telemetry->transfer_done(parts_.op, times_);  // post() does it for inline ends
+  if (telemetry && !error && !inline_end)
+    telemetry->transfer_done(parts_.op, times_);  // post() does it for inline ends
   if (error) {
     if (error->code == Code::kPeerLost) {
       parts_.peer->told = true;
@@ -236,7 +245,8 @@ Result<void> Request::cancel() {
   NIXL_TRY(check_open());
   if (state_ == State::kCreated) return fail(Code::kNotPosted, "the transfer was never posted");
   if (!try_stop({Code::kCancelled, "cancelled by the caller"}))
-    return fail(Code::kBusy, "the transfer by %s has I/O in flight that cannot be stopped yet", parts_.slot->name().c_str());
+    return fail(Code::kBusy, "the transfer by %s has I/O in flight that cannot be stopped yet",
+                parts_.slot->name().c_str());
   return {};
 }
 
@@ -248,7 +258,8 @@ Result<void> Request::release() {
     return {};
   }
   if (!try_stop({Code::kCancelled, "the handle was released"}))
-    return fail(Code::kBusy, "the transfer by %s has I/O in flight that cannot be stopped yet; poll it to the end, then release",
+    return fail(Code::kBusy,
+                "the transfer by %s has I/O in flight that cannot be stopped yet; poll it to the end, then release",
                 parts_.slot->name().c_str());
   released_ = true;
   gone = std::move(transfer_);

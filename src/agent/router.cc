@@ -7,7 +7,9 @@ namespace {
 
 using u64 = std::uint64_t;
 
-unsigned long long ll(u64 value) { return value; }
+unsigned long long ll(u64 value) {
+  return value;
+}
 
 template <typename Entry>
 const Resolved<Entry>* side_of(const std::vector<Resolved<Entry>>& sides, const Slot* slot) {
@@ -63,8 +65,12 @@ class Table {
 class Blocks {
  public:
   explicit Blocks(const PreparedList& list)
-      : list_(list), plain_(list.first_block.empty()), addresses_(list.descs.addr.data()), lengths_(list.descs.len.data()),
-        address_(list.descs.addr[0]), length_(list.descs.len[0]) {}
+      : list_(list),
+        plain_(list.first_block.empty()),
+        addresses_(list.descs.addr.data()),
+        lengths_(list.descs.len.data()),
+        address_(list.descs.addr[0]),
+        length_(list.descs.len[0]) {}
   Block operator[](u64 i) const noexcept {
     if (!plain_) return block_at(list_, i);
     return {addresses_ ? addresses_[i] : address_, lengths_ ? lengths_[i] : length_, static_cast<std::size_t>(i)};
@@ -85,7 +91,8 @@ bool is_flat(const PreparedList& list, const Resolved<Entry>& side) {
 }
 
 tl::unexpected<Error> bad_index(std::size_t k, std::int64_t i, std::int64_t j, u64 num_local, u64 num_remote) {
-  return fail(Code::kInvalidArgument, "indices %lld, %lld at position %zu: lists have %llu local and %llu remote blocks",
+  return fail(Code::kInvalidArgument,
+              "indices %lld, %lld at position %zu: lists have %llu local and %llu remote blocks",
               static_cast<long long>(i), static_cast<long long>(j), k, ll(num_local), ll(num_remote));
 }
 
@@ -129,12 +136,14 @@ class Builder {
     Plan& plan = built_.plan;
     const u64 *const from = local.addr.data(), *const to = remote.addr.data();
     const u64 length = local.len[0], num_local = local.rows(), num_remote = remote.rows();
-    u64 *const address = plan.local_address.data(), *const other = plan.remote_address.data(), *const lengths = plan.length.data();
+    u64 *const address = plan.local_address.data(), *const other = plan.remote_address.data(),
+               *const lengths = plan.length.data();
     std::size_t rows = 0;
     u64 last_i = 0, last_j = 0;
     for (std::size_t k = 0; k < local_index.size(); ++k) {
       const u64 i = static_cast<u64>(local_index[k]), j = static_cast<u64>(remote_index[k]);
-      if (i >= num_local || j >= num_remote) return bad_index(k, local_index[k], remote_index[k], num_local, num_remote);
+      if (i >= num_local || j >= num_remote)
+        return bad_index(k, local_index[k], remote_index[k], num_local, num_remote);
       const u64 here = from[i], there = to[j];
       const bool follows = merge && k && i == last_i + 1 && j == last_j + 1;
       last_i = i;
@@ -217,10 +226,11 @@ Result<BuiltPlan> split(const PreparedList& local, const PreparedList& remote, c
   for (u64 i = 0; i < count; ++i) total += block_at(many, i).length;
   const Block whole = block_at(one, 0);
   if (one.num_blocks() != 1 || whole.length != total || kind_of(one.descs) == MemKind::kObject)
-    return fail(Code::kInvalidArgument,
-                "%llu local and %llu remote descriptors: numbers must be equal, or one side a single descriptor (no object) "
-                "of the other's total length",
-                ll(local.num_blocks()), ll(remote.num_blocks()));
+    return fail(
+        Code::kInvalidArgument,
+        "%llu local and %llu remote descriptors: numbers must be equal, or one side a single descriptor (no object) "
+        "of the other's total length",
+        ll(local.num_blocks()), ll(remote.num_blocks()));
   Builder builder(local, remote, route, count);
   u64 at = whole.address;
   for (u64 i = 0; i < count; ++i) {
@@ -256,7 +266,8 @@ Result<Route> choose_route(const PreparedList& local, const PreparedList& remote
   }
   if (wrong_kinds)
     return fail(Code::kInvalidArgument, "backend %s does not move between local %s and remote %s of agent '%s'",
-                wrong_kinds->name().c_str(), name(kind_of(local.descs)), name(kind_of(remote.descs)), remote.peer->name.c_str());
+                wrong_kinds->name().c_str(), name(kind_of(local.descs)), name(kind_of(remote.descs)),
+                remote.peer->name.c_str());
   return fail(Code::kNotFound, "no backend holds both the local %s and the remote %s descriptors of agent '%s'",
               name(kind_of(local.descs)), name(kind_of(remote.descs)), remote.peer->name.c_str());
 }
@@ -281,7 +292,8 @@ Result<BuiltPlan> build_plan(const PreparedList& local, std::span<const std::int
       return bad_index(k, local_index[k], remote_index[k], num_local, num_remote);
     const Block mine = ours[i], other = theirs[j];
     if (mine.length != other.length) return length_mismatch(k, mine.length, other.length);
-    const bool follows = merge && k && local_index[k] == local_index[k - 1] + 1 && remote_index[k] == remote_index[k - 1] + 1;
+    const bool follows =
+        merge && k && local_index[k] == local_index[k - 1] + 1 && remote_index[k] == remote_index[k - 1] + 1;
     if (!follows || !builder.join(mine, other)) builder.add(mine, other.address, other.row);
   }
   return builder.take();

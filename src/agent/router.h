@@ -9,7 +9,7 @@ namespace nixl::core {
 
 struct Route {
   Slot* asked = nullptr;  // the backend in creation order that qualifies on both sides: what users are told
-  const Resolved<LocalEntry>* local = nullptr;    // of the backend that runs it: `asked` or its companion
+  const Resolved<LocalEntry>* local = nullptr;  // of the backend that runs it: `asked` or its companion
   const Resolved<RemoteEntry>* remote = nullptr;
   Slot* slot() const noexcept { return local->slot; }
 };

@@ -39,7 +39,8 @@ Result<Frame> Seal::open(const Frame& sealed) {
   const std::string expected = mac(from, num_received_++, payload);
   int differing = 0;  // all bytes are compared: the time tells nothing
   for (std::size_t i = 0; i < kMacBytes; ++i) differing |= expected[i] ^ sealed.body[i];
-  if (differing) return fail(Code::kMismatch, "NIXL_LISTEN_SECRET differs on the other side, or the frame was changed on its way");
+  if (differing)
+    return fail(Code::kMismatch, "NIXL_LISTEN_SECRET differs on the other side, or the frame was changed on its way");
   return decode_payload(payload);
 }
 

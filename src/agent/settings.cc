@@ -102,8 +102,8 @@ Result<std::optional<bool>> Settings::flag(const std::string& name) const {
   const auto value = text(name);
   if (!value) return std::optional<bool>();
   if (const auto parsed = parse_bool(*value)) return parsed;
-  return fail(Code::kInvalidArgument, "%s is '%s'; allowed: y yes on 1 true enable, n no off 0 false disable", name.c_str(),
-              value->c_str());
+  return fail(Code::kInvalidArgument, "%s is '%s'; allowed: y yes on 1 true enable, n no off 0 false disable",
+              name.c_str(), value->c_str());
 }
 
 Result<std::optional<std::int64_t>> Settings::number(const std::string& name) const {

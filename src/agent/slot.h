@@ -18,7 +18,7 @@ inline constexpr std::size_t kMaxSlots = 64;  // backends of one agent
 struct Slot {
   std::uint32_t id = 0;  // position in creation order
   const BackendEntry* entry = nullptr;
-  Params params;         // as opened
+  Params params;  // as opened
   std::unique_ptr<Backend> backend;
   Notifier* notifier = nullptr;
   std::string connection;     // exported bytes

@@ -89,9 +89,9 @@ class RingFile final : public TelemetrySink {
   RingEvent* events_ = nullptr;
 };
 
-constexpr const char* kStatusNames[kNumErrors] = {"NOT_POSTED", "INVALID_PARAM", "BACKEND", "NOT_FOUND", "MISMATCH", "NOT_ALLOWED",
-                                                  "REPOST_ACTIVE", "UNKNOWN", "NOT_SUPPORTED", "REMOTE_DISCONNECT", "CANCELED",
-                                                  "NO_TELEMETRY"};
+constexpr const char* kStatusNames[kNumErrors] = {
+    "NOT_POSTED",    "INVALID_PARAM", "BACKEND",       "NOT_FOUND",         "MISMATCH", "NOT_ALLOWED",
+    "REPOST_ACTIVE", "UNKNOWN",       "NOT_SUPPORTED", "REMOTE_DISCONNECT", "CANCELED", "NO_TELEMETRY"};
 
 // NIXL_TELEMETRY_ENABLED_METRICS: globs over the metrics' names, with commas or blanks between them; unset: all.
 MetricSet enabled_metrics(const Settings& settings) {
@@ -108,7 +108,8 @@ MetricSet enabled_metrics(const Settings& settings) {
     MetricSet fitting;
     for (int i = 0; i < kNumMetrics; ++i) {
       const std::string& name = metric_name(static_cast<Metric>(i));
-      fitting[static_cast<std::size_t>(i)] = fnmatch(glob.c_str(), name.c_str(), 0) == 0 || fnmatch(glob.c_str(), name.c_str() + 6, 0) == 0;
+      fitting[static_cast<std::size_t>(i)] =
+          fnmatch(glob.c_str(), name.c_str(), 0) == 0 || fnmatch(glob.c_str(), name.c_str() + 6, 0) == 0;
     }
     if (fitting.none()) {
       if (known.empty())
@@ -128,16 +129,20 @@ tl::unexpected<Error> no_doca() {
     dlclose(library);
   else
     why = dlerror();
-  return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER=doca is not available: %s; NIXL_TELEMETRY_EXPORTER=prometheus serves the same figures",
-              why.c_str());
+  return fail(
+      Code::kMismatch,
+      "NIXL_TELEMETRY_EXPORTER=doca is not available: %s; NIXL_TELEMETRY_EXPORTER=prometheus serves the same figures",
+      why.c_str());
 }
 
-Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const std::string& agent, MetricSet enabled) {
+Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const std::string& agent,
+                                                 MetricSet enabled) {
   const auto directory = settings.text("NIXL_TELEMETRY_DIR");
   const std::string exporter = settings.text("NIXL_TELEMETRY_EXPORTER").value_or(directory ? "BUFFER" : "NOP");
   NIXL_ASSIGN(const auto size, settings.number("NIXL_TELEMETRY_BUFFER_SIZE"));
   if (size && *size <= 0)
-    return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_BUFFER_SIZE is %lld; a size above 0 is needed", static_cast<long long>(*size));
+    return fail(Code::kInvalidArgument, "NIXL_TELEMETRY_BUFFER_SIZE is %lld; a size above 0 is needed",
+                static_cast<long long>(*size));
   if (exporter == "NOP") return std::unique_ptr<TelemetrySink>();
   if (exporter == "BUFFER") {
     if (!directory) return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER=BUFFER needs NIXL_TELEMETRY_DIR");
@@ -146,7 +151,8 @@ Result<std::unique_ptr<TelemetrySink>> open_sink(const Settings& settings, const
   if (exporter == "prometheus") return open_prometheus(settings, agent, enabled);
   if (exporter == "prometheus_mp") return open_shared_prometheus(settings, agent, enabled);
   if (exporter == "doca") return no_doca();
-  return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER is '%s'; known: BUFFER NOP prometheus prometheus_mp doca", exporter.c_str());
+  return fail(Code::kMismatch, "NIXL_TELEMETRY_EXPORTER is '%s'; known: BUFFER NOP prometheus prometheus_mp doca",
+              exporter.c_str());
 }
 
 }  // namespace
@@ -175,7 +181,9 @@ const std::string& metric_name(Metric metric) {
   return kNames[static_cast<std::size_t>(metric)];
 }
 
-const char* status_name(int status) { return kStatusNames[-status - 1]; }
+const char* status_name(int status) {
+  return kStatusNames[-status - 1];
+}
 
 void Telemetry::add(const TelemetrySink::Event* events, std::size_t count) {
   if (!sink_) return;
@@ -210,19 +218,30 @@ void Telemetry::memory(Metric metric, std::uint64_t bytes) {
 
 int status_of(Code code) noexcept {
   switch (code) {
-    case Code::kNotPosted: return -1;
-    case Code::kInvalidArgument: return -2;
+    case Code::kNotPosted:
+      return -1;
+    case Code::kInvalidArgument:
+      return -2;
     case Code::kAgain:
     case Code::kTimeout:
-    case Code::kIo: return -3;
-    case Code::kNotFound: return -4;
-    case Code::kMismatch: return -5;
-    case Code::kNotAllowed: return -6;
-    case Code::kBusy: return -7;
-    case Code::kInternal: return -8;
-    case Code::kUnsupported: return -9;
-    case Code::kPeerLost: return -10;
-    case Code::kCancelled: return -11;
+    case Code::kIo:
+      return -3;
+    case Code::kNotFound:
+      return -4;
+    case Code::kMismatch:
+      return -5;
+    case Code::kNotAllowed:
+      return -6;
+    case Code::kBusy:
+      return -7;
+    case Code::kInternal:
+      return -8;
+    case Code::kUnsupported:
+      return -9;
+    case Code::kPeerLost:
+      return -10;
+    case Code::kCancelled:
+      return -11;
   }
   return -8;
 }

@@ -15,16 +15,25 @@ struct TransferTimes;
 
 // Event numbers as written to the ring buffer.
 enum class Metric : std::uint32_t {
-  kTxBytes, kRxBytes, kTxRequests, kRxRequests, kMemoryRegistered, kMemoryDeregistered, kTransferTime, kPostTime,
-  kFirstError,                                // 8..19: errors with status -1..-12
+  kTxBytes,
+  kRxBytes,
+  kTxRequests,
+  kRxRequests,
+  kMemoryRegistered,
+  kMemoryDeregistered,
+  kTransferTime,
+  kPostTime,
+  kFirstError,  // 8..19: errors with status -1..-12
   kEventsDropped = 20,
 };
 inline constexpr int kNumMetrics = 21, kNumErrors = 12;
 using MetricSet = std::bitset<kNumMetrics>;
 
-const std::string& metric_name(Metric metric);      // "agent_tx_bytes", "agent_errors_not_found"
-const char* status_name(int status);                // -4: "NOT_FOUND"
-constexpr Metric metric_of_error(int status) { return static_cast<Metric>(static_cast<int>(Metric::kFirstError) - 1 - status); }
+const std::string& metric_name(Metric metric);  // "agent_tx_bytes", "agent_errors_not_found"
+const char* status_name(int status);            // -4: "NOT_FOUND"
+constexpr Metric metric_of_error(int status) {
+  return static_cast<Metric>(static_cast<int>(Metric::kFirstError) - 1 - status);
+}
 
 // Receives what happened. Called from any thread; must be quick.
 class TelemetrySink {

@@ -15,7 +15,7 @@ namespace nixl::core {
 class ByteWriter {
  public:
   template <typename T>
-    requires std::is_integral_v<T>
+  requires std::is_integral_v<T>
   void put(T value) {
     static_assert(std::endian::native == std::endian::little, "add a byte swap for big-endian machines");
     char raw[sizeof(T)];
@@ -39,8 +39,7 @@ class ByteReader {
   explicit ByteReader(std::string_view in) noexcept : in_(in) {}
 
   template <typename T>
-    requires std::is_integral_v<T>
-  Result<T> get() {
+  requires std::is_integral_v<T> Result<T> get() {
     if (left() < sizeof(T))
       return fail(Code::kMismatch, "truncated: %zu bytes needed at offset %zu, %zu left", sizeof(T), at_, left());
     T value;
@@ -56,7 +55,8 @@ class ByteReader {
     return get_raw(size);
   }
   Result<std::string_view> get_raw(std::size_t size) {
-    if (left() < size) return fail(Code::kMismatch, "truncated: %zu bytes needed at offset %zu, %zu left", size, at_, left());
+    if (left() < size)
+      return fail(Code::kMismatch, "truncated: %zu bytes needed at offset %zu, %zu left", size, at_, left());
     const std::string_view view = in_.substr(at_, size);
     at_ += size;
     return view;

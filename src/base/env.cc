@@ -34,15 +34,17 @@ Result<std::optional<bool>> env_bool(const char* name) {
   const auto text = env_text(name);
   if (!text) return std::optional<bool>();
   if (auto value = parse_bool(*text)) return value;
-  return fail(Code::kInvalidArgument, "environment variable %s is '%s'; allowed: y yes on 1 true enable n no off 0 false disable",
-              name, text->c_str());
+  return fail(Code::kInvalidArgument,
+              "environment variable %s is '%s'; allowed: y yes on 1 true enable n no off 0 false disable", name,
+              text->c_str());
 }
 
 Result<std::optional<std::int64_t>> env_int(const char* name) {
   const auto text = env_text(name);
   if (!text) return std::optional<std::int64_t>();
   if (auto value = parse_int(*text)) return value;
-  return fail(Code::kInvalidArgument, "environment variable %s is '%s'; a decimal integer is needed", name, text->c_str());
+  return fail(Code::kInvalidArgument, "environment variable %s is '%s'; a decimal integer is needed", name,
+              text->c_str());
 }
 
 }  // namespace nixl::core

@@ -9,19 +9,32 @@ namespace nixl::core {
 
 std::string_view name(Code code) noexcept {
   switch (code) {
-    case Code::kInvalidArgument: return "invalid argument";
-    case Code::kUnsupported: return "unsupported";
-    case Code::kAgain: return "again";
-    case Code::kNotFound: return "not found";
-    case Code::kMismatch: return "mismatch";
-    case Code::kNotAllowed: return "not allowed";
-    case Code::kBusy: return "busy";
-    case Code::kNotPosted: return "not posted";
-    case Code::kPeerLost: return "peer lost";
-    case Code::kTimeout: return "timeout";
-    case Code::kCancelled: return "cancelled";
-    case Code::kIo: return "io";
-    case Code::kInternal: return "internal";
+    case Code::kInvalidArgument:
+      return "invalid argument";
+    case Code::kUnsupported:
+      return "unsupported";
+    case Code::kAgain:
+      return "again";
+    case Code::kNotFound:
+      return "not found";
+    case Code::kMismatch:
+      return "mismatch";
+    case Code::kNotAllowed:
+      return "not allowed";
+    case Code::kBusy:
+      return "busy";
+    case Code::kNotPosted:
+      return "not posted";
+    case Code::kPeerLost:
+      return "peer lost";
+    case Code::kTimeout:
+      return "timeout";
+    case Code::kCancelled:
+      return "cancelled";
+    case Code::kIo:
+      return "io";
+    case Code::kInternal:
+      return "internal";
   }
   return "unknown";
 }
@@ -34,8 +47,8 @@ Error within(std::string_view context, Error error) {
 std::string errno_text(int value) {
   const char* symbol = strerrorname_np(value);
   const char* text = strerrordesc_np(value);
-  return std::string(text ? text : "unknown error") + " (" + (symbol ? symbol : "errno") + ", " + std::to_string(value) +
-         ")";
+  return std::string(text ? text : "unknown error") + " (" + (symbol ? symbol : "errno") + ", " +
+         std::to_string(value) + ")";
 }
 
 Error errno_error(std::string_view what, int value, Code code) {

@@ -36,7 +36,9 @@ bool log_enabled(LogLevel level) noexcept {
   return static_cast<int>(level) >= current;
 }
 
-void set_log_level(LogLevel level) noexcept { g_level.store(static_cast<int>(level), std::memory_order_relaxed); }
+void set_log_level(LogLevel level) noexcept {
+  g_level.store(static_cast<int>(level), std::memory_order_relaxed);
+}
 
 void log_line(LogLevel level, const char* file, int line, const char* format, ...) noexcept {
   char text[2048];

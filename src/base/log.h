@@ -8,12 +8,13 @@ enum class LogLevel : int { kTrace, kDebug, kInfo, kWarn, kError, kFatal };
 
 bool log_enabled(LogLevel level) noexcept;
 void set_log_level(LogLevel level) noexcept;
-[[gnu::format(printf, 4, 5)]] void log_line(LogLevel level, const char* file, int line, const char* format, ...) noexcept;
+[[gnu::format(printf, 4, 5)]] void log_line(LogLevel level, const char* file, int line, const char* format,
+                                            ...) noexcept;
 
 }  // namespace nixl::core
 
-#define NIXL_LOG(level, ...)                                                                      \
-  do {                                                                                            \
+#define NIXL_LOG(level, ...)                                                                              \
+  do {                                                                                                    \
     if (::nixl::core::log_enabled(level)) ::nixl::core::log_line(level, __FILE__, __LINE__, __VA_ARGS__); \
   } while (0)
 #define NIXL_DEBUG(...) NIXL_LOG(::nixl::core::LogLevel::kDebug, __VA_ARGS__)

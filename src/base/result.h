@@ -6,9 +6,8 @@
 #pragma once
 #include <string>
 #include <string_view>
-#include <utility>
-
 #include <tl/expected.hpp>
+#include <utility>
 
 namespace nixl::core {
 
@@ -50,13 +49,15 @@ using Result = tl::expected<T, Error>;
 
 // printf-like formatting of the reason. `return fail(Code::kIo, "open %s: %s", path, text);` converts to any Result<T>.
 [[gnu::format(printf, 2, 3)]] tl::unexpected<Error> fail(Code code, const char* format, ...);
-inline tl::unexpected<Error> fail(Error error) { return tl::unexpected<Error>(std::move(error)); }
+inline tl::unexpected<Error> fail(Error error) {
+  return tl::unexpected<Error>(std::move(error));
+}
 
 }  // namespace nixl::core
 
 // NIXL_TRY(expr): returns the error of a Result<void> expression from the enclosing function.
-#define NIXL_TRY(expr)                                                                  \
-  do {                                                                                  \
+#define NIXL_TRY(expr)                                                                                \
+  do {                                                                                                \
     if (auto nixl_try_ = (expr); !nixl_try_) return ::nixl::core::fail(std::move(nixl_try_).error()); \
   } while (0)
 
@@ -64,7 +65,7 @@ inline tl::unexpected<Error> fail(Error error) { return tl::unexpected<Error>(st
 #define NIXL_CONCAT_(a, b) a##b
 #define NIXL_CONCAT(a, b) NIXL_CONCAT_(a, b)
 #define NIXL_ASSIGN(target, expr) NIXL_ASSIGN_(NIXL_CONCAT(nixl_result_, __LINE__), target, expr)
-#define NIXL_ASSIGN_(temp, target, expr)                                \
-  auto temp = (expr);                                                   \
-  if (!temp) return ::nixl::core::fail(std::move(temp).error());        \
+#define NIXL_ASSIGN_(temp, target, expr)                         \
+  auto temp = (expr);                                            \
+  if (!temp) return ::nixl::core::fail(std::move(temp).error()); \
   target = std::move(*temp)

@@ -32,10 +32,10 @@ namespace nixl::core {
 
 // What a backend can do; constant after it was opened.
 struct Abilities {
-  KindSet local_kinds;            // kinds that can be the local side of a transfer
-  KindSet remote_kinds;           // kinds that can be the remote side
-  bool remote = false;            // reaches other agents: export_*, import_region and connect(other) work, notifier() exists
-  bool local = false;             // serves transfers of an agent with itself
+  KindSet local_kinds;   // kinds that can be the local side of a transfer
+  KindSet remote_kinds;  // kinds that can be the remote side
+  bool remote = false;   // reaches other agents: export_*, import_region and connect(other) work, notifier() exists
+  bool local = false;    // serves transfers of an agent with itself
   bool concurrent_setup = false;  // see THREADS
   // kVram in a kind set, but moved through host memory: the path text says "staged".
   KindSet registrable() const noexcept { return local_kinds | remote_kinds; }
@@ -157,8 +157,8 @@ class Events {
 // Given to open(). `events` outlives the backend.
 struct BackendConfig {
   PeerId self;
-  Params params;                 // defaults of the entry, overwritten by the caller's; values never null
-  bool progress_thread = true;   // false: progress happens only inside calls
+  Params params;                // defaults of the entry, overwritten by the caller's; values never null
+  bool progress_thread = true;  // false: progress happens only inside calls
   Events* events = nullptr;
 };
 
@@ -170,7 +170,8 @@ class Backend {
   // The same region may be added more than once; each call gives its own object.
   virtual Result<std::unique_ptr<LocalRegion>> add_region(const Region&) = 0;
   // Our own region as target of our own transfers (abilities().local). `self` came from connect() with the own name.
-  virtual Result<std::unique_ptr<RemoteRegion>> loopback_region(Connection& self, const Region& region, LocalRegion& local) {
+  virtual Result<std::unique_ptr<RemoteRegion>> loopback_region(Connection& self, const Region& region,
+                                                                LocalRegion& local) {
     NIXL_ASSIGN(const std::string key, export_region(local));
     return import_region(self, region, key);
   }

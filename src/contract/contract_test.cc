@@ -73,4 +73,6 @@ TEST(cursor_walks_strided_runs_and_dense_runs_collapse) {
   CHECK_EQ(second.remote, 1110u);
 }
 
-int main(int argc, char** argv) { return check::run_tests(argc, argv); }
+int main(int argc, char** argv) {
+  return check::run_tests(argc, argv);
+}

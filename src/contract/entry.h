@@ -31,8 +31,8 @@ struct BackendEntry {
   bool list_params = true;           // false: get_plugin_params shows {}
   KindSet kinds;                     // what it supports where everything is present
   bool remote = false, local = false, notifications = false;
-  std::string threads_param;         // parameter that the agent's num_threads sets; empty: none
-  std::vector<std::string> excludes; // may not be in one agent with these
+  std::string threads_param;          // parameter that the agent's num_threads sets; empty: none
+  std::vector<std::string> excludes;  // may not be in one agent with these
   // Not asked for by name: opened beside the first of these that an agent creates, and preferred for peers it can connect to
   // and regions it accepted; `params` are set by the other's parameters of the same names. Off when the environment variable
   // `off_env` or the other's parameter `off_param` says no.

@@ -15,7 +15,9 @@ constexpr const char* name(MemKind kind) noexcept {
   constexpr const char* kNames[kNumMemKinds] = {"DRAM_SEG", "VRAM_SEG", "BLK_SEG", "OBJ_SEG", "FILE_SEG"};
   return kNames[static_cast<int>(kind)];
 }
-constexpr bool is_storage(MemKind kind) noexcept { return kind >= MemKind::kBlock; }
+constexpr bool is_storage(MemKind kind) noexcept {
+  return kind >= MemKind::kBlock;
+}
 
 class KindSet {
  public:

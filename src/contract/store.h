@@ -28,7 +28,8 @@ class StoreWatch {
 class StoreWatcher {
  public:
   virtual ~StoreWatcher() = default;
-  virtual Result<std::unique_ptr<StoreWatch>> watch(std::string_view prefix, std::function<void(const StoreEvent&)> callback) = 0;
+  virtual Result<std::unique_ptr<StoreWatch>> watch(std::string_view prefix,
+                                                    std::function<void(const StoreEvent&)> callback) = 0;
 };
 
 class Store {
@@ -42,13 +43,15 @@ class Store {
   // Removes the key; a missing key is success.
   virtual Result<void> withdraw(std::string_view key) = 0;
   // Removes every key that begins so, whoever published it; stores that cannot say kUnsupported.
-  virtual Result<void> withdraw_prefix(std::string_view) { return fail(Code::kUnsupported, "this store removes single keys only"); }
+  virtual Result<void> withdraw_prefix(std::string_view) {
+    return fail(Code::kUnsupported, "this store removes single keys only");
+  }
   virtual StoreWatcher* watcher() noexcept { return nullptr; }
 };
 
 struct StoreConfig {
-  std::string endpoint;                        // "host:port" or a URL, as the store understands it
-  Nanoseconds timeout_ns = 5'000'000'000;      // of one operation
+  std::string endpoint;                    // "host:port" or a URL, as the store understands it
+  Nanoseconds timeout_ns = 5'000'000'000;  // of one operation
   Nanoseconds connect_timeout_ns = 5'000'000'000;
   Nanoseconds lease_ns = 0;  // > 0: published keys vanish this long after the publisher died (stores that can)
 };

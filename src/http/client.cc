@@ -19,7 +19,8 @@ namespace {
 
 constexpr std::size_t kMaxErrorText = 64 << 10;
 constexpr std::size_t kMaxText = 64 << 20;
-constexpr long kBuffer = 256 << 10;  // of libcurl, each way: large enough for few calls, small enough to stay in the cache
+constexpr long kBuffer =
+    256 << 10;  // of libcurl, each way: large enough for few calls, small enough to stay in the cache
 
 std::uint64_t bytes_of(const std::vector<iovec>& list) {
   std::uint64_t sum = 0;

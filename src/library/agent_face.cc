@@ -12,13 +12,15 @@
 namespace nixl {
 namespace {
 
-constexpr const char* kStatusNames[] = {"NIXL_ERR_NOT_POSTED", "NIXL_ERR_INVALID_PARAM", "NIXL_ERR_BACKEND",
-                                        "NIXL_ERR_NOT_FOUND", "NIXL_ERR_MISMATCH", "NIXL_ERR_NOT_ALLOWED",
-                                        "NIXL_ERR_REPOST_ACTIVE", "NIXL_ERR_UNKNOWN", "NIXL_ERR_NOT_SUPPORTED",
-                                        "NIXL_ERR_REMOTE_DISCONNECT", "NIXL_ERR_CANCELED", "NIXL_ERR_NO_TELEMETRY"};
+constexpr const char* kStatusNames[] = {
+    "NIXL_ERR_NOT_POSTED",    "NIXL_ERR_INVALID_PARAM",     "NIXL_ERR_BACKEND",       "NIXL_ERR_NOT_FOUND",
+    "NIXL_ERR_MISMATCH",      "NIXL_ERR_NOT_ALLOWED",       "NIXL_ERR_REPOST_ACTIVE", "NIXL_ERR_UNKNOWN",
+    "NIXL_ERR_NOT_SUPPORTED", "NIXL_ERR_REMOTE_DISCONNECT", "NIXL_ERR_CANCELED",      "NIXL_ERR_NO_TELEMETRY"};
 constexpr core::Nanoseconds kConnectTime = 10'000'000'000;
 
-[[noreturn]] void raise(const core::Error& error) { throw Error(core::status_of(error.code), error.reason); }
+[[noreturn]] void raise(const core::Error& error) {
+  throw Error(core::status_of(error.code), error.reason);
+}
 
 template <typename T>
 T unwrap(core::Result<T> result) {
@@ -26,9 +28,13 @@ T unwrap(core::Result<T> result) {
   if constexpr (!std::is_void_v<T>) return std::move(*result);
 }
 
-XferState state_of(core::Result<bool> done) { return unwrap(std::move(done)) ? XferState::DONE : XferState::PROC; }
+XferState state_of(core::Result<bool> done) {
+  return unwrap(std::move(done)) ? XferState::DONE : XferState::PROC;
+}
 
-core::Op op_of(OpType op) { return op == OpType::READ ? core::Op::kRead : core::Op::kWrite; }
+core::Op op_of(OpType op) {
+  return op == OpType::READ ? core::Op::kRead : core::Op::kWrite;
+}
 
 // The core counts backends from 0.
 std::vector<std::uint32_t> places(const Agent::BackendIds& ids) {
@@ -49,13 +55,21 @@ Descs columns(const std::vector<MemDescriptor>& list) {
 }  // namespace
 
 Error::Error(int code, const std::string& reason)
-    : std::runtime_error(std::string(nameOf(code)) + (reason.empty() ? "" : ": " + reason)), code_(code), reason_(reason) {}
+    : std::runtime_error(std::string(nameOf(code)) + (reason.empty() ? "" : ": " + reason)),
+      code_(code),
+      reason_(reason) {}
 
-const char* Error::nameOf(int code) noexcept { return code <= -1 && code >= -12 ? kStatusNames[-code - 1] : "BAD_STATUS"; }
+const char* Error::nameOf(int code) noexcept {
+  return code <= -1 && code >= -12 ? kStatusNames[-code - 1] : "BAD_STATUS";
+}
 
-void throwInvalid(const std::string& reason) { throw Error(-2, reason); }
+void throwInvalid(const std::string& reason) {
+  throw Error(-2, reason);
+}
 
-std::string packDescs(const Descs& descs, std::uint8_t list_class) { return core::encode_descs(descs, list_class); }
+std::string packDescs(const Descs& descs, std::uint8_t list_class) {
+  return core::encode_descs(descs, list_class);
+}
 Descs unpackDescs(const char* bytes, std::size_t size, std::uint8_t& list_class) {
   return unwrap(core::decode_descs({bytes, size}, list_class));
 }
@@ -91,13 +105,15 @@ Agent::Agent(std::string name, AgentConfig config) : impl_(std::make_shared<Agen
   options.capture_telemetry = config.capture_telemetry;
   options.watch_timeout_ns = std::chrono::nanoseconds(config.etcd_watch_timeout).count();
   auto opened = core::Agent::open(std::move(options), core::process_catalog());
-  if (!opened && opened.error().code == core::Code::kInvalidArgument) throw std::invalid_argument(opened.error().reason);
+  if (!opened && opened.error().code == core::Code::kInvalidArgument)
+    throw std::invalid_argument(opened.error().reason);
   impl_->core = unwrap(std::move(opened));
   impl_->config = std::move(config);
   for (const std::string& backend : impl_->config.backends) {
     auto entry = impl_->core->catalog().find(backend);
     if (!entry) {
-      NIXL_WARN("agent %s: backend %s is skipped: %s", impl_->core->name().c_str(), backend.c_str(), entry.error().reason.c_str());
+      NIXL_WARN("agent %s: backend %s is skipped: %s", impl_->core->name().c_str(), backend.c_str(),
+                entry.error().reason.c_str());
       continue;
     }
     addBackend(backend);
@@ -106,7 +122,9 @@ Agent::Agent(std::string name, AgentConfig config) : impl_(std::make_shared<Agen
 
 Agent::~Agent() = default;
 
-const std::string& Agent::name() const noexcept { return impl_->core->name(); }
+const std::string& Agent::name() const noexcept {
+  return impl_->core->name();
+}
 
 // ---- backends
 
@@ -124,9 +142,13 @@ Agent::BackendId Agent::addBackend(const std::string& backend, const Params& par
   return unwrap(impl_->core->create_backend(backend, merged)) + 1;
 }
 
-void Agent::createBackend(const std::string& backend, const Params& params) { addBackend(backend, params); }
+void Agent::createBackend(const std::string& backend, const Params& params) {
+  addBackend(backend, params);
+}
 
-std::vector<std::string> Agent::pluginList() const { return impl_->core->catalog().viable(); }
+std::vector<std::string> Agent::pluginList() const {
+  return impl_->core->catalog().viable();
+}
 
 std::vector<std::pair<std::string, Agent::BackendId>> Agent::backendsHeld() const {
   std::vector<std::pair<std::string, BackendId>> list;
@@ -138,7 +160,8 @@ std::vector<std::pair<std::string, Agent::BackendId>> Agent::backendsHeld() cons
 namespace {
 core::Slot& slot_of(core::Agent& agent, Agent::BackendId id) {
   core::Slot* slot = agent.slot(id - 1);
-  if (!slot || slot->is_companion) throwInvalid("backend number " + std::to_string(id) + " was not created by this agent");
+  if (!slot || slot->is_companion)
+    throwInvalid("backend number " + std::to_string(id) + " was not created by this agent");
   return *slot;
 }
 }  // namespace
@@ -179,7 +202,8 @@ RegHandle Agent::registerMemory(const std::vector<MemDescriptor>& descs, const s
   record->owner = impl_;
   record->backends = ids_of(*impl_->core, backend);
   for (const MemDescriptor& desc : descs) {
-    auto place = std::find_if(record->lists.begin(), record->lists.end(), [&](const Descs& list) { return list.type == desc.type; });
+    auto place = std::find_if(record->lists.begin(), record->lists.end(),
+                              [&](const Descs& list) { return list.type == desc.type; });
     if (place == record->lists.end()) place = record->lists.insert(place, Descs(desc.type));
     place->add(desc.addr, desc.len, desc.dev_id, desc.meta);
   }
@@ -218,26 +242,37 @@ std::vector<std::optional<Params>> Agent::queryMemory(const Descs& descs, Backen
 Agent::Handle Agent::prepareDescs(const std::string& agent, Descs descs, const BackendIds& backends) {
   return unwrap(impl_->core->prepare_list(agent, std::move(descs), places(backends)));
 }
-void Agent::releaseDescs(Handle list) { unwrap(impl_->core->release_list(list)); }
+void Agent::releaseDescs(Handle list) {
+  unwrap(impl_->core->release_list(list));
+}
 
 Agent::Handle Agent::makeTransfer(OpType op, Handle local, Indices local_index, Handle remote, Indices remote_index,
                                   std::optional<std::string> notif, const BackendIds& backends, bool merge) {
   return unwrap(impl_->core->make_request(op_of(op), local, {local_index.data, local_index.size}, remote,
-                                          {remote_index.data, remote_index.size}, std::move(notif), places(backends), merge));
+                                          {remote_index.data, remote_index.size}, std::move(notif), places(backends),
+                                          merge));
 }
 Agent::Handle Agent::makeTransfer(OpType op, Descs local, Descs remote, const std::string& agent,
                                   std::optional<std::string> notif, const BackendIds& backends) {
-  return unwrap(impl_->core->make_request(op_of(op), std::move(local), std::move(remote), agent, std::move(notif), places(backends)));
+  return unwrap(impl_->core->make_request(op_of(op), std::move(local), std::move(remote), agent, std::move(notif),
+                                          places(backends)));
 }
 XferState Agent::post(Handle transfer, const std::string* notif) {
-  return state_of(unwrap(impl_->core->request(transfer))->post(notif ? std::optional<std::string_view>(*notif) : std::nullopt));
+  return state_of(
+      unwrap(impl_->core->request(transfer))->post(notif ? std::optional<std::string_view>(*notif) : std::nullopt));
 }
-XferState Agent::check(Handle transfer) { return state_of(unwrap(impl_->core->request(transfer))->check()); }
+XferState Agent::check(Handle transfer) {
+  return state_of(unwrap(impl_->core->request(transfer))->check());
+}
 XferState Agent::wait(Handle transfer, std::chrono::nanoseconds timeout) {
   return state_of(unwrap(impl_->core->request(transfer))->wait(core::Deadline::after(timeout.count())));
 }
-void Agent::cancel(Handle transfer) { unwrap(unwrap(impl_->core->request(transfer))->cancel()); }
-void Agent::release(Handle transfer) { unwrap(impl_->core->release_request(transfer)); }
+void Agent::cancel(Handle transfer) {
+  unwrap(unwrap(impl_->core->request(transfer))->cancel());
+}
+void Agent::release(Handle transfer) {
+  unwrap(impl_->core->release_request(transfer));
+}
 
 XferTelemetry Agent::telemetry(Handle transfer) {
   const auto request = unwrap(impl_->core->request(transfer));
@@ -250,8 +285,12 @@ CostEstimate Agent::estimateCost(Handle transfer) {
   const core::CostEstimate cost = unwrap(unwrap(impl_->core->request(transfer))->estimate());
   return {cost.duration_us, cost.error_margin_us};
 }
-Agent::BackendId Agent::backendOf(Handle transfer) { return unwrap(impl_->core->request(transfer))->backend_id() + 1; }
-std::string Agent::pathOf(Handle transfer) { return unwrap(unwrap(impl_->core->request(transfer))->path()); }
+Agent::BackendId Agent::backendOf(Handle transfer) {
+  return unwrap(impl_->core->request(transfer))->backend_id() + 1;
+}
+std::string Agent::pathOf(Handle transfer) {
+  return unwrap(unwrap(impl_->core->request(transfer))->path());
+}
 
 namespace {
 Agent::Handle handle_of(const std::shared_ptr<XferRecord>& record, const std::shared_ptr<AgentImpl>& impl) {
@@ -263,18 +302,24 @@ Agent::Handle handle_of(const std::shared_ptr<XferRecord>& record, const std::sh
 }
 }  // namespace
 
-XferHandle Agent::prepareTransfer(OpType op, const std::vector<MemDescriptor>& local, const std::vector<MemDescriptor>& remote,
-                                  const std::string& remote_agent, const std::string& backend, const std::string& notif) {
+XferHandle Agent::prepareTransfer(OpType op, const std::vector<MemDescriptor>& local,
+                                  const std::vector<MemDescriptor>& remote, const std::string& remote_agent,
+                                  const std::string& backend, const std::string& notif) {
   auto record = std::make_shared<XferRecord>();
-  record->handle = makeTransfer(op, columns(local), columns(remote), remote_agent,
-                                notif.empty() ? std::nullopt : std::optional<std::string>(notif), ids_of(*impl_->core, backend));
+  record->handle =
+      makeTransfer(op, columns(local), columns(remote), remote_agent,
+                   notif.empty() ? std::nullopt : std::optional<std::string>(notif), ids_of(*impl_->core, backend));
   record->owner = impl_;
   XferHandle handle;
   handle.record_ = std::move(record);
   return handle;
 }
-XferState Agent::postTransfer(const XferHandle& transfer) { return post(handle_of(transfer.record_, impl_)); }
-XferState Agent::checkTransfer(const XferHandle& transfer) { return check(handle_of(transfer.record_, impl_)); }
+XferState Agent::postTransfer(const XferHandle& transfer) {
+  return post(handle_of(transfer.record_, impl_));
+}
+XferState Agent::checkTransfer(const XferHandle& transfer) {
+  return check(handle_of(transfer.record_, impl_));
+}
 XferState Agent::waitTransfer(const XferHandle& transfer, std::chrono::milliseconds timeout) {
   return wait(handle_of(transfer.record_, impl_), timeout);
 }
@@ -284,16 +329,28 @@ void Agent::releaseTransfer(const XferHandle& transfer) {
 
 // ---- other agents
 
-std::string Agent::getMetadata() const { return unwrap(impl_->core->metadata()); }
+std::string Agent::getMetadata() const {
+  return unwrap(impl_->core->metadata());
+}
 std::string Agent::partialMetadata(const Descs& descs, bool connections, const BackendIds& backends) const {
   return unwrap(impl_->core->partial_metadata(descs, connections, places(backends)));
 }
-std::string Agent::addRemoteAgent(const std::string& metadata) { return unwrap(impl_->core->load(metadata)); }
-void Agent::removeRemoteAgent(const std::string& agent) { unwrap(impl_->core->remove(agent)); }
-bool Agent::checkRemoteMetadata(const std::string& agent) { return impl_->core->check_peer(agent, nullptr).has_value(); }
-void Agent::requirePeer(const std::string& agent, const Descs* descs) { unwrap(impl_->core->check_peer(agent, descs)); }
+std::string Agent::addRemoteAgent(const std::string& metadata) {
+  return unwrap(impl_->core->load(metadata));
+}
+void Agent::removeRemoteAgent(const std::string& agent) {
+  unwrap(impl_->core->remove(agent));
+}
+bool Agent::checkRemoteMetadata(const std::string& agent) {
+  return impl_->core->check_peer(agent, nullptr).has_value();
+}
+void Agent::requirePeer(const std::string& agent, const Descs* descs) {
+  unwrap(impl_->core->check_peer(agent, descs));
+}
 
-void Agent::sendLocalMetadata(const std::string& ip, std::uint16_t port) { unwrap(impl_->core->send_metadata(ip, port)); }
+void Agent::sendLocalMetadata(const std::string& ip, std::uint16_t port) {
+  unwrap(impl_->core->send_metadata(ip, port));
+}
 void Agent::sendPartialMetadata(const Descs& descs, bool connections, const BackendIds& backends, const std::string& ip,
                                 std::uint16_t port, const std::string& label) {
   unwrap(impl_->core->send_partial(descs, connections, places(backends), ip, port, label));
@@ -301,17 +358,24 @@ void Agent::sendPartialMetadata(const Descs& descs, bool connections, const Back
 void Agent::fetchRemoteMetadata(const std::string& agent, const std::string& ip, std::uint16_t port) {
   fetchLabelled(agent, ip, port, "");
 }
-void Agent::fetchLabelled(const std::string& agent, const std::string& ip, std::uint16_t port, const std::string& label) {
+void Agent::fetchLabelled(const std::string& agent, const std::string& ip, std::uint16_t port,
+                          const std::string& label) {
   unwrap(impl_->core->fetch(agent, ip, port, label));
 }
-void Agent::invalidateLocalMetadata(const std::string& ip, std::uint16_t port) { unwrap(impl_->core->invalidate(ip, port)); }
+void Agent::invalidateLocalMetadata(const std::string& ip, std::uint16_t port) {
+  unwrap(impl_->core->invalidate(ip, port));
+}
 
-void Agent::makeConnection(const std::string& remote_agent) { connect(remote_agent, {}, std::chrono::nanoseconds(kConnectTime)); }
+void Agent::makeConnection(const std::string& remote_agent) {
+  connect(remote_agent, {}, std::chrono::nanoseconds(kConnectTime));
+}
 void Agent::connect(const std::string& agent, const BackendIds& backends, std::chrono::nanoseconds timeout) {
   unwrap(impl_->core->connect(agent, places(backends), timeout.count()));
 }
 
-void Agent::sendNotif(const std::string& remote_agent, const std::string& message) { notify(remote_agent, message, {}); }
+void Agent::sendNotif(const std::string& remote_agent, const std::string& message) {
+  notify(remote_agent, message, {});
+}
 void Agent::notify(const std::string& agent, const std::string& message, const BackendIds& backends) {
   unwrap(impl_->core->send_notification(agent, message, places(backends)));
 }
@@ -327,15 +391,20 @@ Notifs Agent::getNewNotifs() {
   return map;
 }
 
-int Agent::eventFd() { return unwrap(impl_->core->event_fd()); }
-std::uint16_t Agent::listenPort() const noexcept { return impl_->core->listen_port(); }
+int Agent::eventFd() {
+  return unwrap(impl_->core->event_fd());
+}
+std::uint16_t Agent::listenPort() const noexcept {
+  return impl_->core->listen_port();
+}
 
 Agent::Handle Agent::openView(const std::string& agent, const Descs& descs, const BackendIds& backends) {
   if (descs.rows() == 0) throwInvalid("a memory view needs descriptors; the list is empty");
   if (!agent.empty()) unwrap(impl_->core->check_peer(agent, nullptr));
   std::string asked;
   for (const auto& [backend, id] : backendsHeld())
-    if (backends.empty() || std::find(backends.begin(), backends.end(), id) != backends.end()) asked += (asked.empty() ? "" : ", ") + backend;
+    if (backends.empty() || std::find(backends.begin(), backends.end(), id) != backends.end())
+      asked += (asked.empty() ? "" : ", ") + backend;
   throw Error(-9, "no backend of agent '" + name() + "' (" + (asked.empty() ? "it has none" : asked) +
                       ") lets kernels use memory" + (agent.empty() ? "" : " of agent '" + agent + "'") +
                       " by themselves: transfers that a GPU starts are not in this release; post them from the host");

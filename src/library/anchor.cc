@@ -2,6 +2,8 @@
 
 namespace nixl {
 
-const char* version() noexcept { return NIXL_VERSION_TEXT; }
+const char* version() noexcept {
+  return NIXL_VERSION_TEXT;
+}
 
 }  // namespace nixl

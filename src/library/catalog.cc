@@ -49,8 +49,14 @@ std::vector<BackendInfo> listBackends() {
   return list;
 }
 
-std::string canonicalBackend(const std::string& name) { return core::process_catalog().canonical(name); }
-std::string libraryDirectory() { return core::library_directory(); }
-std::string pluginDirectory() { return core::library_directory() + "/plugins"; }
+std::string canonicalBackend(const std::string& name) {
+  return core::process_catalog().canonical(name);
+}
+std::string libraryDirectory() {
+  return core::library_directory();
+}
+std::string pluginDirectory() {
+  return core::library_directory() + "/plugins";
+}
 
 }  // namespace nixl

@@ -31,7 +31,9 @@ std::string pattern(std::size_t size, unsigned seed) {
   for (; at < size; ++at) bytes[at] = static_cast<char>(random());
   return bytes;
 }
-std::uint64_t address_of(const std::string& buffer) { return reinterpret_cast<std::uint64_t>(buffer.data()); }
+std::uint64_t address_of(const std::string& buffer) {
+  return reinterpret_cast<std::uint64_t>(buffer.data());
+}
 
 // One backend instance under the name of an agent.
 struct Node {
@@ -53,7 +55,9 @@ struct Node {
   std::unique_ptr<Backend> backend;
 };
 
-Region dram(const std::string& buffer) { return {MemKind::kDram, address_of(buffer), buffer.size(), 0, ""}; }
+Region dram(const std::string& buffer) {
+  return {MemKind::kDram, address_of(buffer), buffer.size(), 0, ""};
+}
 
 // A local buffer and a target of the same size with everything between them, for either family of backends.
 struct Link {
@@ -247,7 +251,7 @@ void strided_runs(const BackendCase& which) {
   std::string expected(link.local_bytes.size(), 'R');
   link.set_contents(expected);
   Plan plan = link.plan(Op::kWrite);
-  link.add(plan, 0, block, block);               // count blocks, every third to every second place
+  link.add(plan, 0, block, block);                              // count blocks, every third to every second place
   link.add(plan, 3 * block * count, 3 * block * count, block);  // a run of one
   plan.count = {count, 1};
   plan.local_stride = {3 * block, 0};

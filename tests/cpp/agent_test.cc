@@ -1,7 +1,6 @@
 // The public C++ class between agents of one process, on the reference backend.
 #include <nixl/agent.h>
 #include <nixl/backend.h>
-
 #include <poll.h>
 
 #include <atomic>
@@ -113,7 +112,8 @@ TEST(handles_outlive_their_agent) {
 TEST(repost_while_running_and_cancel) {
   Agent a("a", loopback({{"delay_us", "1000000"}}));
   std::vector<char> buffer(64, 'x');
-  std::vector<MemDescriptor> from = {{buffer.data(), 32, 0}}, to = {{buffer.data() + 32, 32, 0}}, all = {{buffer.data(), 64, 0}};
+  std::vector<MemDescriptor> from = {{buffer.data(), 32, 0}}, to = {{buffer.data() + 32, 32, 0}},
+                             all = {{buffer.data(), 64, 0}};
   auto reg = a.registerMemory(all);
   auto x = a.prepareTransfer(OpType::WRITE, from, to, "a");
   CHECK_EQ(error_of([&] { a.checkTransfer(x); }).code(), -1);
@@ -193,8 +193,8 @@ TEST(eight_threads_share_one_agent) {
 }
 
 TEST(every_documented_backend_is_reported) {
-  const char* kNames[] = {"UCX", "UCX_MO", "GPUNETIO", "Mooncake", "LIBFABRIC", "GDS", "GDS_MT", "POSIX", "HF3FS", "OBJ",
-                          "GUSLI", "AZURE_BLOB", "UCCL", "INFINIA"};
+  const char* kNames[] = {"UCX",   "UCX_MO", "GPUNETIO", "Mooncake", "LIBFABRIC",  "GDS",  "GDS_MT",
+                          "POSIX", "HF3FS",  "OBJ",      "GUSLI",    "AZURE_BLOB", "UCCL", "INFINIA"};
   const auto list = listBackends();
   for (const char* name : kNames) {
     bool found = false;

@@ -5,7 +5,9 @@
 
 namespace gpu_test {
 
-inline std::int64_t bytes_for(const Case& c) { return size_hint_bytes(c.max_tokens, c.hidden, std::int64_t{c.ranks} * c.experts); }
+inline std::int64_t bytes_for(const Case& c) {
+  return size_hint_bytes(c.max_tokens, c.hidden, std::int64_t{c.ranks} * c.experts);
+}
 
 struct Tensors {
   Case c;

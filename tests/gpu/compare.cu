@@ -3,7 +3,8 @@
 namespace gpu_test {
 namespace {
 
-__global__ void rows_kernel(const unsigned* a, const unsigned* b, const std::int32_t* count, int rows, int words, unsigned long long* wrong) {
+__global__ void rows_kernel(const unsigned* a, const unsigned* b, const std::int32_t* count, int rows, int words,
+                            unsigned long long* wrong) {
   const int expert = blockIdx.x, n = count[expert];
   unsigned long long differ = 0;
   for (int row = blockIdx.y; row < n; row += gridDim.y) {
@@ -14,7 +15,9 @@ __global__ void rows_kernel(const unsigned* a, const unsigned* b, const std::int
 }
 __global__ void bytes_kernel(const unsigned* a, const unsigned* b, std::int64_t words, unsigned long long* wrong) {
   unsigned long long differ = 0;
-  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < words; i += std::int64_t{gridDim.x} * blockDim.x) differ += a[i] != b[i];
+  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < words;
+       i += std::int64_t{gridDim.x} * blockDim.x)
+    differ += a[i] != b[i];
   if (differ) atomicAdd(wrong, differ);
 }
 __global__ void pause_kernel(std::uint32_t seed) {
@@ -26,13 +29,17 @@ __global__ void pause_kernel(std::uint32_t seed) {
 
 }  // namespace
 
-void compare_rows(const void* a, const void* b, const std::int32_t* count, int experts, int rows, int row_bytes, unsigned long long* wrong,
-                  cudaStream_t stream) {
-  rows_kernel<<<dim3(experts, 8), 128, 0, stream>>>(static_cast<const unsigned*>(a), static_cast<const unsigned*>(b), count, rows, row_bytes / 4, wrong);
+void compare_rows(const void* a, const void* b, const std::int32_t* count, int experts, int rows, int row_bytes,
+                  unsigned long long* wrong, cudaStream_t stream) {
+  rows_kernel<<<dim3(experts, 8), 128, 0, stream>>>(static_cast<const unsigned*>(a), static_cast<const unsigned*>(b),
+                                                    count, rows, row_bytes / 4, wrong);
 }
 void compare_bytes(const void* a, const void* b, std::int64_t bytes, unsigned long long* wrong, cudaStream_t stream) {
-  bytes_kernel<<<64, 128, 0, stream>>>(static_cast<const unsigned*>(a), static_cast<const unsigned*>(b), bytes / 4, wrong);
+  bytes_kernel<<<64, 128, 0, stream>>>(static_cast<const unsigned*>(a), static_cast<const unsigned*>(b), bytes / 4,
+                                       wrong);
 }
-void pause_randomly(std::uint32_t seed, cudaStream_t stream) { pause_kernel<<<1, 1, 0, stream>>>(seed); }
+void pause_randomly(std::uint32_t seed, cudaStream_t stream) {
+  pause_kernel<<<1, 1, 0, stream>>>(seed);
+}
 
 }  // namespace gpu_test

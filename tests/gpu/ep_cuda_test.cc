@@ -24,30 +24,90 @@ std::vector<Case> cases(int ranks) {
   };
   add("fp8", [](Case&) {});
   add("one token", [](Case& c) { c.max_tokens = 1; });
-  add("one token exact", [](Case& c) { c.max_tokens = 1; c.exact = true; });
+  add("one token exact", [](Case& c) {
+    c.max_tokens = 1;
+    c.exact = true;
+  });
   add("eight tokens", [](Case& c) { c.max_tokens = 8; });
   add("bf16", [](Case& c) { c.payload = 0; });
-  add("power of two scales", [](Case& c) { c.payload = 2; c.hidden = 5120; });
-  add("ue8m0, int64", [](Case& c) { c.payload = 3; c.hidden = 4096; c.index_bytes = 8; });
+  add("power of two scales", [](Case& c) {
+    c.payload = 2;
+    c.hidden = 5120;
+  });
+  add("ue8m0, int64", [](Case& c) {
+    c.payload = 3;
+    c.hidden = 4096;
+    c.index_bytes = 8;
+  });
   add("holes", [](Case& c) { c.holes = 6; });
   add("all negative", [](Case& c) { c.holes = 16; });
-  add("odd hidden", [](Case& c) { c.hidden = 1664; c.payload = 1; });
-  add("odd hidden bf16", [](Case& c) { c.hidden = 2176; c.payload = 0; c.exact = true; });
-  add("tiny hidden", [](Case& c) { c.hidden = 128; c.topk = 2; });
-  add("wide hidden", [](Case& c) { c.hidden = 16384; c.max_tokens = 16; c.payload = 0; });
+  add("odd hidden", [](Case& c) {
+    c.hidden = 1664;
+    c.payload = 1;
+  });
+  add("odd hidden bf16", [](Case& c) {
+    c.hidden = 2176;
+    c.payload = 0;
+    c.exact = true;
+  });
+  add("tiny hidden", [](Case& c) {
+    c.hidden = 128;
+    c.topk = 2;
+  });
+  add("wide hidden", [](Case& c) {
+    c.hidden = 16384;
+    c.max_tokens = 16;
+    c.payload = 0;
+  });
   add("few tokens on a rank", [](Case& c) { c.few = 0; });
-  add("duplicates", [](Case& c) { c.duplicates = true; c.spread = 3; c.max_tokens = 20; });
-  add("all to one rank", [](Case& c) { c.spread = c.experts; c.topk = 4; });
+  add("duplicates", [](Case& c) {
+    c.duplicates = true;
+    c.spread = 3;
+    c.max_tokens = 20;
+  });
+  add("all to one rank", [](Case& c) {
+    c.spread = c.experts;
+    c.topk = 4;
+  });
   add("exact", [](Case& c) { c.exact = true; });
   add("split", [](Case& c) { c.split = true; });
-  add("split, eight tokens", [](Case& c) { c.split = true; c.max_tokens = 8; c.topk = 2; });
-  add("split, weights", [](Case& c) { c.split = true; c.weights = true; });
-  add("weights", [](Case& c) { c.weights = true; c.topk = 16; });
-  add("top-k 32", [](Case& c) { c.topk = 32; c.experts = 16; c.max_tokens = 24; c.hidden = 2048; });
-  add("top-k 1", [](Case& c) { c.topk = 1; c.experts = 4; c.max_tokens = 128; });
-  add("zero copy", [](Case& c) { c.zero_copy = true; c.hidden = 2048; });
-  add("many tokens", [](Case& c) { c.max_tokens = 700; c.hidden = 1024; c.topk = 6; });
-  add("128 tokens", [](Case& c) { c.max_tokens = 128; c.experts = 32; });
+  add("split, eight tokens", [](Case& c) {
+    c.split = true;
+    c.max_tokens = 8;
+    c.topk = 2;
+  });
+  add("split, weights", [](Case& c) {
+    c.split = true;
+    c.weights = true;
+  });
+  add("weights", [](Case& c) {
+    c.weights = true;
+    c.topk = 16;
+  });
+  add("top-k 32", [](Case& c) {
+    c.topk = 32;
+    c.experts = 16;
+    c.max_tokens = 24;
+    c.hidden = 2048;
+  });
+  add("top-k 1", [](Case& c) {
+    c.topk = 1;
+    c.experts = 4;
+    c.max_tokens = 128;
+  });
+  add("zero copy", [](Case& c) {
+    c.zero_copy = true;
+    c.hidden = 2048;
+  });
+  add("many tokens", [](Case& c) {
+    c.max_tokens = 700;
+    c.hidden = 1024;
+    c.topk = 6;
+  });
+  add("128 tokens", [](Case& c) {
+    c.max_tokens = 128;
+    c.experts = 32;
+  });
   return list;
 }
 
@@ -80,11 +140,12 @@ void check_dispatch(const Tensors& t, const std::vector<bool>& absent, int times
       if (std::memcmp(got.data() + row * bytes, want.bytes.data(), bytes) != 0) {
         std::size_t i = 0;
         while (got[row * bytes + i] == want.bytes[i]) ++i;
-        std::fprintf(stderr, "%s rank %d expert %d row %d (source %d token %d): byte %zu is %02x, %02x expected\n", c.name, t.rank, expert, row,
-                     r.source, r.token, i, got[row * bytes + i], want.bytes[i]);
+        std::fprintf(stderr, "%s rank %d expert %d row %d (source %d token %d): byte %zu is %02x, %02x expected\n",
+                     c.name, t.rank, expert, row, r.source, r.token, i, got[row * bytes + i], want.bytes[i]);
         CHECK(false);
       }
-      for (std::size_t w = 0; w < words; ++w) CHECK_EQ(scales[(std::size_t(expert) * words + w) * c.rows() + row], want.scales[w]);
+      for (std::size_t w = 0; w < words; ++w)
+        CHECK_EQ(scales[(std::size_t(expert) * words + w) * c.rows() + row], want.scales[w]);
       if (of[r.source]++ == 0) first[r.source] = row;
       ++row;
     }
@@ -92,7 +153,8 @@ void check_dispatch(const Tensors& t, const std::vector<bool>& absent, int times
       CHECK_EQ(int(range[std::size_t(expert) * c.ranks + source] & 0xffffffff), of[source]);
       if (of[source]) CHECK_EQ(int(range[std::size_t(expert) * c.ranks + source] >> 32), first[source]);
     }
-    if (times > 0 && row < c.rows()) CHECK_EQ(static_cast<unsigned>(info[std::size_t(expert) * c.rows() + row]), 0xeeeeeeeeu);
+    if (times > 0 && row < c.rows())
+      CHECK_EQ(static_cast<unsigned>(info[std::size_t(expert) * c.rows() + row]), 0xeeeeeeeeu);
   }
 }
 
@@ -114,7 +176,8 @@ void fill_rows(Path& path, const Tensors& t) {
   for (int expert = 0; expert < c.experts; ++expert) {
     host.assign(rows[expert].size() * stride, 0);
     for (std::size_t i = 0; i < rows[expert].size(); ++i)
-      expert_row(c, t.rank * c.experts + expert, rows[expert][i].source, rows[expert][i].token, rows[expert][i].place, host.data() + i * stride);
+      expert_row(c, t.rank * c.experts + expert, rows[expert][i].source, rows[expert][i].token, rows[expert][i].place,
+                 host.data() + i * stride);
     CUDA_OK(cudaMemcpy(base + expert * block, host.data(), host.size() * 2, cudaMemcpyHostToDevice));
   }
 }
@@ -127,7 +190,8 @@ void check_combine(const Tensors& t, const std::vector<bool>& absent) {
     const auto want = combined(c, t.rank, token, exact, absent, present);
     for (int i = 0; i < c.hidden; ++i) {
       if (out[std::size_t(token) * c.hidden + i] == want[i]) continue;
-      std::fprintf(stderr, "%s rank %d token %d channel %d: %04x, %04x expected\n", c.name, t.rank, token, i, out[std::size_t(token) * c.hidden + i], want[i]);
+      std::fprintf(stderr, "%s rank %d token %d channel %d: %04x, %04x expected\n", c.name, t.rank, token, i,
+                   out[std::size_t(token) * c.hidden + i], want[i]);
       CHECK(false);
     }
   }
@@ -146,9 +210,9 @@ std::unique_ptr<Path> open_rank(Mesh& mesh, const Case& c, std::uint32_t incarna
 }
 void no_faults(Path& path, const char* where) {
   for (const Fault& fault : path.take_faults()) {
-    std::fprintf(stderr, "%s: fault of rank %d, operation %llu, phase %d, expected %llx, seen %llx\n", where, fault.rank,
-                 static_cast<unsigned long long>(fault.operation), static_cast<int>(fault.phase), static_cast<unsigned long long>(fault.expected),
-                 static_cast<unsigned long long>(fault.seen));
+    std::fprintf(stderr, "%s: fault of rank %d, operation %llu, phase %d, expected %llx, seen %llx\n", where,
+                 fault.rank, static_cast<unsigned long long>(fault.operation), static_cast<int>(fault.phase),
+                 static_cast<unsigned long long>(fault.expected), static_cast<unsigned long long>(fault.seen));
     CHECK(false);
   }
 }
@@ -231,9 +295,11 @@ void stress(Mesh& mesh, const Case& base, int rounds) {
     d.stream = a.stream = stream;
     pause_randomly(mix(mesh.rank(), i, 5), stream);
     OK(path->dispatch(d));
-    compare_rows(t.recv_x.get(), want_x[i % 3].get(), t.count.get(), base.experts, base.rows(), static_cast<int>(layout::row_bytes(base.payload, base.hidden)), wrong.get(), stream);
+    compare_rows(t.recv_x.get(), want_x[i % 3].get(), t.count.get(), base.experts, base.rows(),
+                 static_cast<int>(layout::row_bytes(base.payload, base.hidden)), wrong.get(), stream);
     OK(path->combine(a));
-    compare_bytes(t.out.get(), want_out[i % 3].get(), std::int64_t{2} * base.tokens(mesh.rank()) * base.hidden, wrong.get(), stream);
+    compare_bytes(t.out.get(), want_out[i % 3].get(), std::int64_t{2} * base.tokens(mesh.rank()) * base.hidden,
+                  wrong.get(), stream);
     if (i == 7) OK(path->barrier(stream));
   }
   CUDA_OK(cudaStreamEndCapture(stream, &graph));
@@ -245,7 +311,9 @@ void stress(Mesh& mesh, const Case& base, int rounds) {
   CUDA_OK(cudaStreamSynchronize(stream));
   no_faults(*path, "stress");
   CHECK_EQ(wrong.download()[0], 0ull);
-  if (mesh.rank() == 0) std::printf("stress %s: %d operations a rank, every row compared: 0 wrong bytes\n", base.name, rounds * (2 * per_graph + 1));
+  if (mesh.rank() == 0)
+    std::printf("stress %s: %d operations a rank, every row compared: 0 wrong bytes\n", base.name,
+                rounds * (2 * per_graph + 1));
   mesh.barrier();
   OK(path->close());
   mesh.barrier();
@@ -277,17 +345,20 @@ int main(int argc, char** argv) {
   CHECK(at != MAP_FAILED);
   for (int begin = 0; begin < static_cast<int>(wanted.size()); begin = *at + 1) {
     *at = begin;
-    const int wrong = run_ranks(ranks, gpus, [&](Mesh& mesh) {
-      for (int i = begin; i < static_cast<int>(wanted.size()); ++i) {
-        run_case(mesh, wanted[i]);
-        if (mesh.rank() == 0) {
-          std::printf("ok     %s\n", wanted[i].name);
-          std::fflush(stdout);
-          *at = i + 1;
-        }
-        mesh.barrier();
-      }
-    }, 240);
+    const int wrong = run_ranks(
+        ranks, gpus,
+        [&](Mesh& mesh) {
+          for (int i = begin; i < static_cast<int>(wanted.size()); ++i) {
+            run_case(mesh, wanted[i]);
+            if (mesh.rank() == 0) {
+              std::printf("ok     %s\n", wanted[i].name);
+              std::fflush(stdout);
+              *at = i + 1;
+            }
+            mesh.barrier();
+          }
+        },
+        240);
     if (wrong) std::printf("FAILED %s\n", wanted[*at].name);
     std::fflush(stdout);
     failed += wrong > 0;
@@ -302,7 +373,8 @@ int main(int argc, char** argv) {
     c.hidden = 2048;
     c.name = tokens == 4 ? "4 tokens" : tokens == 48 ? "48 tokens" : "128 tokens";
     if (*part && !std::strstr("stress", part)) continue;
-    const int wrong = run_ranks(ranks, gpus, [&](Mesh& mesh) { stress(mesh, c, rounds); }, 120);
+    const int wrong = run_ranks(
+        ranks, gpus, [&](Mesh& mesh) { stress(mesh, c, rounds); }, 120);
     failed += wrong > 0;
     ++ran;
   }

@@ -22,10 +22,10 @@ namespace gpu_test {
 using namespace nixl::core;
 using namespace nixl::core::ep;
 
-#define CUDA_OK(call)                                                                              \
-  do {                                                                                             \
-    if (const cudaError_t status_ = (call); status_ != cudaSuccess)                                \
-      check::failed(__FILE__, __LINE__, std::string(#call ": ") + cudaGetErrorString(status_));    \
+#define CUDA_OK(call)                                                                           \
+  do {                                                                                          \
+    if (const cudaError_t status_ = (call); status_ != cudaSuccess)                             \
+      check::failed(__FILE__, __LINE__, std::string(#call ": ") + cudaGetErrorString(status_)); \
   } while (0)
 
 template <typename T>
@@ -65,7 +65,8 @@ class Mesh {
   }
   std::string receive(int from, std::vector<Fd>* descriptors = nullptr) {
     pollfd ready{sockets_[from], POLLIN, 0};
-    if (::poll(&ready, 1, 60'000) != 1) check::failed(__FILE__, __LINE__, "rank " + std::to_string(from) + " is silent");
+    if (::poll(&ready, 1, 60'000) != 1)
+      check::failed(__FILE__, __LINE__, "rank " + std::to_string(from) + " is silent");
     char bytes[65536];
     iovec piece{bytes, sizeof(bytes)};
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 16)];
@@ -147,7 +148,8 @@ inline int run_ranks(int ranks, int gpus, const std::function<void(Mesh&)>& body
   for (int a = 0; a < ranks; ++a)
     for (int b = a + 1; b < ranks; ++b) {
       int pair[2];
-      if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0) check::failed(__FILE__, __LINE__, "socketpair");
+      if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0)
+        check::failed(__FILE__, __LINE__, "socketpair");
       sockets[a][b] = pair[0];
       sockets[b][a] = pair[1];
     }
@@ -189,7 +191,9 @@ template <typename T>
 class Device {
  public:
   Device() = default;
-  explicit Device(std::size_t count) : count_(count) { CUDA_OK(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(count * sizeof(T), 256))); }
+  explicit Device(std::size_t count) : count_(count) {
+    CUDA_OK(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(count * sizeof(T), 256)));
+  }
   explicit Device(const std::vector<T>& host) : Device(host.size()) { upload(host); }
   Device(Device&& other) noexcept : data_(std::exchange(other.data_, nullptr)), count_(other.count_) {}
   Device& operator=(Device&& other) noexcept {
@@ -197,10 +201,14 @@ class Device {
     std::swap(count_, other.count_);
     return *this;
   }
-  ~Device() { if (data_) (void)cudaFree(data_); }
+  ~Device() {
+    if (data_) (void)cudaFree(data_);
+  }
   T* get() const { return data_; }
   std::size_t size() const { return count_; }
-  void upload(const std::vector<T>& host) { CUDA_OK(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice)); }
+  void upload(const std::vector<T>& host) {
+    CUDA_OK(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
   std::vector<T> download() const { return download(0, count_); }
   std::vector<T> download(std::size_t first, std::size_t count) const {
     std::vector<T> host(count);

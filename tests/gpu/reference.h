@@ -21,18 +21,21 @@ struct Case {
   int index_bytes = 4;
   bool exact = false;
   bool split = false, weights = false, zero_copy = false;
-  int holes = 0;        // of 16 ids this many are negative
+  int holes = 0;  // of 16 ids this many are negative
   bool duplicates = false;
-  int spread = 0;       // experts that ids are drawn from; 0: all
-  int few = -1;         // rank that sends only one token; another one sends none when there are more than two
+  int spread = 0;  // experts that ids are drawn from; 0: all
+  int few = -1;    // rank that sends only one token; another one sends none when there are more than two
   std::uint32_t seed = 1;
 
   int rows() const { return ranks * max_tokens; }
-  int tokens(int rank) const { return rank == few ? 1 : few >= 0 && ranks > 2 && rank == (few + 1) % ranks ? 0 : max_tokens; }
+  int tokens(int rank) const {
+    return rank == few ? 1 : few >= 0 && ranks > 2 && rank == (few + 1) % ranks ? 0 : max_tokens;
+  }
 };
 
 inline std::uint32_t mix(std::uint32_t a, std::uint32_t b, std::uint32_t c = 0, std::uint32_t d = 0) {
-  std::uint32_t h = a * 0x9e3779b1u ^ (b + 0x7f4a7c15u) * 0x85ebca6bu ^ (c + 0x165667b1u) * 0xc2b2ae35u ^ (d + 0x27d4eb2fu) * 0x2545f491u;
+  std::uint32_t h = a * 0x9e3779b1u ^ (b + 0x7f4a7c15u) * 0x85ebca6bu ^ (c + 0x165667b1u) * 0xc2b2ae35u ^
+                    (d + 0x27d4eb2fu) * 0x2545f491u;
   h ^= h >> 15;
   h *= 0x2c1b3c6du;
   h ^= h >> 12;
@@ -130,8 +133,8 @@ inline Quantized quantized(const Case& c, const std::vector<std::uint16_t>& row)
 }
 
 // The combined row of one of this rank's tokens, leaving out experts of `absent` ranks.
-inline std::vector<std::uint16_t> combined(const Case& c, int rank, int token, bool exact, const std::vector<bool>& absent,
-                                           const std::vector<bool>& present) {
+inline std::vector<std::uint16_t> combined(const Case& c, int rank, int token, bool exact,
+                                           const std::vector<bool>& absent, const std::vector<bool>& present) {
   const auto ids = token_ids(c, rank, token);
   std::vector<float> total(c.hidden, 0.0f);
   std::vector<std::uint16_t> row(c.hidden);

@@ -28,7 +28,7 @@ struct Register {
 };
 template <typename T>
 std::string show(const T& value) {
-  if constexpr (requires(std::ostringstream& s) { s << value; }) {
+  if constexpr (requires(std::ostringstream & s) { s << value; }) {
     std::ostringstream s;
     s << value;
     return s.str();
@@ -75,30 +75,31 @@ void in_child(F body) {
 
 }  // namespace check
 
-#define TEST(name)                                              \
-  static void test_##name();                                    \
-  static check::Register register_##name(#name, &test_##name);  \
+#define TEST(name)                                             \
+  static void test_##name();                                   \
+  static check::Register register_##name(#name, &test_##name); \
   static void test_##name()
-#define CHECK(x) \
-  do {           \
+#define CHECK(x)                                                  \
+  do {                                                            \
     if (!(x)) check::failed(__FILE__, __LINE__, "CHECK(" #x ")"); \
   } while (0)
-#define CHECK_EQ(a, b)                                                                                            \
-  do {                                                                                                            \
-    const auto check_a = (a);                                                                                     \
-    const auto check_b = (b);                                                                                     \
-    if (!(check_a == check_b))                                                                                    \
-      check::failed(__FILE__, __LINE__, "CHECK_EQ(" #a ", " #b "): " + check::show(check_a) + " != " + check::show(check_b)); \
+#define CHECK_EQ(a, b)                                                                                    \
+  do {                                                                                                    \
+    const auto check_a = (a);                                                                             \
+    const auto check_b = (b);                                                                             \
+    if (!(check_a == check_b))                                                                            \
+      check::failed(__FILE__, __LINE__,                                                                   \
+                    "CHECK_EQ(" #a ", " #b "): " + check::show(check_a) + " != " + check::show(check_b)); \
   } while (0)
 // A Result that must hold a value: prints the reason if not, yields the value.
-#define CHECK_OK(expr)                                                                                    \
-  [&] {                                                                                                   \
-    auto check_r = (expr);                                                                                \
-    if (!check_r) check::failed(__FILE__, __LINE__, "CHECK_OK(" #expr "): " + check_r.error().reason);    \
-    return check_r;                                                                                       \
+#define CHECK_OK(expr)                                                                                 \
+  [&] {                                                                                                \
+    auto check_r = (expr);                                                                             \
+    if (!check_r) check::failed(__FILE__, __LINE__, "CHECK_OK(" #expr "): " + check_r.error().reason); \
+    return check_r;                                                                                    \
   }()
-#define SKIP(reason)                       \
-  do {                                     \
+#define SKIP(reason)                            \
+  do {                                          \
     std::fprintf(stderr, "SKIP: %s\n", reason); \
-    std::exit(77);                         \
+    std::exit(77);                              \
   } while (0)

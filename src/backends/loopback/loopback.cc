@@ -298,7 +298,8 @@ Result<TransferState> Copy::run() {  // owner's mutex held
     const std::uint64_t count = plan_.has_runs() ? plan_.count[row] : 1;
     for (std::uint64_t block = 0; block < count; ++block) {
       auto* local = reinterpret_cast<char*>(plan_.local_address[row] + (block ? block * plan_.local_stride[row] : 0));
-      auto* remote = reinterpret_cast<char*>(plan_.remote_address[row] + (block ? block * plan_.remote_stride[row] : 0));
+      auto* remote =
+          reinterpret_cast<char*>(plan_.remote_address[row] + (block ? block * plan_.remote_stride[row] : 0));
       std::memmove(plan_.op == Op::kWrite ? remote : local, plan_.op == Op::kWrite ? local : remote, plan_.length[row]);
     }
   }

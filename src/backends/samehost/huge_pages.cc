@@ -24,8 +24,9 @@
 namespace nixl::core::samehost {
 namespace {
 
-constexpr std::uint64_t kStepBytes = 64 << 20;  // about 10 ms; page faults of this process wait for one huge page at most
-constexpr int kRounds = 3;                      // pages that were in use are tried again
+constexpr std::uint64_t kStepBytes =
+    64 << 20;               // about 10 ms; page faults of this process wait for one huge page at most
+constexpr int kRounds = 3;  // pages that were in use are tried again
 constexpr Nanoseconds kRoundEvery = 500'000'000;
 // Advice splits mappings, and a process may have 65,530 of them.
 constexpr std::size_t kMaxAdvised = 1024;

@@ -89,9 +89,10 @@ class Link {
   std::uint64_t id_ = 0, generation_ = 0;
   State state_ = State::kConnecting;
   int num_attempts_ = 0;  // endpoints opened since the peer answered last
-  bool used_ = false;  // it was ready, or something waits for it
+  bool used_ = false;     // it was ready, or something waits for it
   bool dismissed_ = false;
-  Nanoseconds again_ = 0;  // > 0: the endpoint broke; at the deadline another is opened, which has this long to be answered
+  Nanoseconds again_ =
+      0;  // > 0: the endpoint broke; at the deadline another is opened, which has this long to be answered
   ucs_status_t failure_ = UCS_OK;
   Error why_;
   Deadline deadline_ = Deadline::never();

@@ -31,7 +31,8 @@ Result<CudaDriver> open_driver() {
                         find("cuMemUnmap", driver.unmap) && find("cuMemSetAccess", driver.set_access) &&
                         find("cuMemExportToShareableHandle", driver.export_handle) &&
                         find("cuMemImportFromShareableHandle", driver.import_handle);
-  if (!complete) return fail(Code::kUnsupported, "the CUDA driver is too old: virtual memory functions of CUDA 12 are missing");
+  if (!complete)
+    return fail(Code::kUnsupported, "the CUDA driver is too old: virtual memory functions of CUDA 12 are missing");
   return driver;
 }
 

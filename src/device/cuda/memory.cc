@@ -50,7 +50,8 @@ Result<DeviceSpan> DeviceSpan::reserve(int device, std::int64_t most_bytes) {
                       "granularity of device memory"));
   span.granularity_ = static_cast<std::int64_t>(granularity);
   span.reserved_ = (most_bytes + span.granularity_ - 1) / span.granularity_ * span.granularity_;
-  NIXL_TRY(cuda_check(driver->reserve_addresses(&span.base_, span.reserved_, 0, 0, 0), "reserve addresses for device memory"));
+  NIXL_TRY(cuda_check(driver->reserve_addresses(&span.base_, span.reserved_, 0, 0, 0),
+                      "reserve addresses for device memory"));
   return span;
 }
 
@@ -83,8 +84,8 @@ Result<void> DeviceSpan::grow(std::int64_t bytes) {
   const DeviceScope scope(device_);
   const std::int64_t more = (bytes - size_ + granularity_ - 1) / granularity_ * granularity_;
   if (size_ + more > reserved_)
-    return fail(Code::kInvalidArgument, "device memory of %lld bytes is beyond the %lld reserved", static_cast<long long>(bytes),
-                static_cast<long long>(reserved_));
+    return fail(Code::kInvalidArgument, "device memory of %lld bytes is beyond the %lld reserved",
+                static_cast<long long>(bytes), static_cast<long long>(reserved_));
   const CUmemAllocationProp properties = properties_of(device_);
   CUmemGenericAllocationHandle handle;
   NIXL_TRY(cuda_check(driver->create(&handle, more, &properties, 0), "allocate device memory that can be shared"));
@@ -100,9 +101,10 @@ Result<void> DeviceSpan::map(Fd descriptor, std::int64_t bytes) {
     return fail(Code::kMismatch, "a chunk of %lld bytes does not fit the %lld announced", static_cast<long long>(bytes),
                 static_cast<long long>(reserved_));
   CUmemGenericAllocationHandle handle;
-  NIXL_TRY(cuda_check(driver->import_handle(&handle, reinterpret_cast<void*>(static_cast<std::intptr_t>(descriptor.get())),
-                                            CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
-                      "import device memory of another process"));
+  NIXL_TRY(
+      cuda_check(driver->import_handle(&handle, reinterpret_cast<void*>(static_cast<std::intptr_t>(descriptor.get())),
+                                       CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+                 "import device memory of another process"));
   return map_handle(handle, bytes);
 }
 

@@ -356,8 +356,7 @@ Result<void> check_combine(const Setting& setting, const CombineArgs& args) {
   if (!args.zero_copy && !args.x) return fail(Code::kInvalidArgument, "x is missing");
   if (!args.src_info || !args.layout_range)
     return fail(Code::kInvalidArgument, "the handle of the dispatch is missing");
-  if (args.recv_weights && !args.recv_places)
-    return fail(Code::kInvalidArgument, "recv_weights needs recv_places");
+  if (args.recv_weights && !args.recv_places) return fail(Code::kInvalidArgument, "recv_weights needs recv_places");
   if (args.num_tokens > 0 && (!args.topk_idx || !args.topk_weights || !args.out))
     return fail(Code::kInvalidArgument, "topk_idx, topk_weights or out is missing for %lld tokens",
                 static_cast<long long>(args.num_tokens));

@@ -294,7 +294,8 @@ const std::byte* Exchange::memory_of(const Source& source, std::int64_t offset, 
 
 void Exchange::reject(const Source& source) {
   if (source.participant)
-    fail(static_cast<std::size_t>(source.participant - participants_.data()), "sent what does not fit or is being overwritten");
+    fail(static_cast<std::size_t>(source.participant - participants_.data()),
+         "sent what does not fit or is being overwritten");
   list_sources();
 }
 

@@ -11,8 +11,8 @@ namespace nixl::core::ep {
 namespace gpu {
 namespace {
 
-constexpr int kControl = kWarps - 1;  // the warp that begins the operation; it has the fewest rows to send
-constexpr int kBatch = 4;             // contributions whose loads are in flight together
+constexpr int kControl = kWarps - 1;             // the warp that begins the operation; it has the fewest rows to send
+constexpr int kBatch = 4;                        // contributions whose loads are in flight together
 constexpr std::uint32_t kNoWeight = 0xffffffff;  // in a weight's place: this entry is not part of the sum
 __device__ __forceinline__ std::uint32_t weight_bits(float weight) {
   const std::uint32_t bits = __float_as_uint(weight);
@@ -22,10 +22,10 @@ __device__ __forceinline__ std::uint32_t weight_bits(float weight) {
 struct Shared {
   Block* block;
   Peer* peers;
-  int* rank;      // [own tokens][topk] rank of the entry; -1: none
-  int* route;     //                    its message, or its row here; -1: nothing comes
+  int* rank;   // [own tokens][topk] rank of the entry; -1: none
+  int* route;  //                    its message, or its row here; -1: nothing comes
   float* weight;
-  int* turns;     // of this warp: the lane whose contribution is added at this turn
+  int* turns;  // of this warp: the lane whose contribution is added at this turn
 };
 
 __device__ Shared carve(const CombineOp& a, std::uint8_t* memory) {
@@ -52,7 +52,8 @@ __device__ __forceinline__ Share share_of_tokens(const CombineOp& a) {
   if (n == 0 || 2 * n > grid) return {static_cast<int>(block), static_cast<int>(grid), 0, 1};
   const unsigned most = grid / n, parts = most < wanted ? most : wanted;
   const unsigned part = block / n;
-  return {static_cast<int>(part < parts ? block - part * n : n), static_cast<int>(n), static_cast<int>(part), static_cast<int>(parts)};
+  return {static_cast<int>(part < parts ? block - part * n : n), static_cast<int>(n), static_cast<int>(part),
+          static_cast<int>(parts)};
 }
 
 __device__ __forceinline__ uint4 load_row(const CombineOp& a, const std::uint16_t* row, int chunk, int lane) {
@@ -64,8 +65,12 @@ __device__ __forceinline__ const std::uint16_t* row_at(const CombineOp& a, int r
   return inside ? a.x + row * a.x_stride : nullptr;
 }
 
-__device__ __forceinline__ float low_value(std::uint32_t pair) { return float_from_bits(pair << 16); }
-__device__ __forceinline__ float high_value(std::uint32_t pair) { return float_from_bits(pair & 0xffff0000); }
+__device__ __forceinline__ float low_value(std::uint32_t pair) {
+  return float_from_bits(pair << 16);
+}
+__device__ __forceinline__ float high_value(std::uint32_t pair) {
+  return float_from_bits(pair & 0xffff0000);
+}
 __device__ __forceinline__ void add_weighted(float (&sum)[8], float weight, uint4 v) {
   const std::uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -124,21 +129,25 @@ __device__ __forceinline__ Message load_message(const CombineOp& a, int rank, in
 __device__ __forceinline__ std::uint8_t* row_in_slot(const CombineOp& a, std::uint8_t* slot, int message, int entry) {
   return slot + (std::int64_t{message} * a.route.topk + entry) * a.shape.row_bytes;
 }
-__device__ __forceinline__ std::uint8_t* row_by_place(const CombineOp& a, std::uint8_t* areas, std::uint32_t parity, int token, int place) {
+__device__ __forceinline__ std::uint8_t* row_by_place(const CombineOp& a, std::uint8_t* areas, std::uint32_t parity,
+                                                      int token, int place) {
   return areas + a.op.layout.exact_of(parity) + (std::int64_t{token} * a.route.topk + place) * a.shape.row_bytes;
 }
 
 // Rows as they are: entries `first_entry`, first_entry + a.split, ...; `rows` holds the first one's piece.
 template <int kLanes>
-__device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, const Message& m, int number, Piece& rows, int piece, int first_entry) {
+__device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, const Message& m, int number,
+                                          Piece& rows, int piece, int first_entry) {
   const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
   const auto address = reinterpret_cast<unsigned long long>(m.row);
 #pragma unroll 1
   for (int e = first_entry; e < m.entries; e += a.split) {
     const int place = __shfl_sync(~0u, m.place, e);
-    std::uint8_t* to = a.rows == Rows::kInSlot ? row_in_slot(a, peer.remote, number, e) : row_by_place(a, peer.exact, peer.parity, m.token, place);
+    std::uint8_t* to = a.rows == Rows::kInSlot ? row_in_slot(a, peer.remote, number, e)
+                                               : row_by_place(a, peer.exact, peer.parity, m.token, place);
     PieceSender<kLanes> out(a.shape, to + piece * a.shape.piece_bytes, peer.tag_out);
-    if (e != first_entry) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first, chunks, lane);
+    if (e != first_entry)
+      rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, address, e)), first, chunks, lane);
 #pragma unroll
     for (int u = 0; u < kCombinePiece; ++u)
       if (u < chunks) out.send(u, lane, rows.chunk[u]);
@@ -148,7 +157,8 @@ __device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, 
 
 // The weight of each lane's entry: from dispatch, or from the owner, who sends those of all places of the token. False when they
 // do not come.
-__device__ __forceinline__ bool await_weights(const CombineOp& a, const Shared& s, int rank, const Message& m, std::uint32_t* weight) {
+__device__ __forceinline__ bool await_weights(const CombineOp& a, const Shared& s, int rank, const Message& m,
+                                              std::uint32_t* weight) {
   const int lane = threadIdx.x % 32, cells = (a.route.topk + 2) / 3;
   if (a.row_weights) {
     const auto row = m.row ? (m.row - a.x) / a.x_stride : 0;
@@ -170,14 +180,16 @@ __device__ __forceinline__ bool await_weights(const CombineOp& a, const Shared& 
     }
   }
   const unsigned from = static_cast<unsigned>(m.place) / 3, which = m.place - 3 * from;
-  const std::uint32_t x = __shfl_sync(~0u, cell.x, from), y = __shfl_sync(~0u, cell.y, from), z = __shfl_sync(~0u, cell.z, from);
+  const std::uint32_t x = __shfl_sync(~0u, cell.x, from), y = __shfl_sync(~0u, cell.y, from),
+                      z = __shfl_sync(~0u, cell.z, from);
   *weight = !m.row ? kNoWeight : which == 0 ? x : which == 1 ? y : z;
   return true;
 }
 
 // A piece of the weighed sum of a message's rows, in order of places; `rows` holds the first row's.
 template <int kLanes>
-__device__ __forceinline__ void send_sum(const CombineOp& a, const Shared& s, int rank, const Message& m, int number, Piece& rows, int piece) {
+__device__ __forceinline__ void send_sum(const CombineOp& a, const Shared& s, int rank, const Message& m, int number,
+                                         Piece& rows, int piece) {
   const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
   std::uint32_t weight;
   if (!await_weights(a, s, rank, m, &weight)) return;
@@ -193,7 +205,8 @@ __device__ __forceinline__ void send_sum(const CombineOp& a, const Shared& s, in
     for (int u = 0; u < kCombinePiece; ++u)
       if (u < chunks) add_weighted(sum[u], __uint_as_float(bits), rows.chunk[u]);
   }
-  PieceSender<kLanes> out(a.shape, peer.remote + std::int64_t{number} * a.shape.row_bytes + piece * a.shape.piece_bytes, peer.tag_out);
+  PieceSender<kLanes> out(a.shape, peer.remote + std::int64_t{number} * a.shape.row_bytes + piece * a.shape.piece_bytes,
+                          peer.tag_out);
 #pragma unroll
   for (int u = 0; u < kCombinePiece; ++u)
     if (u < chunks) out.send(u, lane, rounded(sum[u]));
@@ -219,8 +232,11 @@ struct Item {
     const int count = __ldg(reinterpret_cast<const int*>(a.records + a.record.counts) + rank);
     message = load_message(a, rank, number, lane);
     exists = number < count && message.entries > entry;
-    if (exists) rows.load(a, reinterpret_cast<const std::uint16_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(message.row), entry)),
-                          piece * a.shape.per, a.shape.chunks_of(piece), lane);
+    if (exists)
+      rows.load(a,
+                reinterpret_cast<const std::uint16_t*>(
+                    __shfl_sync(~0u, reinterpret_cast<unsigned long long>(message.row), entry)),
+                piece * a.shape.per, a.shape.chunks_of(piece), lane);
   }
 };
 template <int kLanes, bool kSummed>
@@ -265,13 +281,16 @@ __device__ void send_weights(const CombineOp& a, const Shared& s, Share share) {
     const bool remote = rank >= 0 && rank != a.op.rank && s.route[at] >= 0 && s.peers[rank].active;
     const std::uint32_t weight = rank >= 0 ? weight_bits(s.weight[at]) : kNoWeight;
     const int from = 3 * lane;
-    const uint4 cell = make_uint4(__shfl_sync(~0u, weight, from % 32), __shfl_sync(~0u, weight, (from + 1) % 32), __shfl_sync(~0u, weight, (from + 2) % 32), 0);
+    const uint4 cell = make_uint4(__shfl_sync(~0u, weight, from % 32), __shfl_sync(~0u, weight, (from + 1) % 32),
+                                  __shfl_sync(~0u, weight, (from + 2) % 32), 0);
     const unsigned same = __match_any_sync(~0u, remote ? rank : -1 - lane);
     unsigned left = __ballot_sync(~0u, remote && !(same & ((1u << lane) - 1)));
 #pragma unroll 1
     for (; left; left &= left - 1) {
       const Peer& peer = s.peers[__shfl_sync(~0u, rank, __ffs(left) - 1)];
-      if (lane < cells) store_cell(peer.remote + a.entries + (std::int64_t{token} * cells + lane) * 16, make_uint4(cell.x, cell.y, cell.z, peer.tag_out));
+      if (lane < cells)
+        store_cell(peer.remote + a.entries + (std::int64_t{token} * cells + lane) * 16,
+                   make_uint4(cell.x, cell.y, cell.z, peer.tag_out));
     }
   }
 }
@@ -310,8 +329,9 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
         c.from = reinterpret_cast<unsigned long long>(peer.local + std::int64_t{route} * a.shape.row_bytes);
         valid = before == 0;
       } else {
-        c.from = reinterpret_cast<unsigned long long>(a.rows == Rows::kInSlot ? row_in_slot(a, const_cast<std::uint8_t*>(peer.local), route, __popc(before))
-                                                                             : row_by_place(a, a.op.data, s.block->number & 1, token, lane));
+        c.from = reinterpret_cast<unsigned long long>(
+            a.rows == Rows::kInSlot ? row_in_slot(a, const_cast<std::uint8_t*>(peer.local), route, __popc(before))
+                                    : row_by_place(a, a.op.data, s.block->number & 1, token, lane));
       }
     }
     valid = valid && c.from != 0;
@@ -341,7 +361,8 @@ __device__ Contribution contribution_of(const CombineOp& a, const Shared& s, int
 
 // Waits for the last line of a piece of every contribution. Whoever waits long looks at one word of each and at nothing else:
 // hundreds of warps that read whole chunks again and again would take the memory's time from what arrives. One warp.
-__device__ __forceinline__ void await_pieces(const CombineOp& a, const Shared& s, const Contribution& turn, int last_tag) {
+__device__ __forceinline__ void await_pieces(const CombineOp& a, const Shared& s, const Contribution& turn,
+                                             int last_tag) {
   bool here = !(turn.kind & kLines);
   const auto* at = reinterpret_cast<const std::uint8_t*>(turn.from) + last_tag;
   const std::uint32_t tag = here ? 0 : s.peers[turn.rank].tag_in;
@@ -363,16 +384,19 @@ __device__ __forceinline__ void await_pieces(const CombineOp& a, const Shared& s
 
 // Adds up chunks of one token, one warp: chunk = first, first + step, ...
 template <int kLanes, bool kSummed>
-__device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, int token, int slot, int first, int step) {
+__device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, int token, int slot, int first,
+                                          int step) {
   const int lane = threadIdx.x % 32;
   if (first >= a.shape.chunks) return;
   int count;
   const Contribution turn = contribution_of<kSummed>(a, s, token, slot, &count);
 #pragma unroll 1
   for (int chunk = first; chunk < a.shape.chunks; chunk += step) {
-    const int piece = static_cast<unsigned>(chunk) / static_cast<unsigned>(a.shape.per), c = chunk - piece * a.shape.per;
+    const int piece = static_cast<unsigned>(chunk) / static_cast<unsigned>(a.shape.per),
+              c = chunk - piece * a.shape.per;
     const int data_at = piece * a.shape.piece_bytes + c * kChunkBytes;
-    const int tail_at = piece * a.shape.piece_bytes + a.shape.per * kChunkBytes + (kLanes == 1 ? (c * 11 + lane / 3) * 16 : lane % 8 * 16);
+    const int tail_at = piece * a.shape.piece_bytes + a.shape.per * kChunkBytes +
+                        (kLanes == 1 ? (c * 11 + lane / 3) * 16 : lane % 8 * 16);
     if (kSummed) await_pieces(a, s, turn, (piece + 1) * a.shape.piece_bytes - 4);
     float total[8] = {}, group[8] = {};
 #pragma unroll 1
@@ -409,7 +433,8 @@ __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, i
             lost |= 1u << u;
             continue;
           }
-          in[u].load(reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, turn.from, begin + u)), data_at, tail_at, lane);
+          in[u].load(reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, turn.from, begin + u)), data_at, tail_at,
+                     lane);
         }
       }
 #pragma unroll
@@ -430,7 +455,8 @@ __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, i
     }
     const int channel = chunk * 256 + lane * 8;
     if (channel < a.hidden)
-      __stcs(reinterpret_cast<uint4*>(a.out + std::int64_t{token} * a.hidden + channel), a.exact ? rounded(group) : rounded(total));
+      __stcs(reinterpret_cast<uint4*>(a.out + std::int64_t{token} * a.hidden + channel),
+             a.exact ? rounded(group) : rounded(total));
   }
 }
 
@@ -446,7 +472,8 @@ __device__ __noinline__ void repair(const CombineOp& a, Shared s) {
     for (int i = threadIdx.x; i < tokens * topk; i += kThreads) load_entry(a, s, base + i / topk, i % topk, i);
     __syncthreads();
 #pragma unroll 1
-    for (int slot = 0; slot < tokens; ++slot) sum_token<kLanes, kSummed>(a, s, base + slot, slot, threadIdx.x / 32, kWarps);
+    for (int slot = 0; slot < tokens; ++slot)
+      sum_token<kLanes, kSummed>(a, s, base + slot, slot, threadIdx.x / 32, kWarps);
   }
 }
 
@@ -472,7 +499,8 @@ __device__ __forceinline__ void control(const CombineOp& a, const Shared& s) {
   if (a.rows != Rows::kByPlace) return;
 #pragma unroll 1
   for (int rank = lane; rank < op.ranks; rank += 32)
-    if (s.peers[rank].active && rank != op.rank && s.peers[rank].parity == kUnknownParity) await_header(op, *s.block, s.peers[rank], rank, nullptr);
+    if (s.peers[rank].active && rank != op.rank && s.peers[rank].parity == kUnknownParity)
+      await_header(op, *s.block, s.peers[rank], rank, nullptr);
 }
 
 }  // namespace
@@ -493,7 +521,8 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
   if (warp == kControl) {
     control(a, s);
   } else {
-    const int tokens = share.first < a.route.num_tokens ? (a.route.num_tokens - share.first + share.step - 1) / share.step : 0;
+    const int tokens =
+        share.first < a.route.num_tokens ? (a.route.num_tokens - share.first + share.step - 1) / share.step : 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < tokens * topk; i += kThreads - 32) {
       const unsigned slot = static_cast<unsigned>(i) / static_cast<unsigned>(topk);
@@ -532,7 +561,8 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) combine(const __grid_constan
 
 namespace gpu {
 const void* combine_kernel(int lanes, bool summed) {
-  if (lanes == 1) return summed ? reinterpret_cast<const void*>(combine<1, true>) : reinterpret_cast<const void*>(combine<1, false>);
+  if (lanes == 1)
+    return summed ? reinterpret_cast<const void*>(combine<1, true>) : reinterpret_cast<const void*>(combine<1, false>);
   return summed ? reinterpret_cast<const void*>(combine<8, true>) : reinterpret_cast<const void*>(combine<8, false>);
 }
 }  // namespace gpu

@@ -40,11 +40,14 @@ __device__ void apply_change(const ChangeOp& a, const PeerChange& what, std::uin
       now.data = what.data;
       now.control = what.control;
       const PushHeader before = header_before(what.incarnation, what.first_expected);
-      store_cell(header(flag_slot(before.count)), make_uint4(before.incarnation, before.count, before.awaits, before.word));
+      store_cell(header(flag_slot(before.count)),
+                 make_uint4(before.incarnation, before.count, before.awaits, before.word));
       store_cell(header(flag_slot(what.first_expected)), make_uint4(0, 0, 0, 0));
       break;
     }
-    case Change::kDetach: now.status = PeerStatus::kAbsent; break;
+    case Change::kDetach:
+      now.status = PeerStatus::kAbsent;
+      break;
     case Change::kMask:
       if (now.status == PeerStatus::kActive) now.status = PeerStatus::kMasked;
       break;
@@ -96,9 +99,17 @@ __global__ void await_idle(const __grid_constant__ IdleOp a) {
 
 }  // namespace
 
-const void* barrier_kernel() { return reinterpret_cast<const void*>(barrier); }
-const void* change_kernel() { return reinterpret_cast<const void*>(change_peers); }
-const void* query_kernel() { return reinterpret_cast<const void*>(query_peers); }
-const void* idle_kernel() { return reinterpret_cast<const void*>(await_idle); }
+const void* barrier_kernel() {
+  return reinterpret_cast<const void*>(barrier);
+}
+const void* change_kernel() {
+  return reinterpret_cast<const void*>(change_peers);
+}
+const void* query_kernel() {
+  return reinterpret_cast<const void*>(query_peers);
+}
+const void* idle_kernel() {
+  return reinterpret_cast<const void*>(await_idle);
+}
 }  // namespace gpu
 }  // namespace nixl::core::ep

@@ -17,14 +17,16 @@ using nixl::ep::Combine;
 using nixl::ep::Phase;
 
 // Rows are read 16 bytes at a time.
-std::int64_t zero_copy_stride(std::int64_t hidden) { return align_up<std::int64_t>(zero_copy_row_stride(hidden), 8); }
+std::int64_t zero_copy_stride(std::int64_t hidden) {
+  return align_up<std::int64_t>(zero_copy_row_stride(hidden), 8);
+}
 
 // Clients zero the memory that is shown to them, each when it suits it. Slots take rows at any time: a faster peer's rows would be
 // lost with them. So what is shown is memory apart, and little of it.
 constexpr std::int64_t kExposedBytes = 2 << 20;
 
-constexpr int kMaxExperts = 8192;                   // a table of them lies in shared memory
-constexpr std::int64_t kSmallBatch = 16;            // up to here rows travel unsummed: one hop instead of two
+constexpr int kMaxExperts = 8192;         // a table of them lies in shared memory
+constexpr std::int64_t kSmallBatch = 16;  // up to here rows travel unsummed: one hop instead of two
 
 // 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.
 Result<int> lanes_from_environment() {
@@ -49,7 +51,8 @@ Result<std::unique_ptr<Path>> open_cuda_path(const PathOptions& options) {
 Result<std::unique_ptr<Path>> CudaPath::open(const PathOptions& options) {
   NIXL_TRY(cuda_driver().map([](const auto&) {}));
   if (!options.nvlink)
-    return fail(Code::kUnsupported, "NVLink is disabled for this buffer and there is no path over a network in this build");
+    return fail(Code::kUnsupported,
+                "NVLink is disabled for this buffer and there is no path over a network in this build");
   std::unique_ptr<CudaPath> path(new CudaPath(options));
   NIXL_ASSIGN(path->lanes_, lanes_from_environment());
   NIXL_TRY(cuda_check(cudaGetDevice(&path->device_), "current CUDA device"));
@@ -73,12 +76,15 @@ Result<void> CudaPath::reserve(const Capacity& capacity) {
   if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
   const std::int64_t experts = std::int64_t{capacity.num_ranks} * capacity.experts_per_rank;
   if (experts > kMaxExperts)
-    return fail(Code::kUnsupported, "%lld experts in all; up to %d are supported", static_cast<long long>(experts), kMaxExperts);
+    return fail(Code::kUnsupported, "%lld experts in all; up to %d are supported", static_cast<long long>(experts),
+                kMaxExperts);
   if (state_) {
     const PushLayout wanted = make_push_layout(capacity.num_bytes, experts);
-    if (max_elements(capacity.num_bytes, experts) > max_elements(capacity_.num_bytes, std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank) &&
+    if (max_elements(capacity.num_bytes, experts) >
+            max_elements(capacity_.num_bytes, std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank) &&
         wanted.slot_bytes > layout_.slot_bytes)
-      return fail(Code::kNotAllowed, "more bytes for each token need a new buffer: slots of %lld bytes are there, %lld are needed",
+      return fail(Code::kNotAllowed,
+                  "more bytes for each token need a new buffer: slots of %lld bytes are there, %lld are needed",
                   static_cast<long long>(layout_.slot_bytes), static_cast<long long>(wanted.slot_bytes));
     const DeviceScope scope(device_);
     NIXL_TRY(data_.grow(layout_.total(capacity.num_ranks)));
@@ -103,8 +109,10 @@ Result<void> CudaPath::allocate() {
   NIXL_TRY(data_.grow(layout_.total(capacity_.num_ranks)));
   NIXL_TRY(cuda_check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "allocate the state of a rank"));
   exposed_bytes_ = std::min(capacity_.num_bytes, kExposedBytes);
-  NIXL_TRY(cuda_check(cudaMalloc(&exposed_, static_cast<std::size_t>(exposed_bytes_)), "allocate the memory shown to clients"));
-  NIXL_TRY(cuda_check(cudaMemset(exposed_, 0, static_cast<std::size_t>(exposed_bytes_)), "zero the memory shown to clients"));
+  NIXL_TRY(cuda_check(cudaMalloc(&exposed_, static_cast<std::size_t>(exposed_bytes_)),
+                      "allocate the memory shown to clients"));
+  NIXL_TRY(cuda_check(cudaMemset(exposed_, 0, static_cast<std::size_t>(exposed_bytes_)),
+                      "zero the memory shown to clients"));
   auto initial = std::make_unique<State>();
   std::memset(static_cast<void*>(initial.get()), 0, sizeof(State));
   for (auto& versions : initial->peers) versions[0] = versions[1] = PeerVersion{};
@@ -115,11 +123,14 @@ Result<void> CudaPath::allocate() {
   own.status = PeerStatus::kActive;
   own.incarnation = options_.incarnation;
   own.sent = own.expected = 1;
-  NIXL_TRY(cuda_check(cudaMemcpy(state_, initial.get(), sizeof(State), cudaMemcpyHostToDevice), "write the state of a rank"));
-  NIXL_TRY(cuda_check(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(gpu::HostPage), cudaHostAllocMapped | cudaHostAllocPortable),
+  NIXL_TRY(cuda_check(cudaMemcpy(state_, initial.get(), sizeof(State), cudaMemcpyHostToDevice),
+                      "write the state of a rank"));
+  NIXL_TRY(cuda_check(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(gpu::HostPage),
+                                    cudaHostAllocMapped | cudaHostAllocPortable),
                       "allocate pinned memory for faults"));
   std::memset(static_cast<void*>(page_), 0, sizeof(gpu::HostPage));
-  NIXL_TRY(cuda_check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&page_on_device_), page_, 0), "map pinned memory"));
+  NIXL_TRY(
+      cuda_check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&page_on_device_), page_, 0), "map pinned memory"));
   NIXL_TRY(cuda_check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "create a stream"));
   NIXL_TRY(cuda_check(cudaStreamCreateWithFlags(&idle_stream_, cudaStreamNonBlocking), "create a stream"));
   NIXL_TRY(cuda_check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "create an event"));
@@ -127,10 +138,13 @@ Result<void> CudaPath::allocate() {
   NIXL_TRY(cuda_check(cudaGetDeviceProperties(&properties, device_), "properties of the GPU"));
   gpu_.assign(properties.uuid.bytes, sizeof(properties.uuid.bytes));
   int processors = 0, most_shared = 0;
-  NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_), "number of multiprocessors"));
-  NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "shared memory of a block"));
+  NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_),
+                      "number of multiprocessors"));
+  NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
+                      "shared memory of a block"));
   num_blocks_ = options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors;
-  for (const void* kernel : {gpu::dispatch_kernel(lanes_), gpu::combine_kernel(lanes_, true), gpu::combine_kernel(lanes_, false), gpu::barrier_kernel()}) {
+  for (const void* kernel : {gpu::dispatch_kernel(lanes_), gpu::combine_kernel(lanes_, true),
+                             gpu::combine_kernel(lanes_, false), gpu::barrier_kernel()}) {
     cudaFuncAttributes found;
     NIXL_TRY(cuda_check(cudaFuncGetAttributes(&found, kernel), "kernels for this GPU (sm_90 and newer are built)"));
     NIXL_TRY(cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -144,7 +158,8 @@ Result<void> CudaPath::allocate() {
 }
 
 // An operation's blocks may be placed while the kernel before it ends; they wait for its end before they touch memory.
-Result<void> CudaPath::launch_operation(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream) {
+Result<void> CudaPath::launch_operation(const void* kernel, int grid, int threads, std::int64_t shared, void* args,
+                                        void* stream) {
   void* pointers[] = {args};
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -158,7 +173,8 @@ Result<void> CudaPath::launch_operation(const void* kernel, int grid, int thread
   config.numAttrs = 1;
   return cuda_check(cudaLaunchKernelExC(&config, kernel, pointers), "launch of an operation");
 }
-Result<void> CudaPath::launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream) {
+Result<void> CudaPath::launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args,
+                              void* stream) {
   void* pointers[] = {args};
   return cuda_check(cudaLaunchKernel(kernel, dim3(grid), dim3(threads), pointers, static_cast<std::size_t>(shared),
                                      static_cast<cudaStream_t>(stream)),
@@ -173,7 +189,8 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
   if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory yet", options_.rank);
   if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
   if (num_ranks <= options_.rank || num_ranks > capacity_.num_ranks)
-    return fail(Code::kInvalidArgument, "the call covers %d ranks; %d to %d are allowed", num_ranks, options_.rank + 1, capacity_.num_ranks);
+    return fail(Code::kInvalidArgument, "the call covers %d ranks; %d to %d are allowed", num_ranks, options_.rank + 1,
+                capacity_.num_ranks);
   gpu::Op op;
   op.state = state_;
   op.page = page_on_device_;
@@ -193,15 +210,17 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
 }
 
 // Short pieces where latency counts, long ones where the link is full; both sides choose from the same numbers.
-Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words, int meta_words) const {
+Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words,
+                                    int meta_words) const {
   const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : tokens <= 128 ? std::min(7, wanted_per) : wanted_per;
   for (int per : {first, wanted_per}) {
     const RowShape shape = make_row_shape(row_bytes, per, chunk_words, meta_words, lanes_);
     if (shape.row_bytes * tokens + 16 * kMaxTopk * tokens <= layout_.slot_bytes) return shape;
     if (per == wanted_per && shape.row_bytes * tokens <= layout_.slot_bytes) return shape;
   }
-  return fail(Code::kInvalidArgument, "%lld tokens of %lld bytes do not fit slots of %lld bytes: give update_memory more bytes",
-              static_cast<long long>(tokens), static_cast<long long>(row_bytes), static_cast<long long>(layout_.slot_bytes));
+  return fail(
+      Code::kInvalidArgument, "%lld tokens of %lld bytes do not fit slots of %lld bytes: give update_memory more bytes",
+      static_cast<long long>(tokens), static_cast<long long>(row_bytes), static_cast<long long>(layout_.slot_bytes));
 }
 
 Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
@@ -210,7 +229,8 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kDispatch, parts));
   if (!args.records) return fail(Code::kInvalidArgument, "records is null; its memory (record_bytes) is needed");
   const int payload = static_cast<int>(args.payload);
-  a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
+  a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk,
+             static_cast<int>(args.max_tokens)};
   a.x = static_cast<const std::uint16_t*>(args.x);
   a.weights = args.topk_weights;
   a.with_weights = args.recv_weights != nullptr;
@@ -234,7 +254,8 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   last_tokens_ = static_cast<int>(args.max_tokens);
   a.recv_stats = args.recv_stats;
   a.wait_cost = args.wait_cost;
-  const int grid = grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4));
+  const int grid =
+      grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4));
   const auto shared = gpu::make_dispatch_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
@@ -246,9 +267,12 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   gpu::CombineOp a;
   NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kCombine, parts));
   if (!args.records)
-    return fail(Code::kInvalidArgument, "the handle lacks what dispatch recorded for its combines: pass the handle that dispatch returned, or at "
-                                        "least its own src_info");
-  a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk, static_cast<int>(args.max_tokens)};
+    return fail(
+        Code::kInvalidArgument,
+        "the handle lacks what dispatch recorded for its combines: pass the handle that dispatch returned, or at "
+        "least its own src_info");
+  a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk,
+             static_cast<int>(args.max_tokens)};
   a.hidden = static_cast<int>(args.hidden);
   const bool weighted = args.sends_only && args.recv_weights;
   a.exact = options_.combine == Combine::kExact || (args.sends_only && !weighted);
@@ -260,10 +284,12 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   a.entries = args.max_tokens * a.shape.row_bytes;
   const std::int64_t cells = args.max_tokens * ((args.topk + 2) / 3) * 16;
   if (summed && a.entries + cells > layout_.slot_bytes)
-    return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit slots of %lld bytes: give update_memory more bytes",
+    return fail(Code::kInvalidArgument,
+                "%lld tokens with top-k %d do not fit slots of %lld bytes: give update_memory more bytes",
                 static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.slot_bytes));
   if (a.rows == gpu::Rows::kByPlace && all_rows > layout_.exact_bytes)
-    return fail(Code::kInvalidArgument, "%lld tokens with top-k %d do not fit the %lld bytes for unsummed rows: give update_memory more bytes",
+    return fail(Code::kInvalidArgument,
+                "%lld tokens with top-k %d do not fit the %lld bytes for unsummed rows: give update_memory more bytes",
                 static_cast<long long>(args.max_tokens), args.topk, static_cast<long long>(layout_.exact_bytes));
   a.x = static_cast<const std::uint16_t*>(args.zero_copy ? zero_copy_.get() : args.x);
   a.x_stride = args.zero_copy ? zero_copy_stride(args.hidden) : args.hidden;
@@ -282,12 +308,24 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   return launch_operation(gpu::combine_kernel(lanes_, summed), grid, gpu::kThreads, shared.total, &a, args.stream);
 }
 
-Result<void> CudaPath::dispatch(const Dispatch& args) { return dispatch_parts(args, gpu::kSends | gpu::kReceives); }
-Result<void> CudaPath::dispatch_send(const Dispatch& args) { return dispatch_parts(args, gpu::kSends); }
-Result<void> CudaPath::dispatch_recv(const Dispatch& args) { return dispatch_parts(args, gpu::kReceives); }
-Result<void> CudaPath::combine(const CombineArgs& args) { return combine_parts(args, gpu::kSends | gpu::kReceives); }
-Result<void> CudaPath::combine_send(const CombineArgs& args) { return combine_parts(args, gpu::kSends); }
-Result<void> CudaPath::combine_recv(const CombineArgs& args) { return combine_parts(args, gpu::kReceives); }
+Result<void> CudaPath::dispatch(const Dispatch& args) {
+  return dispatch_parts(args, gpu::kSends | gpu::kReceives);
+}
+Result<void> CudaPath::dispatch_send(const Dispatch& args) {
+  return dispatch_parts(args, gpu::kSends);
+}
+Result<void> CudaPath::dispatch_recv(const Dispatch& args) {
+  return dispatch_parts(args, gpu::kReceives);
+}
+Result<void> CudaPath::combine(const CombineArgs& args) {
+  return combine_parts(args, gpu::kSends | gpu::kReceives);
+}
+Result<void> CudaPath::combine_send(const CombineArgs& args) {
+  return combine_parts(args, gpu::kSends);
+}
+Result<void> CudaPath::combine_recv(const CombineArgs& args) {
+  return combine_parts(args, gpu::kReceives);
+}
 
 Result<void> CudaPath::barrier(void* stream) {
   const DeviceScope scope(device_);
@@ -306,8 +344,9 @@ Result<View> CudaPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     if (has_last_stream_) (void)cudaStreamIsCapturing(static_cast<cudaStream_t>(last_stream_.load()), &capturing);
     if (capturing != cudaStreamCaptureStatusNone)
-      return fail(Code::kNotAllowed, "the memory for a combine without copy is made at the first request, which cannot be inside a graph "
-                                     "capture: ask for it once before");
+      return fail(Code::kNotAllowed,
+                  "the memory for a combine without copy is made at the first request, which cannot be inside a graph "
+                  "capture: ask for it once before");
     void* memory = nullptr;
     NIXL_TRY(cuda_check(cudaMalloc(&memory, bytes), "allocate memory for a combine without copy"));
     zero_copy_.reset(memory, [device = device_](void* old) {
@@ -336,8 +375,8 @@ std::vector<Fault> CudaPath::take_faults() {
   for (; faults_taken_ < written; ++faults_taken_) {
     const gpu::FaultRecord& record = page_->ring[faults_taken_ % gpu::kFaultRing];
     faults.push_back({record.rank, record.operation, static_cast<Phase>(record.phase), record.expected, record.seen});
-    NIXL_WARN("NIXL-EP timeout: rank %d waited for rank %d in operation %llu (phase %d) and masked it", options_.rank, record.rank,
-              static_cast<unsigned long long>(record.operation), record.phase);
+    NIXL_WARN("NIXL-EP timeout: rank %d waited for rank %d in operation %llu (phase %d) and masked it", options_.rank,
+              record.rank, static_cast<unsigned long long>(record.operation), record.phase);
   }
   return faults;
 }
@@ -349,10 +388,12 @@ std::string CudaPath::take_input_error() {
   const unsigned long long what = found - 1;
   char text[200];
   if ((what & 255) == gpu::kOutsideId)
-    std::snprintf(text, sizeof(text), "a top-k id of token %llu is outside the %d experts of the call; its entry was dropped", what >> 8,
+    std::snprintf(text, sizeof(text),
+                  "a top-k id of token %llu is outside the %d experts of the call; its entry was dropped", what >> 8,
                   last_experts_.load());
   else
-    std::snprintf(text, sizeof(text), "expert %llu was selected more than %d times by this rank; rows past that were dropped", what >> 8,
+    std::snprintf(text, sizeof(text),
+                  "expert %llu was selected more than %d times by this rank; rows past that were dropped", what >> 8,
                   last_tokens_.load());
   return text;
 }

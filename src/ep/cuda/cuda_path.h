@@ -54,8 +54,10 @@ class CudaPath final : public Path {
   Result<gpu::Op> op_of(int num_ranks, nixl::ep::Phase phase, int parts) const;
   Result<void> dispatch_parts(const Dispatch& args, int parts);
   Result<void> combine_parts(const CombineArgs& args, int parts);
-  Result<RowShape> shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words, int meta_words) const;
-  Result<void> launch_operation(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream);
+  Result<RowShape> shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words,
+                            int meta_words) const;
+  Result<void> launch_operation(const void* kernel, int grid, int threads, std::int64_t shared, void* args,
+                                void* stream);
   Result<void> launch(const void* kernel, int grid, int threads, std::int64_t shared, void* args, void* stream);
   Result<void> change_peers(std::span<const gpu::PeerChange> changes, cudaStream_t stream);
   Result<void> change_apart(std::span<const gpu::PeerChange> changes);
@@ -69,7 +71,7 @@ class CudaPath final : public Path {
   int device_ = 0;
   int num_blocks_ = 0;  // most that run at once
   int lanes_ = 8;
-  std::string gpu_;    // uuid
+  std::string gpu_;           // uuid
   mutable std::mutex mutex_;  // membership, growth, zero-copy memory
   Capacity capacity_;
   bool closed_ = false;
@@ -81,14 +83,14 @@ class CudaPath final : public Path {
   gpu::HostPage* page_on_device_ = nullptr;
   std::mutex faults_mutex_;  // apart: nobody who asks for faults waits for a change of peers
   unsigned long long faults_taken_ = 0;
-  cudaStream_t stream_ = nullptr;  // for changes of peers
+  cudaStream_t stream_ = nullptr;       // for changes of peers
   cudaStream_t idle_stream_ = nullptr;  // where detach waits: changes must not wait with it
   cudaEvent_t event_ = nullptr;
   std::atomic<void*> last_stream_{nullptr};  // of the newest operation
   std::atomic<bool> has_last_stream_{false};
   std::atomic<int> last_experts_{0}, last_tokens_{0};  // bounds of the newest dispatch
-  std::uint32_t first_count_ = 1;  // of connections made with the newest export
-  void* exposed_ = nullptr;  // what clients may overwrite
+  std::uint32_t first_count_ = 1;                      // of connections made with the newest export
+  void* exposed_ = nullptr;                            // what clients may overwrite
   std::int64_t exposed_bytes_ = 0;
   std::shared_ptr<void> zero_copy_;
   std::int64_t zero_copy_bytes_ = 0;

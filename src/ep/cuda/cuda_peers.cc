@@ -20,7 +20,8 @@ Result<Export> CudaPath::export_memory() {
   if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory to export yet", options_.rank);
   const DeviceScope scope(device_);
   unsigned long long ticket = 0;
-  NIXL_TRY(cuda_check(cudaMemcpyAsync(&ticket, &state_->ticket, sizeof(ticket), cudaMemcpyDeviceToHost, stream_), "read the number of operations"));
+  NIXL_TRY(cuda_check(cudaMemcpyAsync(&ticket, &state_->ticket, sizeof(ticket), cudaMemcpyDeviceToHost, stream_),
+                      "read the number of operations"));
   NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "read the number of operations"));
   first_count_ = first_count((ticket & ~gpu::kLocked) / gpu::kTicket);
   ByteWriter out;
@@ -47,7 +48,8 @@ Result<CudaPath::Announcement> CudaPath::read_announcement(int rank, std::string
   Announcement said;
   ByteReader in(description);
   NIXL_ASSIGN(const auto magic, in.get<std::uint32_t>());
-  if (magic != kExportMagic) return fail(Code::kMismatch, "rank %d is on another kind of device or another version", rank);
+  if (magic != kExportMagic)
+    return fail(Code::kMismatch, "rank %d is on another kind of device or another version", rank);
   NIXL_ASSIGN(const auto lanes, in.get<std::uint32_t>());
   NIXL_ASSIGN(const auto gpu, in.get_text(64));
   said.gpu = gpu;
@@ -56,13 +58,17 @@ Result<CudaPath::Announcement> CudaPath::read_announcement(int rank, std::string
   NIXL_ASSIGN(const auto exact_bytes, in.get<std::uint64_t>());
   NIXL_ASSIGN(const auto cells, in.get<std::uint32_t>());
   if (lanes != static_cast<std::uint32_t>(lanes_) || slot_bytes != static_cast<std::uint64_t>(layout_.slot_bytes) ||
-      exact_bytes != static_cast<std::uint64_t>(layout_.exact_bytes) || cells != static_cast<std::uint32_t>(words_.cells))
-    return fail(Code::kMismatch,
-                "rank %d has lines of %u lanes and slots of %llu bytes, rank %d of %d and %lld: all ranks need the same "
-                "NIXL_EP_LINE_BYTES, experts per rank and num_rdma_bytes",
-                rank, lanes, static_cast<unsigned long long>(slot_bytes), options_.rank, lanes_, static_cast<long long>(layout_.slot_bytes));
+      exact_bytes != static_cast<std::uint64_t>(layout_.exact_bytes) ||
+      cells != static_cast<std::uint32_t>(words_.cells))
+    return fail(
+        Code::kMismatch,
+        "rank %d has lines of %u lanes and slots of %llu bytes, rank %d of %d and %lld: all ranks need the same "
+        "NIXL_EP_LINE_BYTES, experts per rank and num_rdma_bytes",
+        rank, lanes, static_cast<unsigned long long>(slot_bytes), options_.rank, lanes_,
+        static_cast<long long>(layout_.slot_bytes));
   if (lanes_ != 1 && said.gpu == gpu_)
-    return fail(Code::kUnsupported, "ranks %d and %d share one GPU: set NIXL_EP_LINE_BYTES=16 on all ranks", rank, options_.rank);
+    return fail(Code::kUnsupported, "ranks %d and %d share one GPU: set NIXL_EP_LINE_BYTES=16 on all ranks", rank,
+                options_.rank);
   const std::int64_t needed[2] = {words_.total, layout_.total(options_.rank + 1)};
   for (int part = 0; part < 2; ++part) {
     NIXL_ASSIGN(const auto count, in.get<std::uint32_t>());
@@ -70,18 +76,22 @@ Result<CudaPath::Announcement> CudaPath::read_announcement(int rank, std::string
     std::int64_t total = 0;
     for (std::uint32_t i = 0; i < count; ++i) {
       NIXL_ASSIGN(const auto size, in.get<std::uint64_t>());
-      if (size > (1ull << 44)) return fail(Code::kMismatch, "rank %d announces a chunk of %llu bytes", rank, static_cast<unsigned long long>(size));
+      if (size > (1ull << 44))
+        return fail(Code::kMismatch, "rank %d announces a chunk of %llu bytes", rank,
+                    static_cast<unsigned long long>(size));
       said.chunks[part].push_back(static_cast<std::int64_t>(size));
       total += said.chunks[part].back();
     }
     if (total < needed[part])
-      return fail(Code::kMismatch, "rank %d has %lld bytes where rank %d needs %lld: has it grown to the same number of ranks?", rank,
+      return fail(Code::kMismatch,
+                  "rank %d has %lld bytes where rank %d needs %lld: has it grown to the same number of ranks?", rank,
                   static_cast<long long>(total), options_.rank, static_cast<long long>(needed[part]));
   }
   return said;
 }
 
-Result<CudaPath::PeerMapping> CudaPath::map_peer(int rank, const Announcement& said, std::vector<Fd> descriptors) const {
+Result<CudaPath::PeerMapping> CudaPath::map_peer(int rank, const Announcement& said,
+                                                 std::vector<Fd> descriptors) const {
   PeerMapping mapping;
   std::size_t next = 0;
   for (int part = 0; part < 2; ++part) {
@@ -90,7 +100,8 @@ Result<CudaPath::PeerMapping> CudaPath::map_peer(int rank, const Announcement& s
     for (std::int64_t size : said.chunks[part]) total += size;
     NIXL_ASSIGN(span, DeviceSpan::reserve(device_, total));
     for (std::int64_t size : said.chunks[part]) {
-      if (next >= descriptors.size()) return fail(Code::kMismatch, "rank %d sent %zu descriptors, more are announced", rank, next);
+      if (next >= descriptors.size())
+        return fail(Code::kMismatch, "rank %d sent %zu descriptors, more are announced", rank, next);
       NIXL_TRY(span.map(std::move(descriptors[next++]), size));
     }
   }
@@ -100,11 +111,15 @@ Result<CudaPath::PeerMapping> CudaPath::map_peer(int rank, const Announcement& s
 // Lines and cells of an earlier process with this rank's id: its tags are no part of the order of the new one's.
 Result<void> CudaPath::forget_source(int rank) {
   std::uint8_t* counts = control_.data() + words_.counts_of(rank, 0);
-  NIXL_TRY(cuda_check(cudaMemsetAsync(counts, 0, static_cast<std::size_t>(words_.counts_of(rank + 1, 0) - words_.counts_of(rank, 0)), stream_),
-                      "clear counts of an earlier connection"));
+  NIXL_TRY(cuda_check(
+      cudaMemsetAsync(counts, 0, static_cast<std::size_t>(words_.counts_of(rank + 1, 0) - words_.counts_of(rank, 0)),
+                      stream_),
+      "clear counts of an earlier connection"));
   std::uint8_t* slots = data_.data() + layout_.slot_of(rank, 0);
-  return cuda_check(cudaMemsetAsync(slots, 0, static_cast<std::size_t>(layout_.slot_of(rank + 1, 0) - layout_.slot_of(rank, 0)), stream_),
-                    "clear rows of an earlier connection");
+  return cuda_check(
+      cudaMemsetAsync(slots, 0, static_cast<std::size_t>(layout_.slot_of(rank + 1, 0) - layout_.slot_of(rank, 0)),
+                      stream_),
+      "clear rows of an earlier connection");
 }
 
 // The mapping, which takes milliseconds, is made without the lock: masks and faults are not held up by it.
@@ -113,7 +128,8 @@ Result<void> CudaPath::attach(const PeerIdentity& peer, Export memory) {
     const std::lock_guard lock(mutex_);
     if (!state_ || closed_) return fail(Code::kNotAllowed, "rank %d has no memory", options_.rank);
     if (peer.rank < 0 || peer.rank >= capacity_.num_ranks || peer.rank == options_.rank)
-      return fail(Code::kInvalidArgument, "rank %d cannot be attached to rank %d of %d", peer.rank, options_.rank, capacity_.num_ranks);
+      return fail(Code::kInvalidArgument, "rank %d cannot be attached to rank %d of %d", peer.rank, options_.rank,
+                  capacity_.num_ranks);
     if (peers_.count(peer.rank)) return fail(Code::kNotAllowed, "rank %d is attached already", peer.rank);
   }
   const DeviceScope scope(device_);
@@ -122,7 +138,8 @@ Result<void> CudaPath::attach(const PeerIdentity& peer, Export memory) {
   const std::lock_guard lock(mutex_);
   if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
   NIXL_TRY(forget_source(peer.rank));
-  const PeerChange change{Change::kAttach, peer.rank, mapping.data.data(), mapping.control.data(), peer.incarnation, first_count_, said.first_count};
+  const PeerChange change{Change::kAttach,  peer.rank,    mapping.data.data(), mapping.control.data(),
+                          peer.incarnation, first_count_, said.first_count};
   const auto& attached = peers_.emplace(peer.rank, std::move(mapping));
   if (auto changed = change_apart({&change, 1}); !changed) {
     kept_.push_back(std::move(attached.first->second));  // kernels may know it
@@ -155,7 +172,9 @@ Result<void> CudaPath::detach(int rank) {
   if (waited && __atomic_load_n(&page_->idle[rank], __ATOMIC_ACQUIRE) != 0) return {};
   kept_.push_back(std::move(mapping));
   if (!waited) return waited;
-  return fail(Code::kTimeout, "operations that use the memory of rank %d have not ended after %lld ms; it stays mapped until this buffer is destroyed",
+  return fail(Code::kTimeout,
+              "operations that use the memory of rank %d have not ended after %lld ms; it stays mapped until this "
+              "buffer is destroyed",
               rank, static_cast<long long>(limit_ns / 1'000'000));
 }
 

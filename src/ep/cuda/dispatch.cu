@@ -18,8 +18,8 @@ struct Shared {
   Block* block;
   Peer* peers;
   Routes routes;
-  int* base;            // [ranks][experts] first row of a source
-  std::uint8_t* stage;  // two rows in the payload's form, each followed by its scale words
+  int* base;               // [ranks][experts] first row of a source
+  std::uint8_t* stage;     // two rows in the payload's form, each followed by its scale words
   std::uint32_t* scratch;  // of this warp
   int stage_bytes;
 };
@@ -42,7 +42,8 @@ __device__ Shared carve(const DispatchOp& a, std::uint8_t* memory) {
   return s;
 }
 
-__device__ __forceinline__ uint4 load_chunk(const DispatchOp& a, const std::uint16_t* row, int chunk, int lane, std::uint32_t* scales) {
+__device__ __forceinline__ uint4 load_chunk(const DispatchOp& a, const std::uint16_t* row, int chunk, int lane,
+                                            std::uint32_t* scales) {
   if (a.payload == kPayloadBf16) return load_bf16(row, chunk, a.hidden, lane);
   const Quantized done = quantize(load_channels(row, chunk, a.hidden, lane), a.payload != kPayloadFp8);
   *scales = scale_word(done.scale, a.payload, lane);
@@ -64,7 +65,8 @@ __device__ void stage_token(const DispatchOp& a, const Shared& s, int token, std
 
 // What tells the receiver where the row belongs: token, number of entries, then for each the expert and place, the index
 // inside (source, expert), and the weight when weights travel. One warp.
-__device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s, int token, int rank, std::uint32_t* meta) {
+__device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s, int token, int rank,
+                                           std::uint32_t* meta) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
   const int entry_words = a.with_weights ? 3 : 2;
   const int local = (token - s.block->first_token) * topk + lane;
@@ -86,7 +88,8 @@ __device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s,
 
 // One piece of a staged token to one rank. One warp.
 template <int kLanes>
-__device__ void push_piece(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage, int rank, int message, int piece) {
+__device__ void push_piece(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage, int rank,
+                           int message, int piece) {
   using Line = Lines<kLanes>;
   const int lane = threadIdx.x % 32;
   const Peer& peer = s.peers[rank];
@@ -94,15 +97,18 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
   std::uint8_t* to = peer.remote + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
 #pragma unroll 4
   for (int c = 0; c < chunks; ++c)
-    Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane], peer.tag_out);
+    Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane],
+                peer.tag_out);
   // Words of the tail: displaced by tags, scales, and where the row belongs.
   const int displaced = chunks * Line::kDisplaced, scale_words = chunks * a.chunk_words;
-  const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
+  const auto* scales =
+      reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
 #pragma unroll 1
   for (int i = lane; i < displaced; i += 32) {
     const int at = first + i / Line::kDisplaced, line = i % Line::kDisplaced;
     if (line < Line::kPerChunk)
-      s.scratch[i] = reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
+      s.scratch[i] =
+          reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
   }
   if (lane < scale_words) s.scratch[displaced + lane] = scales[lane];  // at most 32: kDispatchPiece chunks of four
   write_meta(a, s, token, rank, s.scratch + displaced + scale_words);
@@ -133,7 +139,8 @@ __device__ void push_token(const DispatchOp& a, const Shared& s, int token, cons
     const int to = __shfl_sync(~0u, rank, place), number = __shfl_sync(~0u, message, place);
 #pragma unroll 1
     for (int piece = 0; piece < a.shape.pieces; ++piece, ++unit)
-      if (unit % kSenders == warp && static_cast<unsigned>(unit / kSenders) % static_cast<unsigned>(share.parts) == static_cast<unsigned>(share.part))
+      if (unit % kSenders == warp && static_cast<unsigned>(unit / kSenders) % static_cast<unsigned>(share.parts) ==
+                                         static_cast<unsigned>(share.part))
         push_piece<kLanes>(a, s, token, stage, to, number, piece);
   }
 }
@@ -153,7 +160,8 @@ __device__ void send_counts(const DispatchOp& a, const Shared& s) {
       const int count = expert < op.experts ? s.routes.per_expert[rank * op.experts + expert] : 0;
       w[q] = count < a.route.max_tokens ? count : a.route.max_tokens;
     }
-    store_cell(peer.control + op.words.counts_of(op.rank, flag_slot(peer.sent)) + cell * 16, make_uint4(w[0], w[1], w[2], peer.tag_out));
+    store_cell(peer.control + op.words.counts_of(op.rank, flag_slot(peer.sent)) + cell * 16,
+               make_uint4(w[0], w[1], w[2], peer.tag_out));
   }
 #pragma unroll 1
   for (int rank = threadIdx.x; rank < op.ranks; rank += kSendThreads)
@@ -199,7 +207,8 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
     int sum = 0;
 #pragma unroll 1
     for (int rank = 0; rank < op.ranks; ++rank) {
-      const int count = s.peers[rank].active ? s.base[rank * op.experts + expert] : 0;  // after the barrier: failed anywhere in the block
+      const int count = s.peers[rank].active ? s.base[rank * op.experts + expert]
+                                             : 0;  // after the barrier: failed anywhere in the block
       s.base[rank * op.experts + expert] = sum;
       sum += count;
     }
@@ -221,7 +230,8 @@ __device__ void write_ranges(const DispatchOp& a, const Shared& s, int first, in
 #pragma unroll 1
   for (int rank = static_cast<int>(threadIdx.x) - first; rank < op.ranks; rank += threads) {
     const int messages = s.peers[rank].active && rank != op.rank ? s.peers[rank].messages : 0;
-    reinterpret_cast<int*>(a.records + a.record.counts)[rank] = messages < a.route.max_tokens ? messages : a.route.max_tokens;
+    reinterpret_cast<int*>(a.records + a.record.counts)[rank] =
+        messages < a.route.max_tokens ? messages : a.route.max_tokens;
   }
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) - first; i < op.experts * op.ranks; i += threads) {
@@ -233,7 +243,8 @@ __device__ void write_ranges(const DispatchOp& a, const Shared& s, int first, in
     } else {
       int last = 0;
       if (s.peers[rank].active) {
-        const uint4 v = load_cell(op.control + op.words.counts_of(rank, flag_slot(s.peers[rank].expected)) + expert / 3 * 16);
+        const uint4 v =
+            load_cell(op.control + op.words.counts_of(rank, flag_slot(s.peers[rank].expected)) + expert / 3 * 16);
         last = static_cast<int>(expert % 3 == 0 ? v.x : expert % 3 == 1 ? v.y : v.z);
         last = last < a.route.max_tokens ? last : a.route.max_tokens;
       }
@@ -259,26 +270,31 @@ __device__ __forceinline__ Target target_of(const DispatchOp& a, int expert, int
   to.scales = a.recv_scales + std::int64_t{expert} * a.scale_words * rows + row;
   return to;
 }
-__device__ __forceinline__ void write_row_info(const DispatchOp& a, const Target& to, int token, int place, std::uint32_t weight) {
+__device__ __forceinline__ void write_row_info(const DispatchOp& a, const Target& to, int token, int place,
+                                               std::uint32_t weight) {
   a.src_info[to.row] = token;
   if (a.recv_places) a.recv_places[to.row] = static_cast<std::uint8_t>(place);
   if (a.recv_weights) a.recv_weights[to.row] = float_from_bits(weight);
 }
 // Chunks [first, first + chunks) of a row to the targets that the lanes of `held` have; lane w holds scale word w of these chunks.
 template <int kChunks>
-__device__ __forceinline__ void write_rows(const DispatchOp& a, const Target& target, unsigned held, int first, int chunks, const uint4 (&data)[kChunks],
-                                           std::uint32_t scale) {
+__device__ __forceinline__ void write_rows(const DispatchOp& a, const Target& target, unsigned held, int first,
+                                           int chunks, const uint4 (&data)[kChunks], std::uint32_t scale) {
   const int lane = threadIdx.x % 32, offset = first * kChunkBytes + lane * 16, word = first * a.chunk_words + lane;
   const bool scaled = lane < chunks * a.chunk_words && word < a.scale_words;
   const std::int64_t scale_at = std::int64_t{word} * a.op.ranks * a.route.max_tokens;
 #pragma unroll 1
   for (; held; held &= held - 1) {
     const int e = __ffs(held) - 1;
-    auto* bytes = reinterpret_cast<std::uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(target.bytes), e)) + offset;
-    auto* scales = reinterpret_cast<std::uint32_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(target.scales), e));
+    auto* bytes =
+        reinterpret_cast<std::uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(target.bytes), e)) +
+        offset;
+    auto* scales =
+        reinterpret_cast<std::uint32_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(target.scales), e));
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      if (c < chunks && offset + c * kChunkBytes < a.row_bytes) __stcs(reinterpret_cast<uint4*>(bytes + c * kChunkBytes), data[c]);
+      if (c < chunks && offset + c * kChunkBytes < a.row_bytes)
+        __stcs(reinterpret_cast<uint4*>(bytes + c * kChunkBytes), data[c]);
     if (scaled) scales[scale_at] = scale;
   }
 }
@@ -299,7 +315,8 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
   if (!eager) {
     const std::uint8_t* last = from + a.shape.piece_bytes - 4;
 #pragma unroll 1
-    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, rank, polls, patience)) __nanosleep(20);
+    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, rank, polls, patience))
+      __nanosleep(20);
   }
 #pragma unroll 1
   for (;;) {  // tails are sent last, so when they are here the rest mostly is
@@ -456,7 +473,8 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   const int warp = threadIdx.x / 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
   const int most_ranks = a.op.ranks - 1 < a.route.topk ? a.op.ranks - 1 : a.route.topk;
-  const Share share = share_of_tokens(a.route.num_tokens, static_cast<unsigned>(most_ranks * a.shape.pieces + kSenders - 1) / kSenders);
+  const Share share =
+      share_of_tokens(a.route.num_tokens, static_cast<unsigned>(most_ranks * a.shape.pieces + kSenders - 1) / kSenders);
   const int begin = share.begin, end = share.end;
   if (warp < kSenders) {
     if (sends && begin < end) stage_token(a, s, begin, s.stage);
@@ -468,7 +486,8 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
     begin_operation(a.op, *s.block, s.peers);
   } else {
     count_before(a.op, a.route, s.routes, begin, kSendThreads + 32, kRestThreads - 32, kResting);
-    if (warp == kSenders + 1) count_own(a.op, a.route, s.routes, begin, end, blockIdx.x == gridDim.x - 1 || begin < end ? a.op.page : nullptr);
+    if (warp == kSenders + 1)
+      count_own(a.op, a.route, s.routes, begin, end, blockIdx.x == gridDim.x - 1 || begin < end ? a.op.page : nullptr);
   }
   __syncthreads();
   if (warp < kSenders) {

@@ -8,7 +8,8 @@ namespace nixl::core::ep::gpu {
 inline constexpr int kPeerBytes = 88;  // of Peer in device/op.cuh
 
 struct DispatchShared {
-  std::int64_t peers = 0, base = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, stage = 0, scratch = 0, total = 0;
+  std::int64_t peers = 0, base = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, stage = 0,
+               scratch = 0, total = 0;
   int stage_bytes = 0, scratch_words = 0;
 };
 NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid) {
@@ -57,7 +58,7 @@ enum class Change : int { kMask, kUnmask, kAttach, kDetach };
 struct PeerChange {
   Change change = Change::kMask;
   int rank = 0;
-  std::uint8_t* data = nullptr;     // kAttach
+  std::uint8_t* data = nullptr;  // kAttach
   std::uint8_t* control = nullptr;
   std::uint32_t incarnation = 0;
   std::uint32_t first_sent = 0, first_expected = 0;

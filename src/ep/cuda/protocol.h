@@ -13,7 +13,7 @@ inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kDispatchPiece = 8;  // most chunks of a piece, which a warp holds in registers
 inline constexpr int kCombinePiece = 5;   // the same, with the sums beside them
-inline constexpr int kSenders = 8;  // warps that send first; the others receive from the start
+inline constexpr int kSenders = 8;        // warps that send first; the others receive from the start
 
 // Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket, whatever
 // their number, so the first ticket of the next operation follows without anybody resetting anything.
@@ -21,11 +21,11 @@ inline constexpr std::uint64_t kTicket = 1 << 16;
 inline constexpr std::uint64_t kLocked = 1ull << 63;
 struct State {
   unsigned long long ticket;
-  unsigned long long sent;      // the same, at the end of blocks that wrote to peers
-  unsigned long long done;      // the same, at the end of receiving blocks
-  unsigned long long redo;      // last operation + 1 that was repaired
-  unsigned long long fault_op;  // operation + 1 that fault_view speaks of
-  unsigned long long looking;   // threads that are reading a peer's control memory
+  unsigned long long sent;               // the same, at the end of blocks that wrote to peers
+  unsigned long long done;               // the same, at the end of receiving blocks
+  unsigned long long redo;               // last operation + 1 that was repaired
+  unsigned long long fault_op;           // operation + 1 that fault_view speaks of
+  unsigned long long looking;            // threads that are reading a peer's control memory
   unsigned long long failed[kMaxRanks];  // operation + 1 in which this source failed
   std::int32_t fault_view[kMaxRanks];
   PeerVersion peers[kMaxRanks][2];
@@ -56,18 +56,18 @@ inline constexpr int kReceives = 2;
 // Common to every operation.
 struct Op {
   State* state = nullptr;
-  HostPage* page = nullptr;       // by its device address
-  std::uint8_t* data = nullptr;   // own data memory
+  HostPage* page = nullptr;      // by its device address
+  std::uint8_t* data = nullptr;  // own data memory
   std::uint8_t* control = nullptr;
   PushLayout layout;
   PushControl words;
   std::int64_t timeout_ns = 0;
   std::uint32_t incarnation = 0;
   int rank = 0;
-  int ranks = 0;    // of the call
-  int experts = 0;  // of a rank
+  int ranks = 0;                      // of the call
+  int experts = 0;                    // of a rank
   std::uint32_t experts_inverse = 0;  // rounded up 2^32 / experts; 0 stands for 1 expert
-  int phase = 0;    // nixl::ep::Phase
+  int phase = 0;                      // nixl::ep::Phase
   int parts = kSends | kReceives;
 };
 
@@ -120,11 +120,11 @@ struct CombineOp {
   RouteArgs route;
   RowShape shape;
   Rows rows = Rows::kSummed;
-  unsigned split = 1;                 // warps that share the entries of a message; 1 where rows are summed
-  bool exact = false;                 // sums in order of places; else rank by rank
-  std::int64_t entries = 0;           // offset of the owners' weights in a slot
+  unsigned split = 1;        // warps that share the entries of a message; 1 where rows are summed
+  bool exact = false;        // sums in order of places; else rank by rank
+  std::int64_t entries = 0;  // offset of the owners' weights in a slot
   const std::uint16_t* x = nullptr;
-  std::int64_t x_stride = 0;          // elements between rows
+  std::int64_t x_stride = 0;  // elements between rows
   int hidden = 0;
   const float* weights = nullptr;
   const float* row_weights = nullptr;  // of every row here, from dispatch; null: owners send weights first

@@ -16,10 +16,16 @@ inline constexpr int kChunkBytes = 512;
 
 // How lines are cut. 8 lanes: 128-byte lines, which arrive whole between GPUs joined by NVLink; 1 lane: 16-byte cells, single
 // accesses of the memory model, good anywhere.
-NIXL_HD constexpr int lines_in_chunk(int lanes) { return 32 / lanes; }
-NIXL_HD constexpr int words_in_line(int lanes) { return 4 * lanes - 1; }  // without the tag
+NIXL_HD constexpr int lines_in_chunk(int lanes) {
+  return 32 / lanes;
+}
+NIXL_HD constexpr int words_in_line(int lanes) {
+  return 4 * lanes - 1;
+}  // without the tag
 // Tail words that a chunk's displaced words take: with 16-byte lines a whole number of lines.
-NIXL_HD constexpr int displaced_in_chunk(int lanes) { return lanes == 1 ? 33 : lines_in_chunk(lanes); }
+NIXL_HD constexpr int displaced_in_chunk(int lanes) {
+  return lanes == 1 ? 33 : lines_in_chunk(lanes);
+}
 
 struct RowShape {
   int chunks = 0;  // of the row
@@ -35,7 +41,8 @@ struct RowShape {
   }
 };
 // row_bytes: payload; chunk_words: 32-bit words of scales that go with a chunk; meta_words: words that go with every piece.
-NIXL_HD constexpr RowShape make_row_shape(std::int64_t row_bytes, int wanted_per, int chunk_words, int meta_words, int lanes) {
+NIXL_HD constexpr RowShape make_row_shape(std::int64_t row_bytes, int wanted_per, int chunk_words, int meta_words,
+                                          int lanes) {
   RowShape shape;
   shape.chunks = static_cast<int>((row_bytes + kChunkBytes - 1) / kChunkBytes);
   shape.pieces = (shape.chunks + wanted_per - 1) / wanted_per;

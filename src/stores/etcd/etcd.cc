@@ -161,7 +161,8 @@ class Etcd final : public Store, private StoreWatcher {
   Result<void> withdraw_prefix(std::string_view prefix) override {
     const std::lock_guard lock(publish_mutex_);
     std::erase_if(published_, [&](const auto& entry) { return entry.first.starts_with(prefix); });
-    NIXL_TRY(ask("/v3/kv/deleterange", "{\"key\":" + coded(prefix) + ",\"range_end\":" + coded(range_end(std::string(prefix))) + "}",
+    NIXL_TRY(ask("/v3/kv/deleterange",
+                 "{\"key\":" + coded(prefix) + ",\"range_end\":" + coded(range_end(std::string(prefix))) + "}",
                  own_deadline()));
     return {};
   }

@@ -8,23 +8,31 @@ namespace nixl::core::ep::gpu {
 
 __device__ __forceinline__ uint4 load_line(const void* p) {
   uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
   return v;
 }
 __device__ __forceinline__ void store_line(void* p, uint4 v) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 // One access of 16 bytes in the memory model: arrives whole on any connection.
 __device__ __forceinline__ uint4 load_cell(const void* p) {
   unsigned long long lo, hi;
-  asm volatile("{.reg .b128 c; ld.relaxed.sys.global.b128 c,[%2]; mov.b128 {%0,%1},c;}" : "=l"(lo), "=l"(hi) : "l"(p) : "memory");
+  asm volatile("{.reg .b128 c; ld.relaxed.sys.global.b128 c,[%2]; mov.b128 {%0,%1},c;}"
+               : "=l"(lo), "=l"(hi)
+               : "l"(p)
+               : "memory");
   return make_uint4(static_cast<unsigned>(lo), static_cast<unsigned>(lo >> 32), static_cast<unsigned>(hi),
                     static_cast<unsigned>(hi >> 32));
 }
 __device__ __forceinline__ void store_cell(void* p, uint4 v) {
   const unsigned long long lo = v.x | static_cast<unsigned long long>(v.y) << 32;
   const unsigned long long hi = v.z | static_cast<unsigned long long>(v.w) << 32;
-  asm volatile("{.reg .b128 c; mov.b128 c,{%1,%2}; st.relaxed.sys.global.b128 [%0],c;}" ::"l"(p), "l"(lo), "l"(hi) : "memory");
+  asm volatile("{.reg .b128 c; mov.b128 c,{%1,%2}; st.relaxed.sys.global.b128 [%0],c;}" ::"l"(p), "l"(lo), "l"(hi)
+               : "memory");
 }
 // One word alone. Whoever waits long for rows looks at their last tag and no more: hundreds of warps that read whole chunks
 // again and again would take the memory's time from the rows that arrive.
@@ -39,8 +47,12 @@ __device__ __forceinline__ std::uint64_t wall_ns() {
   return t;
 }
 // Barrier among the first or the last warps of a block, or with part of a block that does not wait.
-__device__ __forceinline__ void sync_some(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
-__device__ __forceinline__ void arrive_some(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+__device__ __forceinline__ void sync_some(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_some(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
 
 template <int kLanes>
 struct Lines {
@@ -68,7 +80,8 @@ struct Lines {
     if (lane < lines * kLanes) v = kLanes == 1 ? load_cell(p) : load_line(p);
     return v;
   }
-  static __device__ __forceinline__ void store(void* chunk, int lane, uint4 v, std::uint32_t tag, int lines = kPerChunk) {
+  static __device__ __forceinline__ void store(void* chunk, int lane, uint4 v, std::uint32_t tag,
+                                               int lines = kPerChunk) {
     if (holds_tag(lane)) v.w = tag;
     __syncwarp();
     auto* p = static_cast<std::uint8_t*>(chunk) + lane * 16;

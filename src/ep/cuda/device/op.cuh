@@ -10,16 +10,16 @@ namespace nixl::core::ep::gpu {
 
 // A peer as this operation sees it, in shared memory.
 struct Peer {
-  std::uint8_t* remote;        // the slot this operation writes in the peer's data memory
-  std::uint8_t* exact;         // the peer's exact areas
-  std::uint8_t* control;       // its control memory
-  const std::uint8_t* local;   // the slot it writes in ours
+  std::uint8_t* remote;       // the slot this operation writes in the peer's data memory
+  std::uint8_t* exact;        // the peer's exact areas
+  std::uint8_t* control;      // its control memory
+  const std::uint8_t* local;  // the slot it writes in ours
   std::uint32_t tag_out, tag_in;
   std::uint32_t incarnation, sent, expected;
-  std::uint32_t fresh;         // first operation since it was unmasked
-  int messages;                // that it sent in this operation
-  std::uint32_t parity;        // of its operation number
-  std::uint32_t active;        // takes part; 0 once it failed here
+  std::uint32_t fresh;   // first operation since it was unmasked
+  int messages;          // that it sent in this operation
+  std::uint32_t parity;  // of its operation number
+  std::uint32_t active;  // takes part; 0 once it failed here
 };
 
 static_assert(sizeof(Peer) <= 88);
@@ -29,10 +29,10 @@ __device__ __forceinline__ int rank_of_expert(const Op& op, int expert) {
 }
 
 struct Block {
-  std::uint64_t number;  // of this operation
-  int failed;            // a wait of this block ran out
+  std::uint64_t number;    // of this operation
+  int failed;              // a wait of this block ran out
   std::uint64_t fault_op;  // as the operation found it
-  int cursor;            // next item of this block
+  int cursor;              // next item of this block
   int most_messages;
   int first_token, end_token;
 };
@@ -154,7 +154,8 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
     block.failed = 0;
     unsigned long long fault_op;
     asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(fault_op) : "l"(&op.state->fault_op) : "memory");
-    unsigned long long seen = op.parts & kSends ? draw_ticket(&op.state->ticket, share_of_block()) : load_strong(&op.state->ticket);
+    unsigned long long seen =
+        op.parts & kSends ? draw_ticket(&op.state->ticket, share_of_block()) : load_strong(&op.state->ticket);
     block.fault_op = fault_op;
     number = (seen & ~kLocked) / kTicket - (op.parts & kSends ? 0 : 1);
     if (op.parts & kSends)
@@ -240,13 +241,15 @@ static __device__ __noinline__ bool keep_waiting(const Op& op, const Block& bloc
   return waited < patience.limit;
 }
 // For loops of any thread: mostly a counter, now and then a look at the clock. The counter is apart, so that it can be a register.
-__device__ __forceinline__ bool patient(const Op& op, const Block& block, int rank, unsigned& polls, Patience& patience) {
+__device__ __forceinline__ bool patient(const Op& op, const Block& block, int rank, unsigned& polls,
+                                        Patience& patience) {
   if (++polls % 64 != 0 && op.timeout_ns != 0) return true;
   return keep_waiting(op, block, rank, patience);
 }
 
 // The same for a warp, all of whose lanes call it and get the same answer.
-__device__ __forceinline__ bool warp_patient(const Op& op, const Block& block, int rank, unsigned& polls, Patience& patience) {
+__device__ __forceinline__ bool warp_patient(const Op& op, const Block& block, int rank, unsigned& polls,
+                                             Patience& patience) {
   if (++polls % 64 != 0 && op.timeout_ns != 0) return true;
   return __all_sync(~0u, keep_waiting(op, block, rank, patience));
 }
@@ -266,7 +269,8 @@ __device__ inline bool accept_header(const Op& op, Peer& peer, int rank) {
   peer.parity = cell.w >> 31;
   return true;
 }
-static __device__ __noinline__ bool await_header(const Op& op, Block& block, Peer& peer, int rank, std::int64_t* wait_cost) {
+static __device__ __noinline__ bool await_header(const Op& op, Block& block, Peer& peer, int rank,
+                                                 std::int64_t* wait_cost) {
   Patience patience;
   unsigned polls = 0;
   const long long begin = clock64();
@@ -278,7 +282,8 @@ static __device__ __noinline__ bool await_header(const Op& op, Block& block, Pee
       break;
     }
   }
-  if (wait_cost && blockIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(wait_cost + rank), clock64() - begin);
+  if (wait_cost && blockIdx.x == 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(wait_cost + rank), clock64() - begin);
   return peer.active;
 }
 __device__ inline void send_header(const Op& op, const Block& block, const Peer& peer, int messages) {

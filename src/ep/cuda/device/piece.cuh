@@ -10,7 +10,8 @@ class PieceSender {
   using Line = Lines<kLanes>;
 
  public:
-  __device__ PieceSender(const RowShape& shape, std::uint8_t* to, std::uint32_t tag) : to_(to), tail_(to + shape.per * kChunkBytes), tag_(tag) {}
+  __device__ PieceSender(const RowShape& shape, std::uint8_t* to, std::uint32_t tag)
+      : to_(to), tail_(to + shape.per * kChunkBytes), tag_(tag) {}
   __device__ __forceinline__ void send(int chunk, int lane, uint4 v) {
     if (kLanes == 1) {  // eleven cells take the 32 words
       uint4 cell;
@@ -20,7 +21,8 @@ class PieceSender {
       cell.w = tag_;
       if (lane < 11) store_cell(tail_ + (chunk * 11 + lane) * 16, cell);
     } else {  // lane c carries those of chunk c
-      const std::uint32_t words[4] = {__shfl_sync(~0u, v.w, 7), __shfl_sync(~0u, v.w, 15), __shfl_sync(~0u, v.w, 23), __shfl_sync(~0u, v.w, 31)};
+      const std::uint32_t words[4] = {__shfl_sync(~0u, v.w, 7), __shfl_sync(~0u, v.w, 15), __shfl_sync(~0u, v.w, 23),
+                                      __shfl_sync(~0u, v.w, 31)};
       if (lane == chunk) displaced_ = make_uint4(words[0], words[1], words[2], words[3]);
     }
     Line::store(to_ + chunk * kChunkBytes, lane, v, tag_);

@@ -33,7 +33,8 @@ __device__ __forceinline__ std::uint32_t larger_pair(std::uint32_t so_far, std::
   return __vmaxu2(so_far, size & ~__vcmpgtu2(size, 0x7f807f80));
 }
 __device__ __forceinline__ std::uint32_t fp8_pair(std::uint32_t pair, float factor) {
-  const float2 values = make_float2(mul_rn(float_from_bits(pair << 16), factor), mul_rn(float_from_bits(pair & 0xffff0000), factor));
+  const float2 values =
+      make_float2(mul_rn(float_from_bits(pair << 16), factor), mul_rn(float_from_bits(pair & 0xffff0000), factor));
   return __nv_cvt_float2_to_fp8x2(values, __NV_SATFINITE, __NV_E4M3);
 }
 // Eight lanes hold a group of 128 channels.
@@ -58,7 +59,8 @@ __device__ __forceinline__ Quantized quantize(const Unquantized& in, bool power_
 __device__ __forceinline__ std::uint32_t scale_word(const GroupScale& scale, int payload, int word) {
   if (payload != kPayloadFp8Ue8m0) return __shfl_sync(~0u, bits_of(scale.stored), (word & 3) * 8);
   const std::uint32_t own = scale.biased;
-  return __shfl_sync(~0u, own, 0) | __shfl_sync(~0u, own, 8) << 8 | __shfl_sync(~0u, own, 16) << 16 | __shfl_sync(~0u, own, 24) << 24;
+  return __shfl_sync(~0u, own, 0) | __shfl_sync(~0u, own, 8) << 8 | __shfl_sync(~0u, own, 16) << 16 |
+         __shfl_sync(~0u, own, 24) << 24;
 }
 
 }  // namespace nixl::core::ep::gpu

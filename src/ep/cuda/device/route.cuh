@@ -23,8 +23,8 @@ __device__ __forceinline__ int load_id(const RouteArgs& route, int at, int num_e
 }
 
 // Zeroes the counts and counts tokens [0, end). `threads` of the block from `first` on; barrier `name` is theirs.
-__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end, int first_thread, int threads,
-                                             int name) {
+__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end,
+                                             int first_thread, int threads, int name) {
   constexpr int kAhead = 4;  // loads under way together
   const int tid = static_cast<int>(threadIdx.x) - first_thread, lane = tid % 32, warps = threads / 32;
   const int num_experts = op.ranks * op.experts;
@@ -60,7 +60,8 @@ __device__ __forceinline__ void count_before(const Op& op, const RouteArgs& rout
 }
 
 // Continues the counts over tokens [begin, end), which are numbered from 0 in expert, index and message. One warp.
-__device__ __forceinline__ void count_own(const Op& op, const RouteArgs& route, const Routes& routes, int begin, int end, HostPage* page) {
+__device__ __forceinline__ void count_own(const Op& op, const RouteArgs& route, const Routes& routes, int begin,
+                                          int end, HostPage* page) {
   const int lane = threadIdx.x % 32;
   const int num_experts = op.ranks * op.experts;
   const unsigned before = (1u << lane) - 1;
