@@ -53,7 +53,7 @@ gpu_test() {
   program=$(native ep_cuda_test) && [ -n "$program" ] && step 300 "kernels, native" "$program" "$gpus" "$gpus"
   program=$(native samehost_vram_test) && [ -n "$program" ] && step 200 "same-host transfers of GPU memory" "$program"
   step 100 "what cuFile answers here" "$python" tests/gpu/cufile_report.py
-  step 200 "storage and GPU memory" "$python" -m pytest -q -rs -s --timeout 60 tests/gpu/test_storage.py
+  step 200 "storage and GPU memory" "$python" -m pytest -q -rs -s --timeout 60 tests/gpu/test_gpu_storage.py
   step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail 4 --timeout 120 \
     tests/conformance/ep "$@"
   step 400 "faults" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --timeout 200 tests/faults/ep "$@"

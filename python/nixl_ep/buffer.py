@@ -471,7 +471,8 @@ class Buffer:
         Arguments:
             x: bfloat16 [L, T, H], contiguous, rows as dispatch delivered them; ignored with zero_copy (see
                 :meth:`get_next_combine_buffer`). Rows past the count are not read.
-            topk_idx, topk_weights: as given to dispatch; weights float32 [n, K].
+            topk_idx, topk_weights: as given to dispatch, the ids unchanged: on CUDA, batches of up to 16 tokens rely on it;
+                weights float32 [n, K].
             handle: of the dispatch. One handle may be combined several times.
             use_logfmt: rows travel compressed, within 9e-4 of the plain result. Excludes zero_copy.
             out: bfloat16 [n, H], contiguous; written and returned.
