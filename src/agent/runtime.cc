@@ -17,6 +17,7 @@ constexpr Nanoseconds kPollAfterActivity = 100'000;
 constexpr Nanoseconds kPollWindow = 50'000;  // in which callers who poll in a loop do so many times
 constexpr std::uint32_t kManyPolls = 12;
 constexpr int kAsideMs = 1;
+constexpr int kMostAsleepMs = 200;  // a wake-up that a backend's library misses costs this much, not the peer's patience
 constexpr int kPollIdleBackendMs = 1;  // backends without a descriptor, while something runs
 }  // namespace
 
@@ -112,25 +113,28 @@ void Runtime::loop() {
       else
         may_sleep = backend.arm();
     }
-    if (may_sleep) sleep(blind ? kPollIdleBackendMs : num_watched_ ? 20 : -1);
+    const bool woken = may_sleep && sleep(blind ? kPollIdleBackendMs : num_watched_ ? 20 : kMostAsleepMs);
     asleep_ = false;
     if (may_sleep && !blind) {
-      window_at = active_at = now_ns();
+      window_at = now_ns();
+      if (woken) active_at = window_at;
       polls_before = num_polls_;
     }
   }
 }
 
-void Runtime::sleep(int timeout_ms) {
+// False: the time ran out.
+bool Runtime::sleep(int timeout_ms) {
   std::array<pollfd, kMaxSlots + 1> waits;
   std::size_t num = 0;
   waits[num++] = {wake_.get(), POLLIN, 0};
   const std::size_t count = num_slots();
   for (std::size_t i = 0; i < count; ++i)
     if (const int fd = slots_[i]->backend->event_fd(); fd >= 0) waits[num++] = {fd, POLLIN, 0};
-  poll(waits.data(), num, timeout_ms);
+  const int ready = poll(waits.data(), num, timeout_ms);
   eventfd_t ignored;
-  if (waits[0].revents) eventfd_read(wake_.get(), &ignored);
+  if (ready > 0 && waits[0].revents) eventfd_read(wake_.get(), &ignored);
+  return ready != 0;
 }
 
 void Runtime::enter(std::shared_ptr<Request> request, bool watched) {

@@ -93,7 +93,7 @@ class Runtime final : public Events {
   explicit Runtime(Options options) : options_(std::move(options)) {}
   void loop();
   void stand_aside();
-  void sleep(int timeout_ms);
+  bool sleep(int timeout_ms);
   void poll_watched();
   bool fill_inbox();
   bool fill_inbox_locked();
