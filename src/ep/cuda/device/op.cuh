@@ -179,10 +179,6 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
 
 // While a rank waits it says for whom, and shows by a changing beat that it is alive: whoever waits for this rank meanwhile
 // is patient up to twice the limit instead of taking it for dead.
-struct Held {
-  std::uint32_t beat;
-  std::uint32_t rank;  // + 1; 0: nobody
-};
 struct Patience {
   std::uint64_t start = 0;  // of this wait: a wait that begins after another one ran out has its own time
   std::uint64_t next_look = 0;
