@@ -302,10 +302,10 @@ class nixl_agent:
 
     def transfer(self, handle, notif_msg=b""):
         """Starts or restarts: "DONE" or "PROC". An empty notification keeps the one given before."""
-        return _state(self.agent.postXferReq(handle._handle, notif_msg))
+        return "DONE" if self.agent.postXferReq(handle._handle, notif_msg) is _SUCCESS else "PROC"
 
     def check_xfer_state(self, handle):
-        return _state(self.agent.getXferStatus(handle._handle))
+        return "DONE" if self.agent.getXferStatus(handle._handle) is _SUCCESS else "PROC"
 
     def cancel_xfer(self, handle):
         """Ends a running transfer; check_xfer_state raises nixlCancelledError afterwards."""
@@ -415,7 +415,3 @@ class nixl_agent:
 def _why_missing(name):
     about = plugin_report().get(_native.canonical_backend(name))
     return about["reason"] if about else "there is no backend of this name"
-
-
-def _state(status):
-    return "DONE" if status is _SUCCESS else "PROC"

@@ -45,7 +45,8 @@ class PeerProcess {
   // false once the process has died. Asks the kernel at most every 20 us; `now`: ask in any case.
   bool alive(bool now = false) noexcept;
 
-  // Copies between equally long lists of pieces, all of it or an error. kPeerLost when the process is gone.
+  // Copies between equally long lists of pieces, all of it or an error. kPeerLost when the process is gone; a pid that was
+  // given to another process is never used.
   Result<void> copy(Op op, std::span<iovec> local, std::span<iovec> remote) noexcept;
 
   Segment& segment() noexcept { return segment_; }
@@ -56,9 +57,11 @@ class PeerProcess {
 
  private:
   PeerProcess() = default;
+  bool copy_small(Op op, const iovec& local, const iovec& remote) noexcept;
   Result<void> explain(int error, const iovec& local, const iovec& remote) noexcept;
 
   Fd pid_fd_;
+  Fd memory_;  // its /proc/PID/mem, bound to this very process; none where the kernel does not let us open it
   Segment segment_;
   std::uint32_t pid_ = 0;
   std::atomic<Nanoseconds> asked_at_{0};

@@ -355,17 +355,20 @@ TEST(a_sleeping_receiver_is_woken) {
 TEST(a_killed_peer_is_an_error_and_is_told_once) {
   char* const theirs = shared_bytes();
   std::vector<char> mine(kBytes, 'k');
-  for (const bool inside : {false, true}) {
+  for (int round = 0; round < 4; ++round) {
+    const bool inside = round % 2;
+    const std::size_t bytes = round < 2 ? kBytes : 64;  // many calls; a single small copy
     Target target(theirs);
     Side side("initiator");
     Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
     Plan plan = link.plan(Op::kWrite);
-    for (std::size_t i = 0; i < kBytes; i += 4096) link.add(plan, at(mine.data() + i), at(theirs + i), 4096);
+    if (bytes == 64) link.add(plan, at(mine.data()), at(theirs), bytes);
+    for (std::size_t i = 0; i + 4096 <= bytes; i += 4096) link.add(plan, at(mine.data() + i), at(theirs + i), 4096);
     auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
     CHECK_OK(run(*transfer));
     if (!inside) target.end();
     Result<void> result;
-    for (int i = 0; i < 2000 && result; ++i) {
+    for (int i = 0; i < 2'000'000 && result; ++i) {
       if (inside && i == 3) ::kill(target.pid, SIGKILL);
       result = run(*transfer);
     }
@@ -402,14 +405,16 @@ TEST(a_stopped_peer_does_not_hold_up_copies) {
 TEST(deregistered_and_freed_memory_is_refused) {
   char* const theirs = shared_bytes();
   std::vector<char> mine(kBytes, 'r');
-  for (const char how : {'d', 'u'}) {
+  for (const auto& [how, bytes] : {std::pair{'d', kBytes}, {'u', kBytes}, {'d', std::size_t{64}}, {'u', std::size_t{64}}}) {
     std::memset(theirs, 0, kBytes);
     Target target(theirs);
     Side side("initiator");
     Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
     Plan plan = link.plan(Op::kWrite);
-    link.add(plan, at(mine.data()), at(theirs), kBytes);
+    link.add(plan, at(mine.data()), at(theirs), bytes);
     auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
+    CHECK_OK(run(*transfer));
+    std::memset(theirs, 0, kBytes);
     target.ask(how);
     const auto result = run(*transfer, "never");
     CHECK(!result);
@@ -457,9 +462,10 @@ TEST(a_thousand_peers_leave_nothing_behind) {
     auto peer = std::move(*CHECK_OK(side.backend->connect({"target", 7}, target.address)));
     CHECK_OK(side.backend->notifier()->send(*peer, "hello"));
     if (i == 10) fds = open_fds();
+    if (i == 999) CHECK_EQ(open_fds(), fds);
     if (i % 100 == 99) target.ask('n');  // frees the lanes that were left
   }
-  CHECK_EQ(open_fds(), fds - 1);
+  CHECK(open_fds() < fds);
 }
 
 TEST(wrong_addresses_are_refused) {

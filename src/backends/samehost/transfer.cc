@@ -32,7 +32,7 @@ CopyJob::CopyJob(Plan plan, std::vector<Position> starts, std::shared_ptr<Mailbo
 
 Result<void> CopyJob::copy_chunk(std::uint32_t index) {
   PeerConnection& peer = ending.peer();
-  NIXL_TRY(peer.check_alive());
+  if (peer.lost()) NIXL_TRY(peer.check_alive());
   Pieces pieces;
   gather(plan_, starts_[index], starts_[index + 1], pieces);
   for (std::size_t i = 0; i < pieces.num_regions; ++i) NIXL_TRY(ending.check_registered(pieces.regions[i]));
