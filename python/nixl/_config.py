@@ -34,13 +34,13 @@ class nixl_agent_config:
     """
 
     def __init__(self, enable_prog_thread=True, enable_listen_thread=False, listen_port=nixlBind.DEFAULT_COMM_PORT,
-                 capture_telemetry=False, num_threads=0, backends=None, sync_mode=None, *, backend_params=None,
+                 capture_telemetry=False, num_threads=0, backends=["UCX"], sync_mode=None, *, backend_params=None,
                  use_etcd=None, enable_listen=None):
         if enable_listen_thread and enable_listen is not None and not enable_listen:
             raise ValueError("enable_listen_thread=True and enable_listen=False contradict each other")
         if sync_mode is not None and not isinstance(sync_mode, nixl_thread_sync_t):
             raise TypeError(f"sync_mode must be a nixl_thread_sync_t (got '{type(sync_mode).__name__}')")
-        self.backends = ["UCX"] if backends is None else list(backends)
+        self.backends = ["UCX"] if backends is None else list(backends)  # a copy: the default is shown, never handed out
         self.enable_pthread = enable_prog_thread
         self.enable_listen = bool(enable_listen or enable_listen_thread)
         self.port = listen_port

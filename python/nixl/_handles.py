@@ -9,18 +9,15 @@ def _native(agent):
     return getattr(agent, "agent", agent)
 
 
-class nixl_prepped_dlist_handle:
-    """One prepared side of transfers."""
+class _Handle:
+    """A native object and the agent that it belongs to."""
 
-    __slots__ = ("_handle", "_agent", "_released")
+    __slots__ = ()
 
     def __init__(self, agent, value):
         self._handle = value
         self._agent = agent
         self._released = False
-
-    def _release_native(self):
-        _native(self._agent).releasedDlistH(self._handle)
 
     def release(self):
         """Gives the native object back. Doing it again does nothing."""
@@ -42,10 +39,19 @@ class nixl_prepped_dlist_handle:
             pass
 
 
-class nixl_xfer_handle(nixl_prepped_dlist_handle):
+class nixl_prepped_dlist_handle(_Handle):
+    """One prepared side of transfers."""
+
+    __slots__ = ("_handle", "_agent", "_released")
+
+    def _release_native(self):
+        _native(self._agent).releasedDlistH(self._handle)
+
+
+class nixl_xfer_handle(_Handle):
     """One transfer request; ``await handle`` works on a posted one."""
 
-    __slots__ = ()
+    __slots__ = ("_handle", "_agent", "_released")
 
     def _release_native(self):
         _native(self._agent).releaseXferReq(self._handle)

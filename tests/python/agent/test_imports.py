@@ -1,5 +1,6 @@
 """Names, imports and configuration (PY-1 to PY-28)."""
 import enum
+import inspect
 import logging
 import subprocess
 import sys
@@ -124,6 +125,35 @@ def test_config_arguments():
         setattr(config, name, value)
         assert getattr(config, name) == value
     assert config.port == 2 and config.enable_pthread is False
+
+
+def test_signature_shows_the_default_backend():
+    """PY-10: tools and people read the signature."""
+    parameters = inspect.signature(api.nixl_agent_config).parameters
+    assert parameters["backends"].default == ["UCX"] and api.nixl_agent_config(backends=None).backends == ["UCX"]
+    assert [one.default for one in parameters.values()] == [True, False, 8888, False, 0, ["UCX"], None, None, None, None]
+    api.nixl_agent_config().backends.append("POSIX")
+    assert parameters["backends"].default == ["UCX"]
+
+
+@pytest.mark.parametrize("kind", [api.nixl_prepped_dlist_handle, api.nixl_xfer_handle])
+def test_handle_classes(kind):
+    assert kind.__slots__ == ("_handle", "_agent", "_released") and not hasattr(kind, "__len__")
+    assert not isinstance(kind(None, 7), api.nixl_xfer_handle if kind is api.nixl_prepped_dlist_handle
+                          else api.nixl_prepped_dlist_handle)
+    assert repr(kind(agent=None, value=255)) == f"<{kind.__name__} 0xff released=False>"
+
+
+def test_native_calls_return_statuses():
+    """Section 9: statuses come back, errors are raised."""
+    a, b = agent("a"), agent("b")
+    a.add_remote_agent(b.get_agent_metadata())
+    success = bindings.NIXL_SUCCESS
+    assert a.agent.makeConnection("b") is success and a.agent.genNotif("b", b"x") is success
+    for call in (a.agent.sendLocalMD, a.agent.invalidateLocalMD):
+        assert call("127.0.0.1", 1) is success
+    assert a.agent.fetchRemoteMD("b", "127.0.0.1", 1) is success
+    assert a.agent.sendLocalPartialMD(bindings.nixlRegDList(bindings.DRAM_SEG), True, [], "127.0.0.1", 1) is success
 
 
 def test_etcd_needs_its_variable(monkeypatch):
