@@ -52,7 +52,7 @@ Params params_of(const nb::dict& dict) {
 }
 std::optional<std::string> message_of(nb::handle message) {
   if (message.is_none()) return std::nullopt;
-  std::string text = text_of(message, "a notification");
+  std::string text = payload_of(message, "a notification");
   if (text.empty()) return std::nullopt;
   return text;
 }
@@ -186,6 +186,13 @@ nb::object status_of(XferState state) {
   return status_of(static_cast<int>(state));
 }
 
+// Runs without the GIL; NIXL_SUCCESS unless it throws.
+template <typename Call>
+nb::object done(Call&& call) {
+  free_of_gil(call);
+  return status_of(0);
+}
+
 void bind_transfers(nb::class_<Agent>& agent) {
   agent
       .def(
@@ -263,18 +270,9 @@ void bind_transfers(nb::class_<Agent>& agent) {
           "queryXferPath", [](Agent& self, Handle handle) { return free_of_gil([&] { return self.pathOf(handle); }); },
           "reqh"_a)
       .def(
-          "releaseXferReq",
-          [](Agent& self, Handle handle) {
-            free_of_gil([&] { self.release(handle); });
-            return status_of(0);
-          },
-          "reqh"_a)
+          "releaseXferReq", [](Agent& self, Handle handle) { return done([&] { self.release(handle); }); }, "reqh"_a)
       .def(
-          "releasedDlistH",
-          [](Agent& self, Handle handle) {
-            free_of_gil([&] { self.releaseDescs(handle); });
-            return status_of(0);
-          },
+          "releasedDlistH", [](Agent& self, Handle handle) { return done([&] { self.releaseDescs(handle); }); },
           "handle"_a)
       .def(
           "prepMemView",
@@ -302,8 +300,8 @@ void bind_exchange(nb::class_<Agent>& agent) {
           "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{})
       .def(
           "loadRemoteMD",
-          [](Agent& self, nb::bytes metadata) {
-            const std::string bytes(metadata.c_str(), metadata.size());
+          [](Agent& self, nb::handle metadata) {
+            const std::string bytes = payload_of(metadata, "metadata");
             return bytes_of(free_of_gil([&] { return self.addRemoteAgent(bytes); }));
           },
           "metadata"_a)
@@ -325,27 +323,27 @@ void bind_exchange(nb::class_<Agent>& agent) {
       .def(
           "sendLocalMD",
           [](Agent& self, const std::string& ip, std::uint16_t port) {
-            free_of_gil([&] { self.sendLocalMetadata(ip, port); });
+            return done([&] { self.sendLocalMetadata(ip, port); });
           },
           "ip_addr"_a = "", "port"_a = 0)
       .def(
           "sendLocalPartialMD",
           [](Agent& self, const RegList& list, bool connections, const Ids& backends, const std::string& ip,
              std::uint16_t port, const std::string& label) {
-            free_of_gil([&] { self.sendPartialMetadata(list.descs, connections, backends, ip, port, label); });
+            return done([&] { self.sendPartialMetadata(list.descs, connections, backends, ip, port, label); });
           },
           "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{}, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
       .def(
           "fetchRemoteMD",
           [](Agent& self, nb::handle name, const std::string& ip, std::uint16_t port, const std::string& label) {
             const std::string peer = text_of(name, "the agent's name");
-            free_of_gil([&] { self.fetchLabelled(peer, ip, port, label); });
+            return done([&] { self.fetchLabelled(peer, ip, port, label); });
           },
           "remote_agent"_a, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
       .def(
           "invalidateLocalMD",
           [](Agent& self, const std::string& ip, std::uint16_t port) {
-            free_of_gil([&] { self.invalidateLocalMetadata(ip, port); });
+            return done([&] { self.invalidateLocalMetadata(ip, port); });
           },
           "ip_addr"_a = "", "port"_a = 0)
       .def(
@@ -366,7 +364,7 @@ void bind_exchange(nb::class_<Agent>& agent) {
           "makeConnection",
           [](Agent& self, nb::handle name, const Ids& backends) {
             const std::string peer = text_of(name, "the agent's name");
-            free_of_gil([&] { self.connect(peer, backends, std::chrono::seconds(10)); });
+            return done([&] { self.connect(peer, backends, std::chrono::seconds(10)); });
           },
           "remote_agent"_a, "backends"_a = Ids{})
       .def(
@@ -383,8 +381,8 @@ void bind_exchange(nb::class_<Agent>& agent) {
       .def(
           "genNotif",
           [](Agent& self, nb::handle name, nb::handle message, const Ids& backends) {
-            const std::string peer = text_of(name, "the agent's name"), text = text_of(message, "a notification");
-            free_of_gil([&] { self.notify(peer, text, backends); });
+            const std::string peer = text_of(name, "the agent's name"), text = payload_of(message, "a notification");
+            return done([&] { self.notify(peer, text, backends); });
           },
           "remote_agent"_a, "msg"_a, "backends"_a = Ids{})
       .def("eventFd", [](Agent& self) { return free_of_gil([&] { return self.eventFd(); }); })
@@ -417,15 +415,13 @@ void bind_backends(nb::class_<Agent>& agent) {
       .def(
           "registerMem",
           [](Agent& self, const RegList& list, const Ids& backends) {
-            free_of_gil([&] { self.registerDescs(list.descs, backends); });
-            return status_of(0);
+            return done([&] { self.registerDescs(list.descs, backends); });
           },
           "descs"_a, "backends"_a = Ids{})
       .def(
           "deregisterMem",
           [](Agent& self, const RegList& list, const Ids& backends) {
-            free_of_gil([&] { self.deregisterDescs(list.descs, backends); });
-            return status_of(0);
+            return done([&] { self.deregisterDescs(list.descs, backends); });
           },
           "descs"_a, "backends"_a = Ids{})
       .def(

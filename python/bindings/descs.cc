@@ -21,6 +21,18 @@ std::string text_of(nb::handle value, const char* what) {
   throw nb::type_error((std::string(what) + " must be str or bytes, not " + Py_TYPE(value.ptr())->tp_name).c_str());
 }
 
+std::string payload_of(nb::handle value, const char* what) {
+  if (!PyByteArray_Check(value.ptr()) && !PyMemoryView_Check(value.ptr())) return text_of(value, what);
+  Py_buffer view;
+  if (PyObject_GetBuffer(value.ptr(), &view, PyBUF_SIMPLE) != 0) {
+    PyErr_Clear();
+    throw nb::type_error((std::string(what) + " must be contiguous; call tobytes() on the memoryview").c_str());
+  }
+  std::string bytes(static_cast<const char*>(view.buf), static_cast<std::size_t>(view.len));
+  PyBuffer_Release(&view);
+  return bytes;
+}
+
 nb::bytes bytes_of(const std::string& text) {
   return nb::bytes(text.data(), text.size());
 }
@@ -286,12 +298,16 @@ Descs unpack(nb::handle bytes) {
 
 template <typename List>
 nb::class_<List> bind_list(nb::module_& module, const char* name) {
-  return nb::class_<List>(module, name)
-      .def(
-          "__init__",
-          [](List* self, MemType type, nb::object content, nb::object) { new (self) List{read<List>(type, content)}; },
-          "type"_a, "content"_a = 0, "sorted"_a = false)
-      .def("__getitem__", [](const List& list, Py_ssize_t index) { return item(list, index); })
+  nb::class_<List> list(module, name);
+  // The same constructor under each of the names that its arguments are known by.
+  const auto construct = [](List* self, MemType type, nb::object content, nb::object) {
+    new (self) List{read<List>(type, content)};
+  };
+  for (const char* mem : {"mem", "type"}) {
+    list.def("__init__", construct, nb::arg(mem), "init_size"_a = 0, "sorted"_a = false);
+    list.def("__init__", construct, nb::arg(mem), "descs"_a, "sorted"_a = false);
+  }
+  list.def("__getitem__", [](const List& list, Py_ssize_t index) { return item(list, index); })
       .def("__setitem__", [](List& list, Py_ssize_t index, nb::handle tuple) { replace(list, index, tuple); })
       .def("addDesc", [](List& list, nb::handle tuple) { add(list, tuple); })
       .def("append", [](List& list, nb::handle tuple) { add(list, tuple); })
@@ -309,6 +325,7 @@ nb::class_<List> bind_list(nb::module_& module, const char* name) {
       .def("__setstate__", [](List& list, nb::bytes state) { new (&list) List{unpack<List>(state)}; })
       .def("pack", [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>)); })
       .def_static("unpack", [](nb::bytes bytes) { return List{unpack<List>(bytes)}; });
+  return list;
 }
 
 }  // namespace

@@ -21,6 +21,8 @@ struct RemoteList {
 
 // str (as UTF-8) or bytes; TypeError for anything else.
 std::string text_of(nb::handle value, const char* what);
+// The same for what goes to a peer, which may also be a bytearray or a contiguous memoryview.
+std::string payload_of(nb::handle value, const char* what);
 nb::bytes bytes_of(const std::string& text);
 
 nb::object error_object(const Error& error);  // an exception of nixl._errors

@@ -149,6 +149,11 @@ def test_constructors():
     assert list(XFER(nixl.DRAM_SEG, 2)) == [(0, 0, 0)] * 2
     assert list(XFER(nixl.DRAM_SEG, [(1, 2, 3)], False)) == [(1, 2, 3)]
     assert REG(nixl.DRAM_SEG, False).isEmpty()
+    for first in ("mem", "type"):
+        assert list(XFER(**{first: nixl.DRAM_SEG}, init_size=1)) == [(0, 0, 0)] and XFER(**{first: nixl.DRAM_SEG}).isEmpty()
+        assert list(XFER(**{first: nixl.DRAM_SEG}, descs=[(1, 2, 3)])) == [(1, 2, 3)]
+    assert list(REG(nixl.OBJ_SEG, descs=[(1, 2, 3, "k")])) == [(1, 2, 3, b"k")]
+    assert nixl.nixlRemoteDList(nixl.DRAM_SEG, init_size=2).descCount() == 2
     assert list(REG(nixl.DRAM_SEG, np.ones((1, 3), np.int64))) == [(1, 1, 1, b"")]
     with pytest.raises(ValueError):
         XFER(nixl.DRAM_SEG, np.zeros((2, 2), np.uint64))

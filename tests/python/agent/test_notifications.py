@@ -16,6 +16,19 @@ def test_bytes_arrive_once_and_unchanged(pair):
     assert seen == {"alice": [payload]} and b.get_new_notifs() == {}
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_any_buffer_of_bytes(kind):
+    """What a socket or a message queue hands out goes in as it is."""
+    a, b = agent("a"), agent("b")
+    assert a.add_remote_agent(kind(b.get_agent_metadata())) == b"b"
+    a.send_notif("b", kind(b"one\0two"))
+    assert until(lambda: b.get_new_notifs()) == {"a": [b"one\0two"]}
+    with pytest.raises(TypeError):
+        a.send_notif("b", 3)
+    with pytest.raises(TypeError):
+        a.send_notif("b", memoryview(np.arange(4))[::2])
+
+
 @pytest.mark.parametrize("backend", ["LOOPBACK", "UCX"])
 def test_without_progress_threads(backend):
     a, b = agent("a", backend, enable_prog_thread=False), agent("b", backend, enable_prog_thread=False)
