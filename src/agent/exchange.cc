@@ -381,6 +381,11 @@ class ExchangeImpl final : public Exchange {
 Result<std::unique_ptr<Exchange>> Exchange::open(Hooks hooks, Options options, const Settings& settings,
                                                  Catalog& catalog) {
   NIXL_ASSIGN(StoreChoice store, open_store(settings, options.use_etcd, catalog));
+  NIXL_ASSIGN(const auto watch_us, settings.number("NIXL_ETCD_WATCH_TIMEOUT"));
+  if (watch_us && *watch_us < 0)
+    return fail(Code::kInvalidArgument, "NIXL_ETCD_WATCH_TIMEOUT is %lld; microseconds, 0 or more, are needed",
+                static_cast<long long>(*watch_us));
+  if (watch_us) options.watch_timeout_ns = *watch_us * 1000;
   const bool discovers = options.use_etcd.value_or(false);
   auto exchange = std::make_unique<ExchangeImpl>(std::move(hooks), std::move(store),
                                                  settings.text("NIXL_LISTEN_SECRET").value_or(""),

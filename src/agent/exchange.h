@@ -32,7 +32,7 @@ class Exchange {
     bool listen = false;
     std::uint16_t port = 0;
     std::optional<bool> use_etcd;
-    Nanoseconds watch_timeout_ns = 5'000'000'000;
+    Nanoseconds watch_timeout_ns = 5'000'000'000;  // the setting NIXL_ETCD_WATCH_TIMEOUT, in microseconds, wins
   };
   static Result<std::unique_ptr<Exchange>> open(Hooks hooks, Options options, const Settings& settings,
                                                 Catalog& catalog);

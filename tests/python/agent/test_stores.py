@@ -80,6 +80,18 @@ def test_reader_waits_for_a_late_writer(etcd):
     until(lambda: a.check_remote_metadata("b"))
 
 
+def test_watch_timeout_of_the_environment(etcd, monkeypatch):
+    monkeypatch.setenv("NIXL_ETCD_WATCH_TIMEOUT", "300000")  # microseconds
+    one = with_memory("a", use_etcd=True)
+    start = time.monotonic()
+    with pytest.raises(nixl.nixlNotFoundError):
+        one.make_connection("nobody")
+    assert 0.25 < time.monotonic() - start < 3
+    monkeypatch.setenv("NIXL_ETCD_WATCH_TIMEOUT", "5s")
+    with pytest.raises((RuntimeError, ValueError), match="NIXL_ETCD_WATCH_TIMEOUT"):
+        agent("b")
+
+
 def test_labels(etcd):
     a, b = with_memory("a"), with_memory("b")
     with pytest.raises(nixl.nixlInvalidParamError, match="label"):
