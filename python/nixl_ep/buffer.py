@@ -11,7 +11,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, U
 
 from . import _native, layout
 from .config import COMBINE, DISPATCH, Config, recommended
-from .construction import DEFAULT_TIMEOUT_MS, Arguments, parse
+from .construction import DEFAULT_TIMEOUT_MS, SIGNATURE, Arguments, parse
 from .errors import NixlEpError, require
 from .stores import StoreOfTorch
 from .tensors import Allocator, address, check, torch
@@ -141,6 +141,8 @@ class Buffer:
         self._allocator = Allocator("cpu" if self._device == "cpu" else f"cuda:{self._device_id}")
         if arguments.tcp_store_group is not None:
             self.set_tcp_store_group(arguments.tcp_store_group)
+
+    __init__.__signature__ = SIGNATURE
 
     def _open(self, arguments: Arguments) -> Any:
         if self._device == "cuda":
@@ -313,9 +315,12 @@ class Buffer:
         _native_call(native.mask, [int(rank) for rank in ranks], bool(mask), self._change_stream())
 
     def query_mask_buffer(self, mask_status: Any) -> None:
-        """Writes int32 [capacity]: 0 active, 1 masked, -1 never connected. Asynchronous on the current stream."""
+        """Fills an int32 tensor of `capacity` elements: 0 active, 1 masked, -1 never connected. Asynchronous on the current
+        stream."""
         native = self._checked()
-        check("mask_status", mask_status, (torch().int32,), (self.group_size,), self._device)
+        check("mask_status", mask_status, (torch().int32,), (None,) * getattr(mask_status, "ndim", 1), self._device)
+        require(mask_status.numel() == self.group_size,
+                f"mask_status has {mask_status.numel()} elements; {self.group_size}, one a rank, are needed")
         _native_call(native.query_masks, address(mask_status), self._stream())
 
     def clean_mask_buffer(self) -> None:
@@ -543,7 +548,7 @@ class Buffer:
         require(num_experts > 0 and num_experts % self.group_size == 0,
                 f"num_experts is {num_experts}; a positive multiple of the {self.group_size} ranks is needed")
         if previous_event is not None and previous_event.event is not None:
-            previous_event.current_stream_wait()
+            previous_event.event.current_stream_wait()
         result = layout.dispatch_layout(t, topk_idx, num_experts, self.group_size)
         return (*result, EventOverlap(EventHandle(), result) if async_finish else EventOverlap())
 

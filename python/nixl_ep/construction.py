@@ -10,6 +10,7 @@ other integer               rank, then a str is nvlink_backend and a bool explic
 ==========================  =============================================================================================
 """
 import dataclasses
+import inspect
 import operator
 import os
 from typing import Any, Optional
@@ -34,6 +35,18 @@ class Arguments:
     timeout_ms: int = DEFAULT_TIMEOUT_MS
     device: Optional[str] = None
     combine: Optional[str] = None
+
+
+def _shown() -> inspect.Signature:
+    kinds = inspect.Parameter
+    parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
+    for field in dataclasses.fields(Arguments):
+        kind = kinds.POSITIONAL_OR_KEYWORD if field.name in _BY_BOOL else kinds.KEYWORD_ONLY
+        parameters.append(kinds(field.name, kind, default=field.default, annotation=field.type))
+    return inspect.Signature(parameters)
+
+
+SIGNATURE = _shown()  # of the first spelling, for programs and people that look
 
 
 def parse(positional: tuple, keywords: dict) -> Arguments:

@@ -24,7 +24,9 @@ class StoreOfTorch:
         try:
             self._store.wait([key], datetime.timedelta(milliseconds=max(timeout_ms, 1)))
             return True
-        except Exception as error:  # stores name expiry in the text only
+        except TimeoutError:
+            return False
+        except Exception as error:  # torch's stores name expiry in the text only
             if "timeout" in str(error).lower() or "timed out" in str(error).lower():
                 return False
             raise

@@ -231,6 +231,17 @@ def test_signatures():
     assert inspect.signature(Buffer.update_mask_buffer).parameters["mask"].default is False
 
 
+def test_the_constructor_shows_its_arguments():
+    """Programs look at the signature to learn what they may pass."""
+    parameters = inspect.signature(Buffer).parameters
+    shown = {name: parameter.default for name, parameter in parameters.items()}
+    assert list(shown)[:8] == (
+        "disable_ll_nvlink explicitly_destroy rank low_latency_mode group comm tcp_store_group timeout_ms".split()
+    )
+    assert list(shown.values())[:8] == [False, False, 0, True, None, None, None, 30_000]
+    assert "device" in shown and "combine" in shown
+
+
 # ----------------------------------------------------------------------------------------------------- memory, size hint
 
 
@@ -389,6 +400,26 @@ def test_get_dispatch_layout(opened, ranks, per_rank, n, topk, dtype):
             assert tensor is None
         else:
             assert tensor.dtype == kind and tensor.numpy().tolist() == array.tolist()
+
+
+def test_of_a_previous_event_only_the_event_is_read(opened):
+    waited = []
+
+    class Event:
+        def current_stream_wait(self):
+            waited.append(1)
+
+    class Overlap:
+        event = Event()
+
+    buffer = opened()
+    buffer.update_memory_buffers(2, 2, Buffer.get_rdma_size_hint(8, 128, 2, 4))
+    ids = torch.zeros((3, 2), dtype=torch.int64)
+    buffer.get_dispatch_layout(ids, 4, Overlap(), True, True)
+    assert waited == [1]
+    Overlap.event = None
+    buffer.get_dispatch_layout(ids, 4, Overlap())
+    assert waited == [1]
 
 
 def test_events():

@@ -59,6 +59,9 @@ def mask_values(rank):
     buffer.update_mask_buffer(5, True)  # not connected: allowed, changes nothing
     buffer.clean_mask_buffer()
     seen["clean"] = read_mask(buffer, 6, rank.device)
+    table = torch.full((2, 3), 99, dtype=torch.int32, device=rank.device)
+    buffer.query_mask_buffer(table)  # as many elements as ranks; the shape does not matter
+    seen["table"] = bits_of(table).flatten().tolist()
     refused = {}
     for name, call in {
         "self": lambda: buffer.update_mask_buffer(me, True),
@@ -85,7 +88,7 @@ def test_values_read_and_refusals(ranks_of):
         other, third = seen["others"]
         connected = [0, 0, 0, 0]
         assert seen["new"] == [0 if r == me else -1 for r in range(6)]
-        for when in ("connected", "default unmasks", "tensor", "clean", "after refusals"):
+        for when in ("connected", "default unmasks", "tensor", "clean", "table", "after refusals"):
             assert seen[when][:4] == connected and all(seen[when][4:]), (when, seen[when])
         assert seen["masked"][:4] == [int(r == other) for r in range(4)]
         assert seen["list"][:4] == [int(r in (other, third)) for r in range(4)]

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from dataclasses import replace
 
 import ep_oracle as oracle
@@ -275,6 +276,50 @@ def refused_lists(rank):
 
 def test_refused_lists_leave_the_buffer_usable(ranks_of):
     no_problems(ranks_of(4).run(refused_lists))
+
+
+class PlainStore:
+    """A store that is no torch store: it tells expiry by Python's own TimeoutError, without a text."""
+
+    def __init__(self, store):
+        self.inner = store
+        self.set, self.multi_get, self.delete_key = store.set, store.multi_get, store.delete_key
+
+    def wait(self, keys, timeout):
+        end = time.monotonic() + timeout.total_seconds()
+        while not self.inner.check(keys):
+            if time.monotonic() >= end:
+                raise TimeoutError
+            time.sleep(0.001)
+
+
+def plain_store(rank):
+    import nixl_ep
+
+    os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"] = "1500"
+    problems = []
+    try:
+        buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
+        buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
+        buffer.set_tcp_store_group(PlainStore(rank.store()))
+        if rank.rank == 1:
+            time.sleep(0.2)  # waits of the other expire meanwhile
+        buffer.connect_ranks([0, 1])
+        problems += run_some(buffer, rank, [0, 1], 1)
+        try:
+            buffer.connect_ranks([3])
+            problems.append("a connect with an absent rank returned")
+        except RuntimeError as error:
+            if "3" not in str(error):
+                problems.append(f"does not name rank 3: {error}")
+        buffer.destroy()
+    finally:
+        del os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"]
+    return problems
+
+
+def test_a_store_that_raises_timeout_error(ranks_of):
+    no_problems(ranks_of(4).run(plain_store, ranks=[0, 1], timeout=30))
 
 
 class StoreOfFour:
