@@ -48,26 +48,60 @@ step() {  # step LIMIT_S NAME command...
   case $code in 0) ;; 77) say "skipped: $name" ;; *) failed+=("$name (exit $code)") ;; esac
 }
 
+# gpu test [--all] [arguments of pytest]; --all adds growth, 200 kills and the elastic plans.
 gpu_test() {
-  local program
-  program=$(native ep_cuda_test) && [ -n "$program" ] && step 300 "kernels, native" "$program" "$gpus" "$gpus"
+  local program everything=0
+  [ "${1:-}" = --all ] && { everything=1; shift; }
+  program=$(native ep_cuda_test)
+  if [ -n "$program" ]; then  # 1100 replays of 31 operations in each of three cases: 10^5
+    step 300 "kernels, native" env EP_TEST_STRESS="${EP_TEST_STRESS:-1100}" "$program" "$gpus" "$gpus"
+    ((gpus > 1)) && step 200 "kernels, lines of 16 bytes" env NIXL_EP_LINE_BYTES=16 "$program" "$gpus" "$gpus"
+    ((gpus > 3)) && step 200 "kernels, 3 ranks" "$program" 3 "$gpus"
+    gpu_sanitize
+  fi
+  program=$(native ep_cuda_grid) && [ -n "$program" ] && ((gpus > 1)) && step 300 "grid of shapes" "$program" "$(power_of_two "$gpus")"
   program=$(native samehost_vram_test) && [ -n "$program" ] && step 200 "same-host transfers of GPU memory" "$program"
   step 100 "what cuFile answers here" "$python" tests/gpu/cufile_report.py
   step 200 "storage and GPU memory" "$python" -m pytest -q -rs -s --timeout 60 tests/gpu/test_gpu_storage.py
-  step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail 4 --timeout 120 \
+  step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q -rs --maxfail 4 --timeout 120 \
     tests/conformance/ep "$@"
-  step 400 "faults" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q --timeout 200 tests/faults/ep "$@"
+  step 400 "faults" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q -rs --timeout 200 tests/faults/ep "$@"
+  ((everything)) || return 0
+  gpu_growth
+  gpu_kills
+  gpu_elastic
+}
+
+power_of_two() { local n=1; while ((2 * n <= $1)); do ((n *= 2)); done; echo "$n"; }
+
+# The profiler's library, which comes with torch where the toolkit has none.
+find_cupti() {
+  "$python" -c 'import glob, sysconfig
+found = glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/*/lib/libcupti.so.13")
+print(found[0] if found else "")'
+}
+
+# gpu bench ep [name part]: table, JSON lines and plot in build/gpu_ep (NIXL_GPU_REPORT names another folder).
+bench_ep() {
+  local program ranks out=${NIXL_GPU_REPORT:-build/gpu_ep}
+  program=$(native ep_cuda_bench) && [ -n "$program" ] || die "ep_cuda_bench was not built (no nvcc?)"
+  mkdir -p "$out" && rm -f "$out"/*
+  NIXL_CUPTI=${NIXL_CUPTI:-$(find_cupti)}
+  [ -n "$NIXL_CUPTI" ] && export NIXL_CUPTI || unset NIXL_CUPTI
+  step 300 "ours" "$program" "$gpus" "$@" >"$out/ours_$gpus"
+  for ranks in 2 3; do
+    ((ranks < gpus)) && step 200 "ours, $ranks ranks" "$program" "$ranks" "${1:-token}" >"$out/ours_$ranks"
+  done
+  program=$(native ep_floor) && [ -n "$program" ] && step 100 "the probe, in the same call" "$program" "$gpus" draft2 >"$out/probe"
+  program=$(native link_floor) && [ -n "$program" ] && step 60 "the link" "$program" "$gpus" >"$out/link"
+  step 60 "report" "$python" tests/gpu/ep_report.py "$out"/* --json "$out/ep.jsonl" --plot "$out/ep.png"
 }
 
 gpu_bench() {
   local name=${1:-} program
   shift
   case $name in
-    ep)
-      program=$(native ep_cuda_bench) && [ -n "$program" ] || die "ep_cuda_bench was not built (no nvcc?)"
-      step 300 "ours" "$program" "$gpus" "$@"
-      program=$(native ep_floor) && [ -n "$program" ] && step 100 "the probe, in the same call" "$program" "$gpus" draft2
-      ;;
+    ep) bench_ep "$@" ;;
     local)
       prepare
       step 300 "through agents, musts beside floors of the same call" "$python" benchmarks/bench_local.py --memory vram "$@"
@@ -90,9 +124,9 @@ gpu_elastic() {
   local times=${1:-1} turn
   local run=("$python" tests/elastic/elastic.py --device cuda --num-processes 4 --num-experts-per-rank 32 --num-topk 8 --num-tokens 256
     --timeout-ms 10000 --validate-phase-failures --store-port 0 --rank-server-port 0 --limit-seconds 290 --plan)
-  step 300 "elastic: no expansion" "${run[@]}" no_expansion.json
+  step 300 "elastic: no expansion" "${run[@]}" tests/elastic/no_expansion.json
   for ((turn = 1; turn <= times; turn++)); do
-    step 300 "elastic: expansion, fault, contraction ($turn of $times)" "${run[@]}" expansion_fault_contraction.json
+    step 300 "elastic: expansion, fault, contraction ($turn of $times)" "${run[@]}" tests/elastic/expansion_fault_contraction.json
   done
 }
 

@@ -1,123 +1,236 @@
-// Times dispatch, combine and their pair on the CUDA path: graphs of 20 operations, replayed; a rank's figure is its median over
-// replays, the table shows the worst rank. Prints a table on stderr and JSON lines on stdout.
+// Times dispatch, combine and their pair on the CUDA path, twice: replayed from graphs, and as kernels that the profiler (CUPTI)
+// records. Prints a table on stderr and JSON lines on stdout.
 //   ep_cuda_bench [ranks] [name part]
 #include <cstdio>
 #include <cstdlib>
-#include <random>
 
 #include "bodies.h"
+#include "compare.h"
+#include "kernel_records.h"
+#include "timing.h"
 
 namespace gpu_test {
 namespace {
 
-constexpr int kChain = 20, kWarmUps = 4, kReplays = 15;
+constexpr int kRecorded = 31, kRecordedSplits = 11;
+constexpr double kSettleUs = 3, kOverlapUs = 1000;
+constexpr const char* kKernelMethod =
+    "kernel records of CUPTI, 31 calls queued behind a pause, a barrier of all ranks and a plain kernel of 3 us before "
+    "each, so that "
+    "ranks begin together and no kernel is placed early; split phases 1 ms apart, 11 calls; a rank's figure is its "
+    "median, shown is "
+    "the worst rank";
 
 struct Cell {
   const char* name;
   int tokens, hidden, experts, topk, payload;
   double must;  // of the pair on 4 GPUs, us
 };
-
-// Microseconds of one step of a graph of kChain steps, this rank's median.
-double time_chain(Mesh& mesh, cudaStream_t stream, const std::function<void()>& step) {
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < kChain; ++i) step();
-  CUDA_OK(cudaStreamEndCapture(stream, &graph));
-  CUDA_OK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  CUDA_OK(cudaEventCreate(&begin));
-  CUDA_OK(cudaEventCreate(&end));
-  std::vector<double> us;
-  for (int i = 0; i < kWarmUps + kReplays; ++i) {
-    mesh.barrier();
-    CUDA_OK(cudaEventRecord(begin, stream));
-    CUDA_OK(cudaGraphLaunch(exec, stream));
-    CUDA_OK(cudaEventRecord(end, stream));
-    CUDA_OK(cudaStreamSynchronize(stream));
-    float ms = 0;
-    CUDA_OK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= kWarmUps) us.push_back(ms * 1000 / kChain);
-  }
-  CUDA_OK(cudaGraphExecDestroy(exec));
-  CUDA_OK(cudaGraphDestroy(graph));
-  CUDA_OK(cudaEventDestroy(begin));
-  CUDA_OK(cudaEventDestroy(end));
-  std::sort(us.begin(), us.end());
-  return us[us.size() / 2];
+std::vector<Cell> cells_of(int ranks) {
+  const int experts = 32 * ranks;
+  return {
+      {"1 token", 1, 7168, experts, 8, 1, 12},
+      {"8 tokens", 8, 7168, experts, 8, 1, 15.5},
+      {"32 tokens", 32, 7168, experts, 8, 1, 20},
+      {"128 tokens", 128, 7168, experts, 8, 1, 44},
+      {"128 tokens, BF16", 128, 7168, experts, 8, 0, 58},
+      {"256 tokens", 256, 7168, experts, 8, 1, 85},
+      {"512 tokens", 512, 7168, experts, 8, 1, 165},
+      {"1024 tokens", 1024, 7168, experts, 8, 1, 320},
+      {"8 experts, top-k 2", 128, 7168, 8 / ranks * ranks, 2, 1, 26},
+      {"16 experts, top-k 1", 128, 7168, 16 / ranks * ranks, 1, 1, 20},
+      {"hidden 4096", 128, 4096, experts, 8, 1, 31},
+      {"hidden 2048", 128, 2048, experts, 8, 1, 22},
+  };
 }
 
-void run_cell(Mesh& mesh, const Cell& cell) {
+Case case_of(const Cell& cell, int ranks) {
   Case c;
   c.name = cell.name;
-  c.ranks = mesh.size();
+  c.ranks = ranks;
   c.max_tokens = cell.tokens;
   c.hidden = cell.hidden;
-  c.experts = cell.experts / mesh.size();
+  c.experts = cell.experts / ranks;
   c.topk = cell.topk;
   c.payload = cell.payload;
   c.seed = 9;
-  PathOptions options;
-  options.rank = mesh.rank();
-  options.combine = nixl::ep::Combine::kReduced;
-  options.timeout_ns = 5'000'000'000;
-  options.incarnation = 77 + mesh.rank();
-  std::size_t free_before = 0, free_after = 0, total = 0;
-  CUDA_OK(cudaFree(nullptr));
-  auto path = OK(open_cuda_path(options));
-  CUDA_OK(cudaMemGetInfo(&free_before, &total));
-  OK(path->reserve({c.ranks, c.experts, bytes_for(c)}));
-  CUDA_OK(cudaMemGetInfo(&free_after, &total));
-  connect(*path, mesh, options.incarnation);
-  Tensors t(c, mesh.rank());
-  std::mt19937 random(mesh.rank());
-  std::vector<std::uint16_t> block(1 << 22);
-  for (auto& v : block) v = layout::bf16_from_float((static_cast<int>(random() % 2001) - 1000) * 1e-3f);
-  for (std::size_t at = 0; at < t.y.size(); at += block.size())
-    CUDA_OK(
-        cudaMemcpy(t.y.get() + at, block.data(), 2 * std::min(block.size(), t.y.size() - at), cudaMemcpyHostToDevice));
-  Dispatch d = t.dispatch();
-  d.recv_stats = nullptr;
-  d.wait_cost = nullptr;
-  CombineArgs a = t.combine();
-  OK(path->dispatch(d));
-  OK(path->combine(a));
-  CUDA_OK(cudaStreamSynchronize(t.stream));
-  const double dispatch = time_chain(mesh, t.stream, [&] { OK(path->dispatch(d)); });
-  const double combine = time_chain(mesh, t.stream, [&] { OK(path->combine(a)); });
-  const double pair = time_chain(mesh, t.stream, [&] {
+  return c;
+}
+
+// A connected rank with inputs, and what the path took of the GPU's memory.
+struct Rank {
+  std::unique_ptr<Path> path;
+  double megabytes = 0;
+  Tensors t;
+  Dispatch d;
+  CombineArgs a, split;
+
+  Rank(Mesh& mesh, const Case& c) : path(open(mesh, c, megabytes)), t(c, mesh.rank()) {
+    t.fill_answers();
+    d = t.dispatch();
+    d.recv_stats = nullptr;
+    d.wait_cost = nullptr;
+    a = split = t.combine();
+    split.sends_only = true;
     OK(path->dispatch(d));
     OK(path->combine(a));
-  });
-  CombineArgs s = a;
-  s.sends_only = true;
-  const double split_dispatch = time_chain(mesh, t.stream, [&] {
-    OK(path->dispatch_send(d));
-    OK(path->dispatch_recv(d));
-  });
-  const double split_combine = time_chain(mesh, t.stream, [&] {
-    OK(path->combine_send(s));
-    OK(path->combine_recv(s));
-  });
-  CHECK_EQ(path->take_faults().size(), std::size_t(0));
-  const double worst[5] = {mesh.worst(dispatch), mesh.worst(combine), mesh.worst(pair), mesh.worst(split_dispatch),
-                           mesh.worst(split_combine)};
-  const double megabytes = mesh.worst((free_before - free_after) / 1e6);
-  if (mesh.rank() == 0) {
-    std::fprintf(stderr, "%-28s d %7.2f  c %7.2f  pair %7.2f  must %6.1f %-4s split d %7.2f c %7.2f  memory %6.0f MB\n",
-                 cell.name, worst[0], worst[1], worst[2], cell.must, worst[2] <= cell.must ? "met" : "", worst[3],
-                 worst[4], megabytes);
-    std::printf(
-        "{\"case\":\"%s\",\"ranks\":%d,\"tokens\":%d,\"hidden\":%d,\"experts\":%d,\"topk\":%d,\"payload\":%d,"
-        "\"dispatch_us\":%.2f,\"combine_us\":%.2f,"
-        "\"pair_us\":%.2f,\"pair_must_us\":%.1f,\"split_dispatch_us\":%.2f,\"split_combine_us\":%.2f,\"memory_mb\":%."
-        "0f}\n",
-        cell.name, c.ranks, c.max_tokens, c.hidden, cell.experts, c.topk, c.payload, worst[0], worst[1], worst[2],
-        cell.must, worst[3], worst[4], megabytes);
+    CUDA_OK(cudaStreamSynchronize(t.stream));
   }
-  OK(path->close());
-  mesh.barrier();
+  static std::unique_ptr<Path> open(Mesh& mesh, const Case& c, double& megabytes) {
+    PathOptions options;
+    options.rank = mesh.rank();
+    options.combine = nixl::ep::Combine::kReduced;
+    options.timeout_ns = 5'000'000'000;
+    options.incarnation = 77 + mesh.rank();
+    std::size_t before = 0, after = 0, total = 0;
+    auto path = OK(open_cuda_path(options));
+    CUDA_OK(cudaMemGetInfo(&before, &total));
+    OK(path->reserve({c.ranks, c.experts, bytes_for(c)}));
+    CUDA_OK(cudaMemGetInfo(&after, &total));
+    megabytes = static_cast<double>(before - after) / 1e6;
+    connect(*path, mesh, options.incarnation);
+    return path;
+  }
+  void close(Mesh& mesh) {
+    CHECK_EQ(path->take_faults().size(), std::size_t(0));
+    mesh.barrier();
+    OK(path->close());
+    mesh.barrier();
+  }
+};
+
+void print_head(const char* kind, const Case& c) {
+  std::printf(
+      "{\"kind\":\"%s\",\"case\":\"%s\",\"ranks\":%d,\"tokens\":%d,\"hidden\":%d,\"experts\":%d,\"topk\":%d,"
+      "\"payload\":%d",
+      kind, c.name, c.ranks, c.max_tokens, c.hidden, c.experts * c.ranks, c.topk, c.payload);
+}
+
+void time_replays(Mesh& mesh, const Cell& cell) {
+  const Case c = case_of(cell, mesh.size());
+  Rank rank(mesh, c);
+  Path& path = *rank.path;
+  const auto worst_time = [&](const std::function<void()>& step) {
+    return mesh.worst(time_chain(mesh, rank.t.stream, step));
+  };
+  const double dispatch = worst_time([&] { OK(path.dispatch(rank.d)); });
+  const double combine = worst_time([&] { OK(path.combine(rank.a)); });
+  const double pair = worst_time([&] {
+    OK(path.dispatch(rank.d));
+    OK(path.combine(rank.a));
+  });
+  const double split_dispatch = worst_time([&] {
+    OK(path.dispatch_send(rank.d));
+    OK(path.dispatch_recv(rank.d));
+  });
+  const double split_combine = worst_time([&] {
+    OK(path.combine_send(rank.split));
+    OK(path.combine_recv(rank.split));
+  });
+  const double megabytes = mesh.worst(rank.megabytes);
+  const Traffic own = traffic_of(c, mesh.rank());
+  const double dispatch_bytes = mesh.worst(own.dispatch_link), combine_bytes = mesh.worst(own.combine_link);
+  if (mesh.rank() == 0) {
+    const bool judged = mesh.size() == 4;
+    std::fprintf(stderr, "%-24s d %7.2f  c %7.2f  pair %7.2f  must %5.1f %-6s split d %7.2f c %7.2f  memory %5.0f MB\n",
+                 cell.name, dispatch, combine, pair, judged ? cell.must : 0,
+                 !judged             ? "none"
+                 : pair <= cell.must ? "met"
+                                     : "missed",
+                 split_dispatch, split_combine, megabytes);
+    print_head("replayed", c);
+    std::printf(
+        ",\"dispatch_us\":%.2f,\"combine_us\":%.2f,\"pair_us\":%.2f,\"split_dispatch_us\":%.2f,\"split_combine_us\":%."
+        "2f,"
+        "\"memory_mb\":%.0f,\"dispatch_link_bytes\":%.0f,\"combine_link_bytes\":%.0f",
+        dispatch, combine, pair, split_dispatch, split_combine, megabytes, dispatch_bytes, combine_bytes);
+    if (judged) std::printf(",\"pair_must_us\":%.1f", cell.must);
+    std::printf("}\n");
+    std::fflush(stdout);
+  }
+  rank.close(mesh);
+}
+
+// Times of the kernels whose name has this function, call after call: `launches` a call, of which every launches-th from `first` on.
+double median_of(const std::vector<KernelRecord>& records, const char* function, int calls, int launches, int first) {
+  std::vector<double> us;
+  int found = 0;
+  for (const KernelRecord& record : records) {
+    if (record.name.find(function) == std::string::npos) continue;
+    if (found++ % launches == first) us.push_back(record.us);
+  }
+  CHECK_EQ(found, calls * launches);  // one launch a call, two with hooks
+  return median(us);
+}
+// Exactly one function is called dispatch and one combine: users look for these names.
+void check_names(const std::vector<KernelRecord>& records) {
+  for (const KernelRecord& record : records)
+    for (const char* word : {"dispatch", "combine"}) {
+      if (record.name.find(word) == std::string::npos) continue;
+      const std::string wanted = std::string("nixl::core::ep::") + word + "<";
+      if (record.name.find(wanted) == std::string::npos)
+        check::failed(__FILE__, __LINE__, "a kernel that is no " + std::string(word) + " is named " + record.name);
+    }
+}
+
+void record_kernels(Mesh& mesh, const Cell& cell) {
+  const Case c = case_of(cell, mesh.size());
+  Rank rank(mesh, c);
+  Path& path = *rank.path;
+  cudaStream_t stream = rank.t.stream;
+  const auto together = [&] {
+    OK(path.barrier(stream));
+    pause(kSettleUs, stream);
+  };
+  const auto begin = [&] {
+    CUDA_OK(cudaStreamSynchronize(stream));
+    (void)take_records();
+    mesh.barrier();
+    pause(3000, stream);  // meanwhile everything is queued
+  };
+  begin();
+  for (int i = 0; i < kRecorded; ++i) {
+    together();
+    OK(path.dispatch(rank.d));
+    together();
+    OK(path.combine(rank.a));
+  }
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const auto whole = take_records();
+  begin();
+  for (int i = 0; i < kRecordedSplits; ++i) {
+    together();
+    OK(path.dispatch_send(rank.d));
+    pause(kOverlapUs, stream);
+    OK(path.dispatch_recv(rank.d));
+    together();
+    OK(path.combine_send(rank.split));
+    pause(kOverlapUs, stream);
+    OK(path.combine_recv(rank.split));
+  }
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const auto split = take_records();
+  check_names(whole);
+  check_names(split);
+  const double us[6] = {
+      mesh.worst(median_of(whole, "::dispatch<", kRecorded, 1, 0)),
+      mesh.worst(median_of(whole, "::combine<", kRecorded, 1, 0)),
+      mesh.worst(median_of(split, "::dispatch<", kRecordedSplits, 2, 0)),
+      mesh.worst(median_of(split, "::dispatch<", kRecordedSplits, 2, 1)),
+      mesh.worst(median_of(split, "::combine<", kRecordedSplits, 2, 0)),
+      mesh.worst(median_of(split, "::combine<", kRecordedSplits, 2, 1)),
+  };
+  if (mesh.rank() == 0) {
+    std::fprintf(stderr, "%-24s kernels d %7.2f  c %7.2f  d send %7.2f receive %7.2f  c send %7.2f receive %7.2f\n",
+                 cell.name, us[0], us[1], us[2], us[3], us[4], us[5]);
+    print_head("kernels", c);
+    std::printf(
+        ",\"dispatch_us\":%.2f,\"combine_us\":%.2f,\"dispatch_send_us\":%.2f,\"dispatch_receive_us\":%.2f,"
+        "\"combine_send_us\":%.2f,\"combine_receive_us\":%.2f}\n",
+        us[0], us[1], us[2], us[3], us[4], us[5]);
+    std::fflush(stdout);
+  }
+  rank.close(mesh);
 }
 
 }  // namespace
@@ -131,26 +244,34 @@ int main(int argc, char** argv) {
     return 77;
   }
   const int ranks = argc > 1 ? std::atoi(argv[1]) : std::min(found, 8);
+  if (ranks < 2 || ranks > std::min(found, 8)) {
+    std::fprintf(stderr, "%d ranks; 2 to %d are allowed here\n", ranks, std::min(found, 8));
+    return 2;
+  }
   const char* part = argc > 2 ? argv[2] : "";
-  const int experts = 32 * ranks;
-  const Cell cells[] = {
-      {"1 token", 1, 7168, experts, 8, 1, 12},
-      {"8 tokens", 8, 7168, experts, 8, 1, 15.5},
-      {"32 tokens", 32, 7168, experts, 8, 1, 20},
-      {"128 tokens", 128, 7168, experts, 8, 1, 44},
-      {"128 tokens, BF16", 128, 7168, experts, 8, 0, 58},
-      {"256 tokens", 256, 7168, experts, 8, 1, 85},
-      {"512 tokens", 512, 7168, experts, 8, 1, 165},
-      {"1024 tokens", 1024, 7168, experts, 8, 1, 320},
-      {"8 experts, top-k 2", 128, 7168, 8, 2, 1, 26},
-      {"16 experts, top-k 1", 128, 7168, 16, 1, 1, 20},
-      {"hidden 4096", 128, 4096, 128, 8, 1, 31},
-      {"hidden 2048", 128, 2048, 128, 8, 1, 22},
-  };
-  int failed = 0;
-  for (const Cell& cell : cells)
-    if (std::strstr(cell.name, part))
-      failed += run_ranks(
-                    ranks, found, [&](Mesh& mesh) { run_cell(mesh, cell); }, 100) > 0;
-  return failed ? 1 : 0;
+  std::vector<Cell> cells;
+  for (const Cell& cell : cells_of(ranks))
+    if (std::strstr(cell.name, part)) cells.push_back(cell);
+  const int count = static_cast<int>(cells.size());
+  std::fprintf(stderr, "%d ranks, a GPU each. Replayed: %s.\n", ranks, kReplayMethod);
+  std::printf("{\"kind\":\"method\",\"ranks\":%d,\"replayed\":\"%s\",\"kernels\":\"%s\"}\n", ranks, kReplayMethod,
+              kKernelMethod);
+  auto failed = run_in_turn(
+      count, ranks, found, [&](Mesh& mesh, int i) { time_replays(mesh, cells[i]); }, 100);
+  // Processes of their own: what is recorded slows launches down.
+  std::fprintf(stderr, "Kernels: %s.\n", kKernelMethod);
+  bool opened = false;
+  const auto later = run_in_turn(
+      count, ranks, found,
+      [&](Mesh& mesh, int i) {
+        if (!opened)
+          if (const std::string why = start_recording(); !why.empty())
+            check::failed(__FILE__, __LINE__, "no kernel times: " + why);
+        opened = true;
+        record_kernels(mesh, cells[i]);
+      },
+      100);
+  failed.insert(failed.end(), later.begin(), later.end());
+  for (int i : failed) std::fprintf(stderr, "FAILED %s\n", i < count ? cells[i].name : "at its end");
+  return failed.empty() ? 0 : 1;
 }

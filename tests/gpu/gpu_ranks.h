@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -183,6 +184,29 @@ inline int run_ranks(int ranks, int gpus, const std::function<void(Mesh&)>& body
       ++failed;
     }
   }
+  return failed;
+}
+
+// One set of processes runs items 0 to count - 1 in turn; behind an item that failed a new set goes on. Returns those that failed.
+// `limit_seconds` is for a set.
+inline std::vector<int> run_in_turn(int count, int ranks, int gpus, const std::function<void(Mesh&, int)>& body,
+                                    int limit_seconds) {
+  auto* at = static_cast<int*>(::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  CHECK(at != MAP_FAILED);
+  std::vector<int> failed;
+  for (int begin = 0; begin < count; begin = *at + 1) {
+    *at = begin;
+    const auto set = [&](Mesh& mesh) {
+      for (int i = begin; i < count; ++i) {
+        body(mesh, i);
+        mesh.barrier();
+        if (mesh.rank() == 0) *at = i + 1;
+        mesh.barrier();
+      }
+    };
+    if (run_ranks(ranks, gpus, set, limit_seconds) > 0) failed.push_back(*at);
+  }
+  (void)::munmap(at, 4096);
   return failed;
 }
 

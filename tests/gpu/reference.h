@@ -101,6 +101,34 @@ inline std::vector<std::vector<Row>> expected_rows(const Case& c, int rank) {
   return rows;
 }
 
+// Bytes that an operation cannot do without: to other ranks (each token once to a rank; its sum once back), and in this rank's own
+// memory (experts' rows written by dispatch, read by combine).
+struct Traffic {
+  double dispatch_link = 0, combine_link = 0, memory = 0;
+  double link() const { return dispatch_link + combine_link; }
+};
+inline Traffic traffic_of(const Case& c, int rank) {
+  const double row =
+      static_cast<double>(layout::row_bytes(c.payload, c.hidden) + 4 * layout::scale_words(c.payload, c.hidden));
+  Traffic sum;
+  for (int source = 0; source < c.ranks; ++source)
+    for (int token = 0; token < c.tokens(source); ++token) {
+      std::vector<bool> reached(c.ranks, false);
+      for (long long id : token_ids(c, source, token)) {
+        if (id < 0) continue;
+        const int owner = static_cast<int>(id) / c.experts;
+        reached[owner] = true;
+        if (owner == rank) sum.memory += row + 2.0 * c.hidden;
+      }
+      for (int owner = 0; owner < c.ranks; ++owner) {
+        if (!reached[owner] || owner == source) continue;
+        if (source == rank) sum.dispatch_link += row;
+        if (owner == rank) sum.combine_link += 2.0 * c.hidden;
+      }
+    }
+  return sum;
+}
+
 struct Quantized {
   std::vector<std::uint8_t> bytes;
   std::vector<std::uint32_t> scales;
