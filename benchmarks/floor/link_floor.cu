@@ -1,5 +1,6 @@
 // Floor: what the link between GPUs gives to programs that do nothing else. One process, JSON on stdout.
-//   rate  every GPU writes to every other one at once through its copy engines, 64 MB each; GB/s a GPU, median
+//   stores, engines  every GPU writes 64 MB to every other one at once, by plain stores of one kernel or through its copy engines;
+//                    GB/s a GPU, median; rate is the better one
 //   hop   half of a round trip of a flag between two GPUs, us, median over all pairs
 // Run: link_floor [GPUS]
 #include <cuda_runtime.h>
@@ -45,6 +46,20 @@ __global__ void bounce(unsigned* own, unsigned* theirs, int first, long long* ns
   *ns = now - begin;
 }
 
+struct Targets {
+  uint4* at[16];
+};
+// 4 KB to each target in turn.
+__global__ void push(const uint4* source, Targets targets, int count, size_t bytes) {
+  constexpr size_t kPiece = 4096 / sizeof(uint4);
+  const size_t pieces = bytes / 4096;
+  for (size_t piece = blockIdx.x * 4 + threadIdx.x / kPiece; piece < pieces; piece += gridDim.x * 4) {
+    const size_t i = piece * kPiece + threadIdx.x % kPiece;
+    const uint4 v = source[i];
+    for (int t = 0; t < count; ++t) targets.at[(t + piece) % count][i] = v;
+  }
+}
+
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];
@@ -57,7 +72,7 @@ int main(int argc, char** argv) {
     printf("skipped: %d CUDA devices, 2 are needed\n", found);
     return 77;
   }
-  const int gpus = argc > 1 ? std::min(atoi(argv[1]), found) : found;
+  const int gpus = argc > 1 ? std::min(atoi(argv[1]), found) : std::min(found, 8);
   std::vector<char*> source(gpus), target(gpus);
   std::vector<unsigned*> flag(gpus);
   std::vector<long long*> ns(gpus);
@@ -74,24 +89,39 @@ int main(int argc, char** argv) {
     for (auto& stream : streams[g]) CK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     CK(cudaDeviceSynchronize());
   }
-  std::vector<double> rates;
-  for (int round = 0; round < kRounds; ++round) {
-    const auto begin = std::chrono::steady_clock::now();
-    for (int copy = 0; copy < kCopies; ++copy)
+  // GB/s a GPU of kCopies calls of `write` for every GPU.
+  const auto rate_of = [&](auto write) {
+    std::vector<double> rates;
+    for (int round = 0; round < kRounds; ++round) {
+      const auto begin = std::chrono::steady_clock::now();
+      for (int copy = 0; copy < kCopies; ++copy)
+        for (int g = 0; g < gpus; ++g) {
+          CK(cudaSetDevice(g));
+          write(g);
+        }
       for (int g = 0; g < gpus; ++g) {
         CK(cudaSetDevice(g));
-        for (int other = 0; other < gpus; ++other)
-          if (other != g)
-            CK(cudaMemcpyAsync(target[other] + kBytes * g, source[g], kBytes, cudaMemcpyDeviceToDevice,
-                               streams[g][other]));
+        CK(cudaDeviceSynchronize());
       }
-    for (int g = 0; g < gpus; ++g) {
-      CK(cudaSetDevice(g));
-      CK(cudaDeviceSynchronize());
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+      if (round > 0) rates.push_back(kBytes * double(gpus - 1) * kCopies / seconds.count() * 1e-9);
     }
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-    if (round > 0) rates.push_back(kBytes * double(gpus - 1) * kCopies / seconds.count() * 1e-9);
-  }
+    return median(rates);
+  };
+  const double engines = rate_of([&](int g) {
+    for (int other = 0; other < gpus; ++other)
+      if (other != g)
+        CK(cudaMemcpyAsync(target[other] + kBytes * g, source[g], kBytes, cudaMemcpyDeviceToDevice, streams[g][other]));
+  });
+  const double stores = rate_of([&](int g) {
+    Targets targets;
+    for (int i = 1; i < gpus; ++i) {
+      const int other = (g + i) % gpus;
+      targets.at[i - 1] = reinterpret_cast<uint4*>(target[other] + kBytes * g);
+    }
+    push<<<264, 1024, 0, streams[g][g]>>>(reinterpret_cast<const uint4*>(source[g]), targets, gpus - 1, kBytes);
+    CK(cudaGetLastError());
+  });
   std::vector<double> hops;
   for (int a = 0; a < gpus; ++a)
     for (int b = a + 1; b < gpus; ++b)
@@ -118,6 +148,8 @@ int main(int argc, char** argv) {
         }
         hops.push_back(*ns[b] * 1e-3 / (2 * kHops));
       }
-  printf("{\"kind\":\"link\",\"gpus\":%d,\"rate_gb_s\":%.1f,\"hop_us\":%.3f}\n", gpus, median(rates), median(hops));
+  printf(
+      "{\"kind\":\"link\",\"gpus\":%d,\"rate_gb_s\":%.1f,\"stores_gb_s\":%.1f,\"engines_gb_s\":%.1f,\"hop_us\":%.3f}\n",
+      gpus, std::max(stores, engines), stores, engines, median(hops));
   return 0;
 }

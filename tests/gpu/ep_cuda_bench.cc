@@ -59,8 +59,8 @@ Case case_of(const Cell& cell, int ranks) {
 
 // A connected rank with inputs, and what the path took of the GPU's memory.
 struct Rank {
-  std::unique_ptr<Path> path;
   double megabytes = 0;
+  std::unique_ptr<Path> path;
   Tensors t;
   Dispatch d;
   CombineArgs a, split;

@@ -13,18 +13,35 @@ namespace {
 constexpr int kHiddens[] = {2048, 4096, 5120, 6144, 7168};
 constexpr int kExperts[] = {8, 16, 128, 256, 384};
 constexpr int kTopks[] = {1, 2, 4, 6, 8};
-constexpr double kSpread = 0.01;  // of two measurements of one cell that this machine shows at its best
+constexpr int kVisits = 2;        // of each cell, each with memory of its own
+constexpr double kSpread = 0.01;  // noise is not taken for less
 
 struct Cell {
   int hidden = 0, experts = 0, topk = 0;
-  bool measured = false;
-  double pair_us[2] = {}, dispatch_us = 0, combine_us = 0;
+  int visits = 0;
+  double pair_us[kVisits] = {};
   double link_bytes = 0, memory_bytes = 0;  // of the rank that moves most
-  double quickest() const { return std::min(pair_us[0], pair_us[1]); }
-  double slowest() const { return std::max(pair_us[0], pair_us[1]); }
+  bool measured() const { return visits == kVisits; }
+  double quickest() const { return *std::min_element(pair_us, pair_us + kVisits); }
+  double slowest() const { return *std::max_element(pair_us, pair_us + kVisits); }
 };
 
-void run_cell(Mesh& mesh, Cell& shared) {
+void check_once(Path& path, Tensors& t) {
+  const std::vector<bool> absent(t.c.ranks, false);
+  t.run_dispatch(path);
+  CUDA_OK(cudaStreamSynchronize(t.stream));
+  no_faults(path, t.c.name);
+  check_dispatch(t, absent, 1);
+  fill_rows(path, t);
+  CUDA_OK(cudaDeviceSynchronize());
+  t.run_combine(path);
+  CUDA_OK(cudaStreamSynchronize(t.stream));
+  no_faults(path, t.c.name);
+  check_combine(t, absent);
+}
+
+// The first visit is judged, every visit is timed.
+void visit_cell(Mesh& mesh, Cell& shared) {
   Cell cell = shared;
   Case c;
   c.name = "grid";
@@ -37,43 +54,37 @@ void run_cell(Mesh& mesh, Cell& shared) {
   auto path = open_rank(mesh, c, incarnation, 5'000'000'000);
   connect(*path, mesh, incarnation);
   Tensors t(c, mesh.rank());
-  const std::vector<bool> absent(c.ranks, false);
-  t.run_dispatch(*path);
-  CUDA_OK(cudaStreamSynchronize(t.stream));
-  no_faults(*path, c.name);
-  check_dispatch(t, absent, 1);
-  fill_rows(*path, t);
-  CUDA_OK(cudaDeviceSynchronize());
-  t.run_combine(*path);
-  CUDA_OK(cudaStreamSynchronize(t.stream));
-  no_faults(*path, c.name);
-  check_combine(t, absent);
+  if (cell.visits == 0)
+    check_once(*path, t);
+  else
+    t.fill_answers();
   mesh.barrier();  // judged by everybody: from here on all are quick
 
   Dispatch d = t.dispatch();
   d.recv_stats = nullptr;
   d.wait_cost = nullptr;
   const CombineArgs a = t.combine();
-  const auto pair = [&] {
+  const auto worst_time = [&](const std::function<void()>& step) {
+    return mesh.worst(time_chain(mesh, t.stream, step));
+  };
+  const double dispatch = worst_time([&] { OK(path->dispatch(d)); });
+  const double combine = worst_time([&] { OK(path->combine(a)); });
+  const double pair = worst_time([&] {
     OK(path->dispatch(d));
     OK(path->combine(a));
-  };
-  cell.pair_us[0] = mesh.worst(time_chain(mesh, t.stream, pair));
-  cell.dispatch_us = mesh.worst(time_chain(mesh, t.stream, [&] { OK(path->dispatch(d)); }));
-  cell.combine_us = mesh.worst(time_chain(mesh, t.stream, [&] { OK(path->combine(a)); }));
-  cell.pair_us[1] = mesh.worst(time_chain(mesh, t.stream, pair));
+  });
   const Traffic own = traffic_of(c, mesh.rank());
   cell.link_bytes = mesh.worst(own.link());
   cell.memory_bytes = mesh.worst(own.memory);
   no_faults(*path, c.name);
   if (mesh.rank() == 0) {
-    cell.measured = true;
+    cell.pair_us[cell.visits++] = pair;
     shared = cell;
     std::printf(
-        "{\"kind\":\"grid\",\"ranks\":%d,\"hidden\":%d,\"experts\":%d,\"topk\":%d,\"pair_us\":%.2f,\"again_us\":%.2f,"
+        "{\"kind\":\"grid\",\"ranks\":%d,\"hidden\":%d,\"experts\":%d,\"topk\":%d,\"visit\":%d,\"pair_us\":%.2f,"
         "\"dispatch_us\":%.2f,\"combine_us\":%.2f,\"link_bytes\":%.0f,\"memory_bytes\":%.0f}\n",
-        c.ranks, cell.hidden, cell.experts, cell.topk, cell.pair_us[0], cell.pair_us[1], cell.dispatch_us,
-        cell.combine_us, cell.link_bytes, cell.memory_bytes);
+        c.ranks, cell.hidden, cell.experts, cell.topk, cell.visits, pair, dispatch, combine, cell.link_bytes,
+        cell.memory_bytes);
     std::fflush(stdout);
   }
   mesh.barrier();
@@ -87,7 +98,7 @@ void print_table(const Cell* cells, int count) {
   for (int i = 0; i < count; ++i) {
     if (cells[i].topk == kTopks[0])
       std::fprintf(stderr, "\nhidden %4d, %3d experts ", cells[i].hidden, cells[i].experts);
-    if (cells[i].measured)
+    if (cells[i].measured())
       std::fprintf(stderr, "%8.2f", cells[i].quickest());
     else
       std::fprintf(stderr, "%8s", "-");
@@ -95,8 +106,8 @@ void print_table(const Cell* cells, int count) {
   std::fprintf(stderr, "\n");
 }
 
-// Cells slower than one that moves at least as many bytes over the link and in memory, by more than noise: what two measurements of
-// each of the two cells differ by, and at least kSpread.
+// Cells slower than one that moves at least as many bytes over the link and in memory, by more than noise: the quicker visit of the
+// one against the slower visit of the other, and kSpread of that.
 int report_inversions(const Cell* cells, int count) {
   struct Inversion {
     const Cell *slow, *more;
@@ -106,7 +117,7 @@ int report_inversions(const Cell* cells, int count) {
   for (int i = 0; i < count; ++i)
     for (int j = 0; j < count; ++j) {
       const Cell &slow = cells[i], &more = cells[j];
-      if (!slow.measured || !more.measured || i == j) continue;
+      if (!slow.measured() || !more.measured() || i == j) continue;
       if (more.link_bytes < slow.link_bytes || more.memory_bytes < slow.memory_bytes) continue;
       const double us = slow.quickest() - more.slowest();
       if (us > kSpread * more.slowest()) found.push_back({&slow, &more, us});
@@ -155,7 +166,7 @@ int main(int argc, char** argv) {
           cells[count++].topk = topk;
         }
   const auto failed = run_in_turn(
-      count, ranks, found, [&](Mesh& mesh, int i) { run_cell(mesh, cells[i]); }, 280);
+      kVisits * count, ranks, found, [&](Mesh& mesh, int i) { visit_cell(mesh, cells[i % count]); }, 280);
   print_table(cells, count);
   std::fprintf(stderr, "Replayed: %s.\n", kReplayMethod);
   for (int i : failed)
@@ -163,8 +174,10 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "FAILED hidden %d, %d experts, top-k %d\n", cells[i].hidden, cells[i].experts,
                    cells[i].topk);
   const int inversions = report_inversions(cells, count);
-  std::fprintf(stderr, "%d of %d cells right on %d ranks; %d pairs of cells where the one with fewer bytes is slower\n",
-               count - static_cast<int>(failed.size()), count, ranks, inversions);
+  std::fprintf(stderr,
+               "%d cells, each in %d visits, on %d ranks: %zu failed; %d pairs of cells where the one with fewer bytes "
+               "is slower\n",
+               count, kVisits, ranks, failed.size(), inversions);
   std::printf("{\"kind\":\"grid_summary\",\"ranks\":%d,\"cells\":%d,\"failed\":%zu,\"inversions\":%d}\n", ranks, count,
               failed.size(), inversions);
   return failed.empty() && inversions == 0 ? 0 : 1;

@@ -56,7 +56,7 @@ class Run:
             self.link = line
 
     def floor_us(self, replayed: dict) -> float | None:
-        """A hop and the bytes at the copy engines' rate, for dispatch and for combine."""
+        """A hop and the bytes at the link's rate, for dispatch and for combine."""
         if self.link is None:
             return None
         total = replayed["dispatch_link_bytes"] + replayed["combine_link_bytes"]
@@ -175,7 +175,8 @@ def main(arguments=None) -> int:
     for name, method in run.methods.items():
         print(f"{name}: {method}.")
     if run.link:
-        print(f"link: {run.link['rate_gb_s']:.0f} GB/s a GPU through copy engines, all to all; a hop {run.link['hop_us']:.2f} us.")
+        print(f"link: {run.link['stores_gb_s']:.0f} GB/s a GPU by plain stores, {run.link['engines_gb_s']:.0f} through copy engines, all "
+              f"to all; a hop {run.link['hop_us']:.2f} us.")
     for ranks in counts:
         print(f"\n{ranks} ranks, us\n\n{table(run, ranks)}")
     if options.json:
