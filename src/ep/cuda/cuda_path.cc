@@ -223,11 +223,21 @@ Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens,
       static_cast<long long>(tokens), static_cast<long long>(row_bytes), static_cast<long long>(layout_.slot_bytes));
 }
 
+// A receive kernel takes the newest operation for its own.
+Result<void> CudaPath::check_turn(Phase phase, const void* records, int parts) const {
+  if (parts != gpu::kReceives || (sent_ && sent_->phase == phase && sent_->records == records)) return {};
+  return fail(Code::kNotAllowed,
+              "no such %s waits for its receive phase: it ran already, or the next operation began; call a hook once, "
+              "before the next operation",
+              phase == Phase::kDispatch ? "dispatch" : "combine");
+}
+
 Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   const DeviceScope scope(device_);
   gpu::DispatchOp a;
   NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kDispatch, parts));
   if (!args.records) return fail(Code::kInvalidArgument, "records is null; its memory (record_bytes) is needed");
+  NIXL_TRY(check_turn(Phase::kDispatch, args.records, parts));
   const int payload = static_cast<int>(args.payload);
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk,
              static_cast<int>(args.max_tokens)};
@@ -259,7 +269,9 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   const auto shared = gpu::make_dispatch_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  return launch_operation(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream);
+  NIXL_TRY(launch_operation(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream));
+  sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kDispatch, args.records}) : std::nullopt;
+  return {};
 }
 
 Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
@@ -271,6 +283,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
         Code::kInvalidArgument,
         "the handle lacks what dispatch recorded for its combines: pass the handle that dispatch returned, or at "
         "least its own src_info");
+  NIXL_TRY(check_turn(Phase::kCombine, args.records, parts));
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk,
              static_cast<int>(args.max_tokens)};
   a.hidden = static_cast<int>(args.hidden);
@@ -305,7 +318,9 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   const auto shared = gpu::make_combine_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  return launch_operation(gpu::combine_kernel(lanes_, summed), grid, gpu::kThreads, shared.total, &a, args.stream);
+  NIXL_TRY(launch_operation(gpu::combine_kernel(lanes_, summed), grid, gpu::kThreads, shared.total, &a, args.stream));
+  sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kCombine, args.records}) : std::nullopt;
+  return {};
 }
 
 Result<void> CudaPath::dispatch(const Dispatch& args) {
@@ -328,6 +343,9 @@ Result<void> CudaPath::combine_recv(const CombineArgs& args) {
 }
 
 Result<void> CudaPath::barrier(void* stream) {
+  if (sent_)
+    return fail(Code::kNotAllowed, "a %s waits for its receive phase: call its hook before a barrier",
+                sent_->phase == Phase::kDispatch ? "dispatch" : "combine");
   const DeviceScope scope(device_);
   NIXL_ASSIGN(gpu::Op op, op_of(capacity_.num_ranks, Phase::kBarrier, gpu::kSends | gpu::kReceives));
   last_stream_ = stream;

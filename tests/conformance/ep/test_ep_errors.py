@@ -188,6 +188,37 @@ def test_use_after_destroy(ranks_of):
     no_problems(ranks_of(2).run(after_destroy))
 
 
+def hooks_out_of_turn(rank):
+    """A hook is called once, before the next operation; on CUDA no barrier comes in between."""
+    import torch
+
+    buffer = open_buffer(rank, SHAPE)
+    problems = []
+    arguments = good_dispatch(torch, rank.device) | {"return_recv_hook": True}
+    _, _, handle, _, hook = buffer.dispatch(**arguments)
+    if rank.device == "cuda":
+        refusals(problems, "barrier before the hook of a dispatch", buffer.barrier)
+    hook()
+    refusals(problems, "hook of a dispatch called twice", hook)
+    _, _, hook_of_combine = buffer.combine(**good_combine(torch, rank.device, handle), return_recv_hook=True)
+    if rank.device == "cuda":
+        refusals(problems, "barrier before the hook of a combine", buffer.barrier)
+    refusals(problems, "hook of a dispatch after the next operation", hook)
+    hook_of_combine()
+    refusals(problems, "hook of a combine called twice", hook_of_combine)
+    *_, forgotten = buffer.dispatch(**arguments)
+    problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.FP8, "exact", 3), Options(Payload.FP8))
+    refusals(problems, "a hook that was forgotten", forgotten)
+    buffer.barrier()
+    problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.BF16, "exact", 4), Options(style="hook"))
+    buffer.destroy()
+    return problems
+
+
+def test_hooks_out_of_turn(ranks_of):
+    no_problems(ranks_of(2).run(hooks_out_of_turn))
+
+
 def before_memory(rank):
     """Calls that need memory before there is any."""
     import nixl_ep
