@@ -31,6 +31,7 @@ struct PushHeader {
   std::uint32_t word = 0;    // messages, and these:
 };
 inline constexpr std::uint32_t kHeaderParity = 1u << 31;  // of the sender's operation number
+inline constexpr std::uint32_t kUnknownParity = 2;
 inline constexpr std::uint32_t kHeaderWithdrawn = 1u
                                                   << 30;  // taken back: the sender masked this rank in that operation
 
@@ -52,6 +53,25 @@ NIXL_HD constexpr bool is_past(const PushHeader& header, const PeerVersion& vers
   return names_operation(header, version, number) ? (header.word & kHeaderWithdrawn) != 0
                                                   : later(header.count, expected_in(version, number));
 }
+
+// What the header of the operation before tells, where that one was an operation of the pair too (`fresh`: it was not, the peer was
+// connected or unmasked since).
+struct HeaderBefore {
+  PushHeader header;
+  std::uint32_t incarnation = 0, expected = 0;  // of the peer now
+  bool fresh = false;
+
+  NIXL_HD constexpr bool names_it() const {
+    return !fresh && header.incarnation == incarnation && header.count == expected - 1;
+  }
+  // The peer gave this rank up in that operation, after it had been heard: it will not come to this one.
+  NIXL_HD constexpr bool withdrawn() const { return names_it() && (header.word & kHeaderWithdrawn) != 0; }
+  // The parity of the peer's number of this operation: one more than that of the one before.
+  NIXL_HD constexpr std::uint32_t parity() const {
+    const bool known = names_it() && (header.word & kHeaderWithdrawn) == 0;
+    return known ? header.word >> 31 ^ 1 : kUnknownParity;
+  }
+};
 
 // Of two versions the one that holds for operation `number`.
 NIXL_HD constexpr PeerVersion version_for(const PeerVersion& a, const PeerVersion& b, std::uint64_t number) {

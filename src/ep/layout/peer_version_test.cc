@@ -26,6 +26,7 @@ struct Rank {
   // The operation under way.
   bool busy = false;
   std::vector<int> to_send, to_hear, failed;
+  std::uint32_t parity[kRanks];  // of the others' operations, as far as it is known before they are heard
 };
 
 class Model {
@@ -77,6 +78,7 @@ class Model {
       if (other != own && running(own, other).status == PeerStatus::kActive) {
         rank.to_send.push_back(other);
         rank.to_hear.push_back(other);
+        rank.parity[other] = before(own, other).parity();
       }
   }
   // One thing that the operation under way can do now; false: nothing, or it has ended.
@@ -90,13 +92,20 @@ class Model {
     for (std::size_t i = 0; i < rank.to_hear.size(); ++i) {
       const int other = rank.to_hear[i];
       const PushHeader& header = rank.inbox[other][flag_slot(expected_in(running(own, other), rank.begun - 1))];
-      const bool past = is_past(header, running(own, other), rank.begun - 1);
-      if (!past && !names_operation(header, running(own, other), rank.begun - 1)) continue;
+      const bool here = names_operation(header, running(own, other), rank.begun - 1);
+      const bool past =
+          is_past(header, running(own, other), rank.begun - 1) || (!here && before(own, other).withdrawn());
+      if (!past && !here) continue;
       rank.to_hear.erase(rank.to_hear.begin() + static_cast<std::ptrdiff_t>(i));
-      if (past)
+      if (past) {
         rank.failed.push_back(other);
-      else
-        in_step_ = in_step_ && header.awaits == sent_in(running(own, other), rank.begun - 1);
+        return true;
+      }
+      in_step_ = in_step_ && header.awaits == sent_in(running(own, other), rank.begun - 1);
+      if (rank.parity[other] != kUnknownParity) {
+        ++parities_known_;
+        parities_right_ += rank.parity[other] == header.word >> 31;
+      }
       return true;
     }
     if (!rank.to_hear.empty()) return false;
@@ -109,10 +118,13 @@ class Model {
     if (rank.busy && !rank.to_hear.empty()) rank.failed.push_back(take(rank.to_hear));
   }
   bool busy(int own) const { return ranks_[own].busy; }
+  bool sent_all(int own) const { return ranks_[own].to_send.empty(); }
   bool in_step() const { return in_step_; }
   void forget_trouble() { in_step_ = true; }
   std::uint64_t faults() const { return faults_; }
   bool repeated() const { return repeated_; }
+  std::uint64_t parities_known() const { return parities_known_; }
+  bool parities_right() const { return parities_right_ == parities_known_; }
 
   void let_all_end(bool with_timeouts) {
     for (;;) {
@@ -143,6 +155,12 @@ class Model {
     return advanced(version_for(ranks_[own].versions[other][0], ranks_[own].versions[other][1], ~0ull - 1),
                     ranks_[own].begun);
   }
+  HeaderBefore before(int own, int other) const {
+    const PeerVersion now = running(own, other);
+    const std::uint64_t number = ranks_[own].begun - 1;
+    const std::uint32_t expected = expected_in(now, number);
+    return {ranks_[own].inbox[other][flag_slot(expected - 1)], now.incarnation, expected, number == now.from};
+  }
   void write(int own, int other, const PeerVersion& version) {
     auto& versions = ranks_[own].versions[other];
     versions[place_for(versions[0].from, versions[1].from, version.from)] = version;
@@ -151,7 +169,8 @@ class Model {
     const PeerVersion to = running(own, other);
     const std::uint64_t number = ranks_[own].begun - 1;
     const std::uint32_t count = sent_in(to, number);
-    ranks_[other].inbox[own][flag_slot(count)] = {ranks_[own].incarnation, count, expected_in(to, number), 0};
+    ranks_[other].inbox[own][flag_slot(count)] = {ranks_[own].incarnation, count, expected_in(to, number),
+                                                  number % 2 ? kHeaderParity : 0};
     repeated_ = !used_.insert({own, other, ranks_[own].incarnation, count}).second || repeated_;
   }
   void end(int own) {
@@ -172,7 +191,7 @@ class Model {
   std::mt19937 random_;
   Rank ranks_[kRanks];
   bool in_step_ = true, repeated_ = false;
-  std::uint64_t faults_ = 0;
+  std::uint64_t faults_ = 0, parities_known_ = 0, parities_right_ = 0;
   std::set<std::tuple<int, int, std::uint32_t, std::uint32_t>> used_;
 };
 
@@ -232,7 +251,7 @@ void trouble(Model& model) {
 }
 
 TEST(ranks_are_in_step_again_whatever_they_did_apart) {
-  std::uint64_t faults = 0;
+  std::uint64_t faults = 0, parities = 0;
   for (unsigned seed = 0; seed < 3000; ++seed) {
     Model model(seed);
     come_together(model);
@@ -243,8 +262,35 @@ TEST(ranks_are_in_step_again_whatever_they_did_apart) {
       operations_in_step(model, 3);
     }
     faults += model.faults();
+    parities += model.parities_known();
+    CHECK(model.parities_right());
   }
   CHECK(faults > 10'000);  // there was trouble
+  CHECK(parities > 100'000);
+}
+
+// One rank gives another up that had heard it and gone on. In its next operation that one finds the message taken back and waits
+// no longer than for what it finds; nobody's time has to run out.
+TEST(who_was_given_up_afterwards_learns_it_in_the_next_operation) {
+  int given_up = 0;
+  for (unsigned seed = 0; seed < 300; ++seed) {
+    Model model(seed);
+    come_together(model);
+    operations_in_step(model, static_cast<int>(model.below(3)));
+    for (int own = 0; own < kRanks; ++own) model.begin(own);
+    while (model.busy(1) || model.busy(2) || model.busy(3)) {  // rank 0 has sent, and hears nobody
+      if (!model.sent_all(0)) model.step(0);
+      for (int own = 1; own < kRanks; ++own) model.step(own);
+    }
+    const std::uint64_t before = model.faults();
+    for (int other = 1; other < kRanks; ++other) model.time_out(0);
+    model.step(0);
+    given_up += static_cast<int>(model.faults() - before);
+    for (int own = 0; own < kRanks; ++own) model.begin(own);
+    model.let_all_end(false);
+    CHECK_EQ(model.faults(), before + 6);  // those three, and as many who found it out
+  }
+  CHECK_EQ(given_up, 3 * 300);
 }
 
 // A rank that misses a barrier: the others give it up and take their messages back; all unmask; the next one is in
@@ -297,6 +343,16 @@ TEST(a_caller_who_masks_in_the_middle_is_no_fault_of_the_peer) {
   latest.status = PeerStatus::kAbsent;  // its memory may be gone
   const Failure gone = failed_in(5, then, latest, 9);
   CHECK(!gone.told && !gone.withdrawn);
+}
+
+TEST(a_header_that_was_taken_back_tells_no_parity) {
+  const PushHeader header{7, 12, 4, kHeaderParity | 3};
+  CHECK_EQ((HeaderBefore{header, 7, 13, false}.parity()), 0u);
+  CHECK_EQ((HeaderBefore{{7, 12, 4, 3}, 7, 13, false}.parity()), 1u);
+  CHECK_EQ((HeaderBefore{header, 7, 13, true}.parity()), kUnknownParity);   // unmasked since
+  CHECK_EQ((HeaderBefore{header, 7, 14, false}.parity()), kUnknownParity);  // of an older operation
+  CHECK_EQ((HeaderBefore{header, 8, 13, false}.parity()), kUnknownParity);
+  CHECK_EQ((HeaderBefore{{7, 12, 4, kHeaderWithdrawn}, 7, 13, false}.parity()), kUnknownParity);
 }
 
 }  // namespace

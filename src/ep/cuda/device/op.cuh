@@ -140,7 +140,6 @@ __device__ __forceinline__ void add_share(unsigned long long* at) {
 // Draws this block's ticket and looks at the peers; one warp.
 // `parities`: also finds out what the parity of each peer's operation is, from its header of the one before; kUnknownParity
 // where there is none.
-constexpr std::uint32_t kUnknownParity = 2;
 __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, bool parities = false) {
   const int lane = threadIdx.x % 32;
   uint4 even = {}, odd = {};  // headers of the lane's first rank, under way while the ticket is
@@ -172,8 +171,8 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
     const int slot = flag_slot(peer.expected - 1);
     uint4 last = make_uint4(slot ? odd.x : even.x, slot ? odd.y : even.y, 0, slot ? odd.w : even.w);
     if (rank >= 32) last = load_cell(op.control + op.words.header_of(rank, slot));
-    const bool known = !peer.fresh && last.x == peer.incarnation && last.y == peer.expected - 1;
-    peers[rank].parity = known ? last.w >> 31 ^ 1 : kUnknownParity;
+    const PushHeader header{last.x, last.y, last.z, last.w};
+    peers[rank].parity = HeaderBefore{header, peer.incarnation, peer.expected, peer.fresh != 0}.parity();
   }
 }
 
@@ -198,10 +197,15 @@ static __device__ __noinline__ bool look_at(const Op& op, int rank, unsigned lon
   atomicAdd(&op.state->looking, ~0ull);
   return there;
 }
-// Whether waiting is in vain.
+// Whether waiting is in vain: the peer says so in this operation's header, or took back that of the one before.
 static __device__ __noinline__ bool past_operation(const Op& op, const Block& block, int rank) {
   const PeerVersion then = version_at(op.state->peers[rank], block.number);
-  return is_past(load_header(op, rank, flag_slot(expected_in(then, block.number))), then, block.number);
+  const std::uint32_t expected = expected_in(then, block.number);
+  const PushHeader header = load_header(op, rank, flag_slot(expected));
+  if (is_past(header, then, block.number)) return true;
+  const PushHeader before = load_header(op, rank, flag_slot(expected - 1));
+  return !names_operation(header, then, block.number) &&
+         HeaderBefore{before, then.incarnation, expected, block.number == then.from}.withdrawn();
 }
 
 // Whether to go on waiting for `rank`. Called again and again while something of it is missing.
