@@ -254,6 +254,7 @@ int open_only() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  ::setenv("UCX_MEM_BISTRO_GRACE_DURATION", "50ms", 0);  // UCX as it comes: our own use of it shortens this
   if (argc == 2 && std::string(argv[1]) == "open") return open_only();
   if (argc == 4 && std::string(argv[1]) == "target") return serve(argv[2], argv[3]);
   if (argc == 4 && std::string(argv[1]) == "initiator") return initiate(argv[2], argv[3]);
