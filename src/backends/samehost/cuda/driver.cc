@@ -30,6 +30,7 @@ Result<void> load(Driver& driver) {
   NIXL_LOAD(unmap, cuMemUnmap);
   NIXL_LOAD(set_access, cuMemSetAccess);
   NIXL_LOAD(get_uuid, cuDeviceGetUuid);
+  NIXL_LOAD(write_value, cuStreamWriteValue32);
   int count = 0;
   if (const cudaError_t code = ::cudaGetDeviceCount(&count); code != cudaSuccess || count == 0)
     return fail(Code::kUnsupported, "no usable CUDA device: %s", ::cudaGetErrorString(code));

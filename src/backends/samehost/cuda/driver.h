@@ -21,6 +21,7 @@ struct Driver {
   decltype(&::cuMemUnmap) unmap = nullptr;
   decltype(&::cuMemSetAccess) set_access = nullptr;
   decltype(&::cuDeviceGetUuid) get_uuid = nullptr;
+  decltype(&::cuStreamWriteValue32) write_value = nullptr;
 
   // Loads and initialises the driver once a process; kUnsupported names what is missing.
   static Result<const Driver*> get();

@@ -23,7 +23,8 @@ struct ListCopy {
 };
 
 cudaError_t launch_list_copy(const ListCopy& copy, cudaStream_t stream);
-// Sets `done` when everything before it on the stream has finished and is visible everywhere.
+// Sets `done` when everything before it on the stream has finished and is visible everywhere. For devices that cannot do
+// so without a kernel.
 cudaError_t launch_signal(std::uint32_t* done, std::uint32_t epoch, cudaStream_t stream);
 
 }  // namespace nixl::core::samehost

@@ -10,6 +10,9 @@ constexpr std::uint64_t kMaxItem = 1 << 30;
 constexpr std::uint64_t kItemsPerWarp = 8;       // enough for even shares
 constexpr std::uint64_t kEngineBytes = 8 << 20;  // from this average size on, the copy engine is as fast
 constexpr std::uint64_t kEnginePieces = 64;
+// So few always go there: kernels of processes that share a GPU take turns of a millisecond, copy engines do not wait for
+// them.
+constexpr std::uint64_t kFewPieces = 4;
 constexpr Nanoseconds kAskStreamEvery = 1'000'000;
 constexpr std::size_t kHeaderBytes = 64;  // of a pinned list: the done word, alone in its cache line
 
@@ -127,6 +130,11 @@ Result<void> PinnedList::launch(cudaStream_t stream) {
 
 Result<void> PinnedList::signal(cudaStream_t stream) {
   ++copy_.epoch;
+  NIXL_ASSIGN(const Driver* const driver, Driver::get());
+  const CUresult code = driver->write_value(stream, reinterpret_cast<CUdeviceptr>(copy_.done), copy_.epoch,
+                                            CU_STREAM_WRITE_VALUE_DEFAULT);
+  if (code == CUDA_SUCCESS) return {};
+  if (code != CUDA_ERROR_NOT_SUPPORTED) return cuda_error("cuStreamWriteValue32", code);
   NIXL_CUDA_TRY(launch_signal(copy_.done, copy_.epoch, stream));
   return {};
 }
@@ -146,7 +154,8 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
   std::vector<int> ordinals = device_of;
   std::sort(ordinals.begin(), ordinals.end());
   ordinals.erase(std::unique(ordinals.begin(), ordinals.end()), ordinals.end());
-  const bool engine = plan.num_blocks <= kEnginePieces && plan.total_bytes >= plan.num_blocks * kEngineBytes;
+  const bool engine = plan.num_blocks <= kFewPieces ||
+                      (plan.num_blocks <= kEnginePieces && plan.total_bytes >= plan.num_blocks * kEngineBytes);
   const std::uint64_t shares = std::uint64_t{devices.max_blocks} * (kThreadsPerBlock / 32) * kItemsPerWarp;
   const std::uint64_t item =
       engine ? ~std::uint64_t{0}
