@@ -6,8 +6,10 @@ memory, the copy engine for GPUs; the table shows them multiplied out. Exit code
 """
 
 import base64
+import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 import zlib
@@ -17,10 +19,10 @@ os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
 
 import numpy  # noqa: E402
 
-from utils.floor import floor, raw_ucx  # noqa: E402
+from utils.floor import floor, nccl, raw_ucx  # noqa: E402
 from utils.figures import Figure, parse_arguments, report  # noqa: E402
 from utils.helper_process import HelperProcess  # noqa: E402
-from utils.memory import INITIATOR_FILL, TARGET_FILL, DeviceBuffer, HostBuffer, pattern  # noqa: E402
+from utils.memory import INITIATOR_FILL, TARGET_FILL, DeviceBuffer, HostBuffer, TorchBuffer, pattern, torch_has_cuda  # noqa: E402
 
 BYTES = 400 << 20
 ROUNDS = 3
@@ -46,6 +48,17 @@ GPU_COPIES = [
     ("100,000 x 1 KiB", 100_000, 1 << 10, 250, 340),
 ]
 SCALE = {"us": 1e6, "ms": 1e3}
+# A fresh process: the CUDA context that a program has in any case, then its first agent.
+CREATION = """
+import json, time, nixl
+from utils.memory import Cuda
+times = [time.perf_counter()]
+Cuda.get().use(0)
+times.append(time.perf_counter())
+agent = nixl.nixl_agent("creation", nixl.nixl_agent_config(backends=["UCX"]))
+times.append(time.perf_counter())
+print(json.dumps({"context": times[1] - times[0], "agent": times[2] - times[1]}))
+"""
 
 
 def shuffled(count, seed):
@@ -65,10 +78,11 @@ class Pair:
         import nixl
 
         self.nixl, self.kind, self.size, self.far_device = nixl, kind, size, far.get("device", 0)
-        self.near = DeviceBuffer(size, 0, far.get("vmm", False), far.get("piece")) if kind == "VRAM" else HostBuffer(size)
-        start = time.perf_counter()
+        if far.get("torch"):
+            self.near = TorchBuffer(size, 0)
+        else:
+            self.near = DeviceBuffer(size, 0, far.get("vmm", False), far.get("piece")) if kind == "VRAM" else HostBuffer(size)
         self.agent = nixl.nixl_agent("initiator", nixl.nixl_agent_config(enable_prog_thread=prog_thread, backends=["UCX"]))
-        self.creation_s = time.perf_counter() - start
         self.registered = self.agent.register_memory([(self.near.address, size, 0, "")], kind)
         self.helper = HelperProcess("target", prog_thread)
         self.far_address = self.helper.ask(do="allocate", kind=kind, size=size, **far)["address"]
@@ -158,11 +172,10 @@ def host_copies(figures):
     pair.close()
 
 
-def third_process(figures, pair, count, piece):
-    """64 B transfers of a third process to the same peer while a long list runs."""
+def third_process(figures, pair, count, piece, device=0):
+    """64 B transfers of a third process, from `device`, to the same peer while a long list runs."""
     third = HelperProcess("third")
-    # On a GPU of its own as far as there are any: processes that share one take turns on it.
-    third.ask(do="allocate", kind=pair.kind, size=4096, device=min(2, num_gpus() - 1) if pair.kind == "VRAM" else 0)
+    third.ask(do="allocate", kind=pair.kind, size=4096, device=device)
     third.ask(do="load", blob=base64.b64encode(pair.helper.metadata()).decode())
     handle, _, _ = pair.request("WRITE", count, piece)
     request = {"do": "small_transfers", "peer": "target", "address": pair.far_address, "device": pair.far_device,
@@ -175,7 +188,8 @@ def third_process(figures, pair, count, piece):
     pair.agent.release_xfer_handle(handle)
     third.close()
     judged = (os.cpu_count() or 1) >= 8
-    figures.append(Figure(f"64 B of a third process beside a {pair.kind} list, p99", seen["p99"], "us", 100 if judged else None,
+    where = "" if pair.kind == "DRAM" else " on its GPU" if device == 0 else " on another GPU"
+    figures.append(Figure(f"64 B of a third process beside a {pair.kind} list{where}, p99", seen["p99"], "us", 100 if judged else None,
                           None, {"p50": seen["p50"]}, note="" if judged else "must holds from 8 cores on"))
 
 
@@ -211,16 +225,29 @@ def idle_cpu(figures):
     helper.close()
 
 
+def creation(figures):
+    """The first agent of a process that has a CUDA context."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    runs = [json.loads(subprocess.run([sys.executable, "-c", CREATION], env=environment, stdout=subprocess.PIPE, text=True,
+                                      check=True, timeout=60).stdout.splitlines()[-1]) for _ in range(3)]
+    opened = floor("raw_ucx", "open")
+    beside = {"the context": min(run["context"] for run in runs) * 1e3}
+    if opened:
+        beside["ucp_init + worker as UCX comes"] = opened["open_s"] * 1e3
+    figures.append(Figure("agent creation beyond the CUDA context", min(run["agent"] for run in runs) * 1e3, "ms", 150, 50, beside))
+
+
 def gpu_copies(figures, blocks):
     probe = floor("list_copy_floor", str(blocks))
     if probe is None:
         raise SystemExit("bench local: build/.../benchmarks/floor/list_copy_floor was not built (it needs nvcc)")
     far_device = 1 if probe["devices"] > 1 else 0
     ceiling = {operation: probe[f"engine {operation}"] for operation in ("WRITE", "READ")}
-    for what, memory in (("plain", {}), ("virtual", {"vmm": True}), ("expandable", {"vmm": True, "piece": 20 << 20})):
+    by_nccl = (nccl() if far_device else None) or {}
+    # Expandable segments: torch's own where it has CUDA, else laid out alike.
+    expandable = {"torch": True} if torch_has_cuda() else {"vmm": True, "piece": 20 << 20}
+    for what, memory in (("plain", {}), ("virtual", {"vmm": True}), ("expandable", expandable)):
         pair = Pair("VRAM", GPU_BYTES, device=far_device, **memory)
-        if what == "plain":
-            figures.append(Figure("agent creation beside a CUDA context", pair.creation_s * 1e3, "ms", 150, 50))
         for name, count, piece, must, goal in GPU_COPIES:
             best = {}
             for operation in ("WRITE", "READ"):
@@ -229,16 +256,29 @@ def gpu_copies(figures, blocks):
                 best[operation] = count * piece / seconds / 1e9
                 share = ceiling[operation] / 393
                 plain = probe[f"{count}x{piece} {operation}"]
+                beside = {"copy engine": ceiling[operation], "plain kernel": plain}
+                if f"{count}x{piece}" in by_nccl:
+                    beside["NCCL"] = by_nccl[f"{count}x{piece}"]
                 figures.append(Figure(f"VRAM {operation} {name}, {what}", best[operation], "GB/s", must * share, goal * share,
-                                      {"copy engine": ceiling[operation], "plain kernel": plain}, True, path))
+                                      beside, True, path))
                 figures.append(Figure(f"  against the plain kernel, {operation} {name}, {what}", best[operation] / plain, "x",
                                       0.95, 1.0, higher_is_better=True))
             quick, slow = max(best.values()), min(best.values())
             figures.append(Figure(f"  READ against WRITE, {name}, {what}", quick / slow, "faster/slower", 1.05, 1.02))
         if what == "plain":
             gpu_requests(figures, pair)
-            third_process(figures, pair, 100_000, 4 << 10)
+            small_gpu_copies(figures, pair)
+            for device in sorted({0, min(2, num_gpus() - 1)}):
+                third_process(figures, pair, 100_000, 4 << 10, device)
         pair.close()
+
+
+def small_gpu_copies(figures, pair):
+    for name, piece in (("64 B", 64), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)):
+        for operation in ("WRITE", "READ"):
+            pair.prove(operation, 1, piece)
+            seconds, path = pair.best(operation, 1, piece, 1000)
+            figures.append(Figure(f"VRAM {operation} {name}, one piece", seconds * 1e6, "us", note=path))
 
 
 def gpu_requests(figures, pair):
@@ -287,7 +327,7 @@ def main():
         groups += [("copies", host_copies), ("notifications", notifications), ("idle", idle_cpu)]
     if arguments.memory == "vram" or arguments.memory == "auto" and num_gpus():
         blocks = int(os.environ.get("NIXL_SAME_HOST_GPU_BLOCKS") or 64)
-        groups.append(("vram", lambda into: gpu_copies(into, blocks)))
+        groups += [("creation", creation), ("vram", lambda into: gpu_copies(into, blocks))]
     elif arguments.memory == "auto":
         skipped.append("GPU memory: no GPU (/proc/driver/nvidia/gpus is missing or empty)")
     for name, group in groups:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LIMIT_S = 120
@@ -23,6 +24,16 @@ def floor(name, *arguments):
     if path is None:
         return None
     return json.loads(subprocess.run([path, *arguments], capture_output=True, text=True, timeout=_LIMIT_S, check=True).stdout)
+
+
+def nccl():
+    """GB/s that NCCL gives between two GPUs, or None where it cannot run."""
+    script = pathlib.Path(__file__).resolve().parents[1] / "floor" / "nccl_copy.py"
+    out = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=_LIMIT_S, check=False)
+    if out.returncode == 77:
+        return None
+    out.check_returncode()
+    return json.loads(out.stdout.splitlines()[-1])
 
 
 def raw_ucx(**environment):

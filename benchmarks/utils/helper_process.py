@@ -87,13 +87,16 @@ class _Helper:
     def hello(self):
         return {"pid": os.getpid()}
 
-    def allocate(self, kind, size, device=0, vmm=False, piece=None):
-        from utils.memory import DeviceBuffer, HostBuffer
+    def allocate(self, kind, size, device=0, vmm=False, piece=None, torch=False):
+        from utils.memory import DeviceBuffer, HostBuffer, TorchBuffer
 
         if self.registered is not None:
             self.agent.deregister_memory(self.registered)
             self.buffer.close()
-        self.buffer = DeviceBuffer(size, device, vmm, piece) if kind == "VRAM" else HostBuffer(size)
+        if torch:
+            self.buffer = TorchBuffer(size, device)
+        else:
+            self.buffer = DeviceBuffer(size, device, vmm, piece) if kind == "VRAM" else HostBuffer(size)
         self.registered = self.agent.register_memory([(self.buffer.address, size, device, "")], kind)
         return {"address": self.buffer.address}
 

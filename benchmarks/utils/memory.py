@@ -1,7 +1,9 @@
 """Buffers of the benchmarks: host memory, GPU memory through the CUDA driver, patterns that show offset errors."""
 
 import ctypes
+import importlib.util
 import mmap
+import os
 
 import numpy
 
@@ -164,6 +166,34 @@ class DeviceBuffer:
         else:
             self._cuda.lib.cuMemFree_v2(ctypes.c_uint64(self.address))
         self.address = 0
+
+
+class TorchBuffer(DeviceBuffer):
+    """GPU memory as torch's allocator gives it out, here from expandable segments."""
+
+    def __init__(self, size, device):
+        torch = _torch()
+        self._cuda, self.size, self.device = Cuda.get(), size, device
+        self._tensor = torch.zeros(size, dtype=torch.uint8, device=f"cuda:{device}")
+        torch.cuda.synchronize(device)
+        self.address = self._tensor.data_ptr()
+        if not any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot()):
+            raise RuntimeError("torch's allocator made no expandable segment of PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+
+    def close(self):
+        self._tensor, self.address = None, 0
+
+
+def _torch():
+    # Read when torch is imported.
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    import torch
+
+    return torch
+
+
+def torch_has_cuda():
+    return importlib.util.find_spec("torch") is not None and _torch().cuda.is_available()
 
 
 def make_buffer(kind, size, device=0, vmm=False):
