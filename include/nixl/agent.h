@@ -137,7 +137,7 @@ struct CostEstimate {
 
 class NIXL_EXPORT Agent {
  public:
-  explicit Agent(std::string name, AgentConfig config = {});
+  Agent(std::string name, AgentConfig config = {});
   ~Agent();  // at most five seconds
   Agent(const Agent&) = delete;
   Agent& operator=(const Agent&) = delete;

@@ -49,7 +49,8 @@ void finish(Agent& agent, const XferHandle& x) {
 
 TEST(write_and_read) {
   std::vector<char> here(4096, 'h'), there(4096, 't');
-  Agent a("a", loopback()), b("b", loopback());
+  Agent a("a", loopback());
+  Agent b = {"b", loopback()};
   void* addr = here.data();
   std::size_t size = here.size();
   std::vector<MemDescriptor> mine = {{addr, size, 0, MemType::DRAM}};
