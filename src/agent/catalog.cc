@@ -92,6 +92,12 @@ Catalog::Item* Catalog::item(const std::string& name) {
   return nullptr;
 }
 
+const KnownBackend* Catalog::known(const std::string& name) const {
+  for (const KnownBackend& candidate : known_)
+    if (candidate.name == name || (candidate.alias && candidate.alias == name)) return &candidate;
+  return nullptr;
+}
+
 Result<const BackendEntry*> Catalog::find(const std::string& name) {
   const std::lock_guard lock(mutex_);
   if (Item* found = item(name)) {
@@ -100,8 +106,8 @@ Result<const BackendEntry*> Catalog::find(const std::string& name) {
       return fail(Code::kNotFound, "backend %s is not available: %s", name.c_str(), seen.reason.c_str());
     return &found->entry;
   }
-  for (const KnownBackend& known : known_)
-    if (known.name == name) return fail(Code::kNotFound, "backend %s is not available: %s", known.name, known.reason);
+  if (const KnownBackend* absent = known(name))
+    return fail(Code::kNotFound, "backend %s is not available: %s", absent->name, absent->reason);
   std::string have;
   for (const std::string& viable_name : viable()) have += (have.empty() ? "" : " ") + viable_name;
   return fail(Code::kNotFound, "there is no backend '%s'; available: %s", name.c_str(),
@@ -110,8 +116,9 @@ Result<const BackendEntry*> Catalog::find(const std::string& name) {
 
 std::string Catalog::canonical(const std::string& name) {
   const std::lock_guard lock(mutex_);
-  const Item* found = item(name);
-  return found ? found->entry.name : name;
+  if (const Item* found = item(name)) return found->entry.name;
+  const KnownBackend* absent = known(name);
+  return absent ? absent->name : name;
 }
 
 std::vector<const BackendEntry*> Catalog::entries() {
@@ -172,15 +179,16 @@ std::vector<PluginReport> Catalog::report() {
     }
     list.push_back(std::move(line));
   }
-  for (const KnownBackend& known : known_) {
-    if (item(known.name)) continue;
+  for (const KnownBackend& absent : known_) {
+    if (item(absent.name)) continue;
     PluginReport line;
-    line.name = known.name;
-    line.reason = known.reason;
-    line.remote = known.remote;
-    line.local = known.local;
-    line.notifications = known.notifications;
-    line.kinds = known.kinds;
+    line.name = absent.name;
+    line.reason = absent.reason;
+    line.remote = absent.remote;
+    line.local = absent.local;
+    line.notifications = absent.notifications;
+    line.kinds = absent.kinds;
+    line.params = absent.params;
     list.push_back(std::move(line));
   }
   return list;

@@ -18,6 +18,8 @@ struct KnownBackend {
   KindSet kinds;
   bool remote, local, notifications;
   const char* reason;  // why it is not here
+  Params params = {};
+  const char* alias = nullptr;
 };
 
 struct PluginReport {
@@ -61,6 +63,7 @@ class Catalog {
   void scan(const std::string& directory, bool warn);
   void load(const std::string& path, const std::string& name);
   Item* item(const std::string& name);
+  const KnownBackend* known(const std::string& name) const;
 
   mutable std::recursive_mutex mutex_;
   std::vector<std::unique_ptr<Item>> items_;

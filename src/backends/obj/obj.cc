@@ -79,10 +79,14 @@ std::span<const BackendEntry> backends_of_obj() {
   static const std::vector<BackendEntry> kEntries = [] {
     BackendEntry entry;
     entry.name = "OBJ";
-    for (const char* key : {"access_key", "accelerated", "bucket", "ca_bundle", "crtMinLimit", "endpoint_override",
-                            "num_threads", "region", "req_checksum", "resp_checksum", "scheme", "secret_key",
-                            "session_token", "throughput_target_gbps", "type", "use_virtual_addressing"})
+    for (const char* key : {"access_key", "bucket", "ca_bundle", "endpoint_override", "region", "secret_key",
+                            "session_token", "throughput_target_gbps", "type"})
       entry.params[key] = "";
+    for (const char* key : {"accelerated", "use_virtual_addressing"}) entry.params[key] = "false";
+    for (const char* key : {"req_checksum", "resp_checksum"}) entry.params[key] = "supported";
+    entry.params["crtMinLimit"] = "0";
+    entry.params["num_threads"] = std::to_string(half_the_cores());
+    entry.params["scheme"] = "https";
     entry.list_params = false;
     entry.kinds = {MemKind::kDram, MemKind::kVram, MemKind::kObject};
     entry.local = true;

@@ -91,9 +91,9 @@ std::span<const BackendEntry> backends_of_posix() {
     entry.name = "POSIX";
     entry.params = {{"ios_pool_size", "65536"},
                     {"kernel_queue_size", "256"},
-                    {"use_aio", ""},
-                    {"use_posix_aio", ""},
-                    {"use_uring", ""}};
+                    {"use_aio", "false"},
+                    {"use_posix_aio", "false"},
+                    {"use_uring", "false"}};
     entry.list_params = false;
     entry.kinds = {MemKind::kDram, MemKind::kVram, MemKind::kFile};
     entry.local = true;

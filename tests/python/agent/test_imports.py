@@ -2,6 +2,7 @@
 import enum
 import inspect
 import logging
+import os
 import subprocess
 import sys
 
@@ -256,6 +257,49 @@ def test_report_covers_every_backend():
         assert line["available"] or line["reason"]
         assert line["mem_types"] and (line["remote"] or line["local"])
     assert agent("a").get_plugin_report().keys() == report.keys()
+
+
+@pytest.mark.parametrize("alias,name", [("MOONCAKE", "Mooncake"), ("Libfabric", "LIBFABRIC")])
+def test_other_spellings(alias, name):
+    """PY-24: both spellings lead to the same backend, or to the same reason why it is not here."""
+    about = nixl.plugin_report()[name]
+    if about["available"]:
+        assert {alias, name} <= set(api.nixl_agent("a", api.nixl_agent_config(backends=[alias])).backends)
+        return
+    one = api.nixl_agent("a", api.nixl_agent_config(backends=[alias]))
+    for spelling in (alias, name):
+        with pytest.raises(nixl.nixlNotFoundError) as raised:
+            one.create_backend(spelling)
+        assert about["reason"] in raised.value.reason
+    with pytest.raises(nixl.nixlNotFoundError) as raised:
+        one.register_memory([(0, 64, 1)], "DRAM")
+    assert about["reason"] in raised.value.reason  # and not "there is no backend of this name"
+
+
+DEFAULTS = {
+    "GPUNETIO": {"network_devices": "", "oob_interface": "", "gpu_devices": "", "cuda_streams": ""},
+    "Mooncake": {"mooncake_devices": "", "protocol": "auto"},
+    "LIBFABRIC": {"num_threads": "0", "split_batch_size": "1024", "striping_threshold": "131072", "max_bw_per_dram_seg": "0",
+                  "post_queue_size": "32768", "provider": "auto"},
+    "GDS": {"batch_pool_size": "16", "batch_limit": "128", "max_request_size": "16777216"},
+    "GDS_MT": {"thread_count": str(max(1, os.cpu_count() // 2))},
+    "POSIX": {"use_uring": "false", "use_aio": "false", "use_posix_aio": "false", "ios_pool_size": "65536", "kernel_queue_size": "256"},
+    "HF3FS": {"mount_point": "/mnt/3fs/", "mem_config": "auto", "iopool_size": "64"},
+    "OBJ": {"bucket": "", "endpoint_override": "", "scheme": "https", "use_virtual_addressing": "false", "crtMinLimit": "0",
+            "accelerated": "false", "type": "", "num_threads": str(max(1, os.cpu_count() // 2))},
+    "GUSLI": {"client_name": "", "max_num_simultaneous_requests": "256", "config_file": "", "try_use_uring": "false"},
+    "AZURE_BLOB": {"account_url": "", "container_name": "", "connection_string": "", "ca_bundle": ""},
+    "UCCL": {"in_python": "true", "num_cpus": "4"},
+    "INFINIA": {"cluster": "cluster1", "tenant": "red", "subtenant": "red", "dataset": "red", "sthreads": "8", "num_buffers": "512",
+                "num_ring_entries": "512", "coremasks": "0x2", "max_retries": "", "config_file": ""},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_report_names_every_parameter_and_its_default(name):
+    """PY-28, also of a backend that cannot be used here."""
+    params = nixl.plugin_report()[name]["params"]
+    assert {key: params.get(key) for key in DEFAULTS[name]} == DEFAULTS[name]
 
 
 def test_bad_plugin_directory_hides_nothing(monkeypatch):
