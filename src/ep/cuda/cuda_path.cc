@@ -1,7 +1,10 @@
 #include "ep/cuda/cuda_path.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cstddef>
 #include <cstring>
+#include <thread>
 
 #include "base/env.h"
 #include "base/log.h"
@@ -24,6 +27,8 @@ std::int64_t zero_copy_stride(std::int64_t hidden) {
 // Clients zero the memory that is shown to them, each when it suits it. Slots take rows at any time: a faster peer's rows would be
 // lost with them. So what is shown is memory apart, and little of it.
 constexpr std::int64_t kExposedBytes = 2 << 20;
+
+constexpr Nanoseconds kCloseGrace = 1'000'000'000;  // for operations under way when a rank closes
 
 constexpr int kMaxExperts = 8192;         // a table of them lies in shared memory
 constexpr std::int64_t kSmallBatch = 16;  // up to here rows travel unsummed: one hop instead of two
@@ -416,12 +421,35 @@ std::string CudaPath::take_input_error() {
   return text;
 }
 
+// Until the operations queued so far have sent all that peers wait for, or the deadline: those that were queued in the stream last
+// used, and those that graphs have begun elsewhere.
+Result<void> CudaPath::let_operations_end(Deadline end) {
+  const auto pause = [] { std::this_thread::sleep_for(std::chrono::microseconds(50)); };
+  NIXL_TRY(follow_operations(idle_stream_));
+  while (cudaStreamQuery(idle_stream_) == cudaErrorNotReady && !end.passed()) pause();
+  (void)cudaGetLastError();  // not ready is no error
+  for (;;) {
+    struct {
+      unsigned long long ticket, sent;
+    } now;
+    static_assert(offsetof(State, sent) == offsetof(State, ticket) + sizeof(now.ticket));
+    NIXL_TRY(cuda_check(cudaMemcpyAsync(&now, &state_->ticket, sizeof(now), cudaMemcpyDeviceToHost, stream_),
+                        "read how far operations are"));
+    NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "read how far operations are"));
+    const unsigned long long begun = (now.ticket & ~gpu::kLocked) + gpu::kTicket - 1;
+    if (now.sent / gpu::kTicket >= begun / gpu::kTicket || end.passed()) return {};
+    pause();
+  }
+}
+
+// Peers count on what the operations under way send, so these may end by themselves; not for long, since a peer may be dead.
 Result<void> CudaPath::close() {
   const std::lock_guard lock(mutex_);
   if (closed_) return {};
   closed_ = true;
   if (!state_) return {};
   const DeviceScope scope(device_);
+  NIXL_TRY(let_operations_end(Deadline::after(std::min(options_.timeout_ns, kCloseGrace))));
   std::vector<PeerChange> changes;
   for (const auto& peer : peers_) changes.push_back({Change::kMask, peer.first});
   NIXL_TRY(change_apart(changes));

@@ -64,6 +64,7 @@ class CudaPath final : public Path {
   Result<void> change_peers(std::span<const gpu::PeerChange> changes, cudaStream_t stream);
   Result<void> change_apart(std::span<const gpu::PeerChange> changes);
   Result<void> follow_operations(cudaStream_t stream);
+  Result<void> let_operations_end(Deadline end);
   Result<Announcement> read_announcement(int rank, std::string_view description) const;
   Result<PeerMapping> map_peer(int rank, const Announcement& said, std::vector<Fd> descriptors) const;
   Result<void> forget_source(int rank);
@@ -97,8 +98,8 @@ class CudaPath final : public Path {
     const void* records;
   };
   std::optional<Sent> sent_;
-  std::uint32_t first_count_ = 1;                      // of connections made with the newest export
-  void* exposed_ = nullptr;                            // what clients may overwrite
+  std::uint32_t first_count_ = 1;  // of connections made with the newest export
+  void* exposed_ = nullptr;        // what clients may overwrite
   std::int64_t exposed_bytes_ = 0;
   std::shared_ptr<void> zero_copy_;
   std::int64_t zero_copy_bytes_ = 0;

@@ -11,11 +11,13 @@ from ep_cases import (
     Options,
     Shape,
     expected_operation,
+    expert_rows,
     group_operation,
     make_tokens,
     memory_bytes,
     open_buffer,
     run_operation,
+    tensor_bf16,
 )
 from ep_fixtures import ALL
 from ep_oracle import Payload
@@ -432,6 +434,34 @@ def meet_at_barrier(rank):
 
 def test_barrier(ranks_of):
     no_problems(ranks_of(4).run(meet_at_barrier))
+
+
+def leave_with_operations_queued(rank):
+    """Rank 0 destroys its buffer while its last dispatch and combine wait behind other work: the others get all of its rows."""
+    import torch
+
+    buffer = open_buffer(rank, SHAPE)
+    operation = group_operation(SHAPE, Payload.BF16, "exact", 7)
+    problems = []
+    if rank.rank != 0:
+        problems = run_operation(buffer, rank, operation, Options(Payload.BF16))
+        problems += [f"rank {rank.rank}: {fault}" for fault in buffer.fault_status()]
+        buffer.destroy()
+        return problems
+    tokens, layout = operation.tokens[0], operation.layout
+    x, y = tensor_bf16(tokens.x, rank.device), expert_rows(layout, operation.y[0], rank.device)
+    ids, weights = (torch.from_numpy(array).to(rank.device) for array in (tokens.topk_idx, tokens.topk_weights))
+    if rank.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda._sleep(100_000_000)  # clock cycles: 50 ms
+    _, _, handle, _, _ = buffer.dispatch(x, ids, layout.max_tokens, layout.experts, use_fp8=False)
+    buffer.combine(y, ids, weights, handle)
+    buffer.destroy()
+    return problems
+
+
+def test_leaving_with_operations_queued(ranks_of):
+    no_problems(ranks_of(4).run(leave_with_operations_queued))
 
 
 def left_alone_at_barrier(rank):
