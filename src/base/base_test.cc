@@ -1,10 +1,13 @@
 #include <fcntl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/env.h"
 #include "base/fd.h"
+#include "base/fork.h"
 #include "base/log.h"
 #include "base/recycled.h"
 #include "check.h"
@@ -108,6 +111,48 @@ TEST(fd_closes_once) {
     CHECK(!read_end && moved);
   }
   CHECK_EQ(fcntl(ends[0], F_GETFD), -1);
+}
+
+// Exit code of a child that runs `body`.
+template <typename Body>
+int in_child(Body body) {
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(body());
+  int status = -1;
+  CHECK_EQ(::waitpid(child, &status, 0), child);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST(a_child_knows_what_its_parent_made) {
+  const Birthplace here;
+  CHECK(!here.is_elsewhere());
+  CHECK_EQ(in_child([&] {
+             const Birthplace own;
+             return here.is_elsewhere() && !own.is_elsewhere() ? 0 : 1;
+           }),
+           0);
+  CHECK(!here.is_elsewhere());
+}
+
+TEST(children_close_what_is_marked_and_nothing_else) {
+  int pair[2];
+  CHECK_EQ(::socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+  Fd kept(::open("/dev/null", O_RDONLY));
+  const auto is_open = [](int fd) { return ::fcntl(fd, F_GETFD) >= 0; };
+  const auto children_hold = [&](int fd) { return in_child([&] { return is_open(fd) ? 1 : 0; }) == 1; };
+  CHECK(children_hold(pair[0]));
+  {
+    ClosedInChildren mark(pair[0]);
+    ClosedInChildren other(pair[1]);
+    CHECK(!children_hold(pair[0]) && !children_hold(pair[1]) && children_hold(kept.get()));
+    const ClosedInChildren moved = std::move(mark);
+    other = ClosedInChildren();
+    CHECK(!children_hold(pair[0]) && children_hold(pair[1]));
+    CHECK(is_open(pair[0]));
+  }
+  CHECK(children_hold(pair[0]));
+  ::close(pair[0]);
+  ::close(pair[1]);
 }
 
 int main(int argc, char** argv) {
