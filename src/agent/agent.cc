@@ -1,7 +1,5 @@
 #include "agent/agent.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <random>
 
@@ -14,16 +12,6 @@
 namespace nixl::core {
 namespace {
 
-std::atomic<int> g_forks{0};
-int fork_count() {
-  static const bool watching = [] {
-    pthread_atfork(nullptr, nullptr, [] { ++g_forks; });
-    return true;
-  }();
-  (void)watching;
-  return g_forks;
-}
-
 std::uint64_t new_incarnation() {
   std::random_device random;
   return static_cast<std::uint64_t>(random()) << 32 | random() | 1;
@@ -32,7 +20,7 @@ std::uint64_t new_incarnation() {
 }  // namespace
 
 Agent::Agent(AgentOptions options, Catalog& catalog)
-    : options_(std::move(options)), catalog_(catalog), incarnation_(new_incarnation()), fork_count_(fork_count()) {
+    : options_(std::move(options)), catalog_(catalog), incarnation_(new_incarnation()) {
   enter_census(incarnation_);
 }
 
@@ -80,17 +68,6 @@ Result<void> Agent::start() {
 
 Agent::~Agent() {
   leave_census(incarnation_);
-  if (fork_count_ !=
-      fork_count()) {  // a forked child: threads and devices belong to the parent; everything is left alone
-    (void)exchange_.release();
-    (void)runtime_.release();
-    for (auto& slot : slots_) (void)slot.release();
-    new std::shared_ptr<Peer>(self_);
-    for (const auto& [name, peer] : peers_) new std::shared_ptr<Peer>(peer);
-    for (const auto& request : requests_.all()) new std::shared_ptr<Request>(request);
-    (void)telemetry_.release();
-    return;
-  }
   if (exchange_) exchange_->close();
   if (runtime_) runtime_->stop();
   bool all_stopped = true;
@@ -110,7 +87,7 @@ Agent::~Agent() {
 }
 
 Result<void> Agent::usable() const {
-  if (fork_count_ != fork_count())
+  if (is_elsewhere())
     return fail(Code::kNotAllowed, "agent '%s' belongs to the parent process; a forked child makes its own",
                 options_.name.c_str());
   return {};

@@ -20,6 +20,7 @@
 #include "agent/metadata.h"
 #include "agent/request.h"
 #include "agent/runtime.h"
+#include "base/fork.h"
 
 namespace nixl::core {
 
@@ -89,6 +90,8 @@ class Agent {
 
   Result<int> event_fd() { return runtime_->event_fd(); }
   Catalog& catalog() const noexcept { return catalog_; }
+  // In the child of a fork: threads and devices belong to the parent. All calls are refused, and the agent must not be destroyed.
+  bool is_elsewhere() const noexcept { return birthplace_.is_elsewhere(); }
 
  private:
   Agent(AgentOptions options, Catalog& catalog);
@@ -123,7 +126,8 @@ class Agent {
   const AgentOptions options_;
   Catalog& catalog_;
   const std::uint64_t incarnation_;
-  const int fork_count_;
+  const Home home_ = home_of_this_process();
+  const Birthplace birthplace_;
   std::unique_ptr<Telemetry> telemetry_;
   std::unique_ptr<Runtime> runtime_;
   std::unique_ptr<Exchange> exchange_;

@@ -44,11 +44,10 @@ void leave_census(std::uint64_t incarnation) {
 // ---- out
 
 Metadata Agent::envelope() const {
-  static const Home kHome = home_of_this_process();
   Metadata data;
   data.agent = name();
   data.incarnation = incarnation_;
-  data.home = kHome;
+  data.home = home_;
   return data;
 }
 

@@ -76,6 +76,9 @@ Descs unpackDescs(const char* bytes, std::size_t size, std::uint8_t& list_class)
 
 class AgentImpl {
  public:
+  ~AgentImpl() {
+    if (core && core->is_elsewhere()) (void)core.release();
+  }
   std::unique_ptr<core::Agent> core;
   AgentConfig config;
 };

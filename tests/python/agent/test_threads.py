@@ -9,7 +9,7 @@ import time
 import nixl
 import numpy as np
 import pytest
-from agents import agent, done, introduce
+from agents import agent, done, introduce, need_backend
 
 
 @pytest.mark.parametrize("mode", list(nixl.nixl_thread_sync_t))
@@ -98,6 +98,58 @@ def test_fork(backend):
         use(a)
         """)
     nixl.plugin_report()[backend]["available"] or pytest.skip(nixl.plugin_report()[backend]["reason"])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_agent_of_a_forked_child():
+    """Parent and child, which has its own agent, transfer to each other, although the parent had used its agent before the fork."""
+    code = textwrap.dedent(r"""
+        import os, sys
+        import numpy as np
+        from nixl._api import nixl_agent, nixl_agent_config
+
+        def fresh(name):
+            one = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+            one.memory = np.full(64, ord(name[0]), np.uint8)
+            one.register_memory([one.memory])
+            return one
+
+        def move(one, op, address, name):
+            h = one.initialize_xfer(op, one.get_xfer_descs([one.memory[:8]]), one.get_xfer_descs([(address, 8, 0)], "DRAM"), name)
+            one.transfer(h)
+            assert h.wait(20) == "DONE"
+            h.release()
+
+        def say(pipe, one):
+            os.write(pipe, f"{one.get_agent_metadata().hex()} {one.memory.ctypes.data}\n".encode())
+
+        def meet(pipe, one):
+            blob, address = os.read(pipe, 1 << 20).split()
+            one.add_remote_agent(bytes.fromhex(blob.decode()))
+            return int(address)
+
+        parent = fresh("parent")
+        move(parent, "WRITE", parent.memory.ctypes.data + 32, "parent")
+        (child_reads, to_child), (parent_reads, to_parent) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            child = fresh("child")
+            say(to_parent, child)
+            address = meet(child_reads, child)
+            move(child, "READ", address, "parent")
+            assert (child.memory[:8] == ord("p")).all() and (child.memory[8:16] == ord("c")).all()
+            assert os.getpid().to_bytes(8, "little") in child.get_agent_metadata()  # by which peers tell whether it lives
+            os.write(to_parent, b"x")
+            os.read(child_reads, 1)
+            os._exit(0 if (child.memory[16:24] == ord("p")).all() else 3)
+        say(to_child, parent)
+        address = meet(parent_reads, parent)
+        move(parent, "WRITE", address + 16, "child")
+        assert os.read(parent_reads, 1) == b"x"
+        os.write(to_child, b"x")
+        assert os.waitpid(pid, 0)[1] == 0
+        """)
+    need_backend("UCX")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
