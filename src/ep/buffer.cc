@@ -7,6 +7,7 @@
 #include <mutex>
 #include <set>
 
+#include "base/fork.h"
 #include "contract/store.h"
 #include "ep/arguments.h"
 #include "ep/default_store.h"
@@ -100,7 +101,9 @@ class CallerStore final : public core::Store {
 
 struct Buffer::Impl {
   explicit Impl(const Options& given) : options(given) {}
+  ~Impl() { leave_alone(); }
   const Options options;
+  const core::Birthplace birthplace;
   std::uint32_t incarnation = 0;
 
   // The parts stay alive while a call is inside them, also when another thread destroys the buffer.
@@ -124,6 +127,7 @@ struct Buffer::Impl {
   Result<std::vector<int>> connect(const std::vector<int>& ranks, bool activate);
   Result<void> disconnect(const std::vector<int>& ranks);
   Result<void> destroy();
+  void leave_alone();
   Result<void> mask(const std::vector<int>& ranks, bool masked, void* stream);
   Result<void> set_masks(const Parts& now, const std::vector<int>& ranks, bool masked, void* stream);
   Result<void> clean_masks(void* stream);
@@ -153,6 +157,9 @@ Result<void> Buffer::Impl::open() {
 }
 
 Result<Buffer::Impl::Parts> Buffer::Impl::opened() const {
+  if (birthplace.is_elsewhere())
+    return fail(Code::kNotAllowed, "the buffer of rank %d belongs to the parent process; a forked child makes its own",
+                options.rank);
   const std::lock_guard lock(mutex);
   if (!parts.path) return fail(Code::kNotAllowed, "the buffer of rank %d was destroyed", options.rank);
   Parts now = parts;
@@ -276,6 +283,7 @@ Result<void> Buffer::Impl::clean_masks(void* stream) {
 
 // The group first: it cancels a running connect, which unmaps what it had mapped.
 Result<void> Buffer::Impl::destroy() {
+  if (birthplace.is_elsewhere()) return {};
   Parts last;
   {
     const std::lock_guard lock(mutex);
@@ -286,6 +294,13 @@ Result<void> Buffer::Impl::destroy() {
   if (last.group) last.group->close();
   if (!last.path) return {};
   return last.path->close();
+}
+
+// In the child of a fork: the memory is the parent's, which goes on using it, and so are the threads.
+void Buffer::Impl::leave_alone() {
+  if (!birthplace.is_elsewhere()) return;
+  new Parts(std::move(parts));
+  new std::shared_ptr<core::Store>(std::move(store));
 }
 
 Buffer::Buffer(const Options& options) : impl_(new Impl(options)) {

@@ -1,4 +1,7 @@
 // The public face with ranks as threads of one process: membership, masks, errors, and joins under traffic.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -355,6 +358,42 @@ TEST(destroy_ends_a_wait_and_a_connect_of_other_threads) {
             }});
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
   CHECK_EQ(store->size(), 0u);
+}
+
+TEST(a_forked_child_changes_nothing_for_its_parent) {
+  auto store = std::make_shared<MapStore>();
+  auto a = std::make_unique<Rank>(options_of(0), 2, store), b = std::make_unique<Rank>(options_of(1), 2, store);
+  together({[&] { a->buffer.connect({1}, true); }, [&] { b->buffer.connect({0}, true); }});
+  const auto both = [&](int round) {
+    together({[&] { a->operate({0, 1}, round); }, [&] { b->operate({1, 0}, round); }});
+  };
+  both(0);
+  // Between the phases, so that there is a message which the child could take back.
+  a->buffer.dispatch_send(a->dispatch_args());
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(20);  // instead of a wait for threads that are not there
+    CHECK_ERROR("rank 0 belongs to the parent process", a->buffer.mask({1}, true, nullptr));
+    CHECK_ERROR("rank 0 belongs to the parent process", a->operate({0}, 1));
+    CHECK_ERROR("rank 0 belongs to the parent process", a->buffer.connect({1}, true));
+    a->buffer.destroy();
+    a.reset();
+    b.reset();
+    Rank own(options_of(0), 1, nullptr);
+    own.operate({0}, 2);
+    ::_exit(0);
+  }
+  int status = -1;
+  CHECK_EQ(::waitpid(child, &status, 0), child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  together({[&] {
+              a->buffer.dispatch_recv(a->dispatch_args());
+              a->buffer.combine(a->combine_args());
+            },
+            [&] { b->operate({1, 0}, 0); }});
+  CHECK(a->masks() == Masks({0, 0}) && b->masks() == Masks({0, 0}));
+  CHECK(a->buffer.take_faults().empty() && b->buffer.take_faults().empty());
+  for (int round = 1; round < 4; ++round) both(round);
 }
 
 int main(int argc, char** argv) {

@@ -15,6 +15,7 @@
 
 #include "base/clock.h"
 #include "base/fd.h"
+#include "base/fork.h"
 #include "base/result.h"
 
 namespace nixl::core::net {
@@ -30,7 +31,9 @@ struct Message {
 class Channel {
  public:
   // Takes a connected non-blocking socket. Messages longer than `max_bytes` are refused on receipt.
-  Channel(Fd socket, std::size_t max_bytes) noexcept : socket_(std::move(socket)), max_bytes_(max_bytes) {}
+  // A child that is forked later does not hold the connection open, and must leave its copy of this object alone.
+  Channel(Fd socket, std::size_t max_bytes)
+      : socket_(std::move(socket)), closed_in_children_(socket_.get()), max_bytes_(max_bytes) {}
 
   // Blocks until the kernel took everything. kPeerLost: the other end is closed; kTimeout.
   Result<void> send(std::string_view bytes, std::span<const int> descriptors, Deadline deadline);
@@ -49,6 +52,7 @@ class Channel {
   Result<std::optional<Message>> take_complete();
 
   Fd socket_;
+  ClosedInChildren closed_in_children_;
   std::size_t max_bytes_;
   std::string input_;
   std::size_t input_at_ = 0;  // bytes of input_ already handed out

@@ -32,6 +32,7 @@ Result<std::unique_ptr<Switchboard>> Switchboard::open(int rank, std::uint32_t i
   std::snprintf(name, sizeof(name), "nixl_ep.%d.%08x.%d", rank, incarnation, static_cast<int>(::getpid()));
   board->socket_name_ = name;
   NIXL_ASSIGN(board->listener_, net::listen_local(name));
+  board->listener_closed_in_children_ = ClosedInChildren(board->listener_.get());
   // Signals of the application are not for this thread.
   sigset_t all, before;
   sigfillset(&all);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "base/fork.h"
 #include "net/channel.h"
 #include "net/wait.h"
 
@@ -64,6 +65,7 @@ class Switchboard {
   const std::uint32_t incarnation_;
   std::string socket_name_;
   Fd listener_;
+  ClosedInChildren listener_closed_in_children_;
   net::Wakeup stop_;
   net::Wakeup calls_;
   std::atomic<bool> stopping_{false};

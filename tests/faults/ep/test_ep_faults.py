@@ -222,6 +222,36 @@ def test_back_without_disconnect(group, request):
     check_whole(group)
 
 
+def test_back_although_a_child_of_the_dead_rank_lives(group, request):
+    """A child that the victim forked, a data loader say, holds copies of its descriptors: no survivor may take it for the rank."""
+    child = group.run(fork_a_child, ranks=[1])[1]
+    try:
+        check_whole(group)
+        kill_at_random(group, random.Random(SEED + 6), [1])
+        group.respawn(1)
+        opening = group.start(open_service, request.node.name, ranks=[1])
+        group.run(connect_only, [1], ranks=others(1))
+        opening.wait()
+        check_whole(group)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def fork_a_child(rank):
+    """Its number; it keeps what it inherited, but for the pipes by which the test sees that its parent is dead."""
+    child = os.fork()
+    if child:
+        return child
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{number}").startswith("pipe:"):
+                os.close(int(number))
+        except OSError:
+            pass
+    while True:
+        signal.pause()
+
+
 def connect_only(rank, ranks):
     rank.state["buffer"].connect_ranks(list(ranks))
 
