@@ -1,5 +1,8 @@
 """Agents for tests. Backend UCX where the contract names UCX; the reference backend where faults are wanted."""
+import contextlib
 import os
+import pathlib
+import tempfile
 import time
 
 os.environ["NIXL_LOOPBACK"] = "y"
@@ -26,6 +29,20 @@ def introduce(*agents):
         for other in agents:
             if one is not other:
                 one.add_remote_agent(other.get_agent_metadata())
+
+
+@contextlib.contextmanager
+def stderr_text():
+    """Gives a function that returns all that was written to descriptor 2 so far. Unlike pytest's `capfd`, which loses what other
+    threads write while it is read out, it may be asked again and again."""
+    with tempfile.NamedTemporaryFile("ab") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: pathlib.Path(file.name).read_text(errors="replace")
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def until(condition, seconds=10, drive=()):

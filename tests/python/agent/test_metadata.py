@@ -154,7 +154,7 @@ def test_guide_sequence(ip):
     until(lambda: not target.check_remote_metadata("initiator"))
 
 
-def test_listener_with_a_secret(monkeypatch, capfd):
+def test_listener_with_a_secret(monkeypatch, stderr_text):
     """NIXL_LISTEN_SECRET: who knows it may fetch, send and invalidate; who does not is refused with a reason on both sides."""
     stranger, open_target = fresh("stranger"), listener("open")
     monkeypatch.setenv("NIXL_LISTEN_SECRET", "between us")
@@ -166,11 +166,10 @@ def test_listener_with_a_secret(monkeypatch, capfd):
         one.fetch_remote_metadata("target", "127.0.0.1", port)
         one.send_local_metadata("127.0.0.1", port)
     friend.fetch_remote_metadata("open", "127.0.0.1", open_target.get_listen_port())
-    said = [""]
 
     def told(*texts):
-        said[0] += capfd.readouterr().err
-        return all(text in said[0] for text in texts)
+        said = stderr_text()
+        return all(text in said for text in texts)
 
     until(lambda: told("agent target: metadata connection dropped: the caller does not use NIXL_LISTEN_SECRET",
                        "agent target: metadata connection dropped: NIXL_LISTEN_SECRET differs",
