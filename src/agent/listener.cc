@@ -10,6 +10,7 @@ namespace nixl::core {
 namespace {
 constexpr std::size_t kMostGuests = 1024;
 constexpr Nanoseconds kBodyTime = 5'000'000'000;
+constexpr Nanoseconds kPauseWithoutDescriptors = 10'000'000;
 }  // namespace
 
 Result<std::unique_ptr<Listener>> Listener::open(std::uint16_t port, std::string secret, const Exchange::Hooks& hooks) {
@@ -36,7 +37,7 @@ void Listener::loop() {
   while (!stopping_) {
     waits.clear();
     waits.push_back({wakeup_.fd(), POLLIN, 0});
-    waits.push_back({guests_.size() < kMostGuests ? socket_.get() : -1, POLLIN, 0});
+    waits.push_back({socket_.get(), POLLIN, 0});
     Deadline deadline = Deadline::never();
     for (const auto& guest : guests_) {
       const short events = guest->written < guest->output.size() ? POLLOUT : POLLIN;
@@ -58,9 +59,13 @@ void Listener::loop() {
 }
 
 void Listener::accept_all() {
-  while (guests_.size() < kMostGuests) {
+  for (;;) {
     auto socket = net::accept_connection(socket_.get());
-    if (!socket) return;
+    if (!socket) {  // no descriptors left: the callers stay in the queue
+      if (socket.error().code != Code::kAgain) (void)net::wait_any({}, Deadline::after(kPauseWithoutDescriptors));
+      return;
+    }
+    if (guests_.size() == kMostGuests) guests_.erase(guests_.begin());  // who has been here longest; an exchange is short
     auto guest = std::make_unique<Guest>();
     guest->socket = std::move(*socket);
     guests_.push_back(std::move(guest));

@@ -27,7 +27,11 @@
 namespace nixl::core {
 namespace {
 
-// Answers every HTTP request with one text.
+constexpr Nanoseconds kGuestTime = 10'000'000'000;  // as long as a scrape usually may take
+constexpr Nanoseconds kPauseWithoutDescriptors = 10'000'000;
+constexpr std::size_t kMostGuests = 64, kMostRequestBytes = 16384;
+
+// Answers every HTTP request with one text; a slow guest holds up nobody.
 class PageServer {
  public:
   explicit PageServer(std::function<std::string()> text) : text_(std::move(text)) {}
@@ -47,40 +51,65 @@ class PageServer {
   }
 
  private:
+  // One request a connection; its text does not matter beyond its end.
+  struct Guest {
+    Fd socket;
+    Deadline patience = Deadline::after(kGuestTime);
+    std::string request, reply;
+    std::size_t written = 0;
+    bool over = false;
+  };
+
   void loop() {
+    std::vector<pollfd> waits;
     while (!stopping_) {
-      pollfd waits[] = {{wakeup_->fd(), POLLIN, 0}, {socket_.get(), POLLIN, 0}};
-      if (!net::wait_any(waits, Deadline::never())) return;
-      if (!waits[1].revents) continue;
-      if (auto guest = net::accept_connection(socket_.get())) answer(guest->get());
+      waits.assign({{wakeup_->fd(), POLLIN, 0}, {guests_.size() < kMostGuests ? socket_.get() : -1, POLLIN, 0}});
+      Deadline deadline = Deadline::never();
+      for (const Guest& guest : guests_) {
+        waits.push_back({guest.socket.get(), static_cast<short>(guest.reply.empty() ? POLLIN : POLLOUT), 0});
+        deadline = deadline.earlier(guest.patience);
+      }
+      if (!net::wait_any(waits, deadline)) return;
+      for (std::size_t i = 2; i < waits.size(); ++i) {
+        Guest& guest = guests_[i - 2];
+        if (waits[i].revents) guest.reply.empty() ? read(guest) : write(guest);
+        if (guest.patience.passed()) guest.over = true;
+      }
+      std::erase_if(guests_, [](const Guest& guest) { return guest.over; });
+      if (waits[1].revents) accept();
     }
   }
-  // One request a connection; its text does not matter beyond its end.
-  void answer(int guest) {
-    const Deadline deadline = Deadline::after(1'000'000'000);
-    std::string request;
-    while (request.find("\r\n\r\n") == std::string::npos && request.size() < 16384) {
-      char buffer[2048];
-      if (!net::wait_for(guest, POLLIN, deadline, "an HTTP request")) return;
-      const ssize_t got = recv(guest, buffer, sizeof buffer, MSG_DONTWAIT);
-      if (got <= 0) return;
-      request.append(buffer, static_cast<std::size_t>(got));
-    }
+  void accept() {
+    auto socket = net::accept_connection(socket_.get());
+    if (socket)
+      guests_.push_back({std::move(*socket)});
+    else if (socket.error().code != Code::kAgain)  // no descriptors left: the caller stays in the queue
+      (void)net::wait_any({}, Deadline::after(kPauseWithoutDescriptors));
+  }
+  void read(Guest& guest) {
+    char buffer[2048];
+    const ssize_t got = recv(guest.socket.get(), buffer, sizeof buffer, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (got > 0) guest.request.append(buffer, static_cast<std::size_t>(got));
+    guest.over = got <= 0 || guest.request.size() > kMostRequestBytes;
+    if (guest.over || guest.request.find("\r\n\r\n") == std::string::npos) return;
     const std::string body = text_();
-    const std::string reply =
+    guest.reply =
         "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nConnection: close\r\nContent-Length: " +
         std::to_string(body.size()) + "\r\n\r\n" + body;
-    std::size_t written = 0;
-    while (written < reply.size()) {
-      if (!net::wait_for(guest, POLLOUT, deadline, "room for the answer")) return;
-      const ssize_t sent = send(guest, reply.data() + written, reply.size() - written, MSG_DONTWAIT | MSG_NOSIGNAL);
-      if (sent <= 0) return;
-      written += static_cast<std::size_t>(sent);
-    }
+    write(guest);
+  }
+  void write(Guest& guest) {
+    const ssize_t sent = send(guest.socket.get(), guest.reply.data() + guest.written,
+                              guest.reply.size() - guest.written, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (sent > 0) guest.written += static_cast<std::size_t>(sent);
+    guest.over = sent <= 0 || guest.written == guest.reply.size();
   }
 
   const std::function<std::string()> text_;
   Fd socket_;
+  std::vector<Guest> guests_;
   std::unique_ptr<net::Wakeup> wakeup_;
   std::atomic<bool> stopping_{false};
   std::thread thread_;

@@ -1,5 +1,8 @@
 """Metadata: bytes, partial, loading rules (10.2, 10.3), sockets (11.1)."""
+import contextlib
+import os
 import random
+import resource
 import socket
 import struct
 import time
@@ -7,7 +10,7 @@ import time
 import nixl
 import numpy as np
 import pytest
-from agents import agent, done, introduce, until
+from agents import agent, done, introduce, stderr_text, until
 from nixl._api import nixl_agent, nixl_agent_config
 
 
@@ -154,7 +157,7 @@ def test_guide_sequence(ip):
     until(lambda: not target.check_remote_metadata("initiator"))
 
 
-def test_listener_with_a_secret(monkeypatch, stderr_text):
+def test_listener_with_a_secret(monkeypatch):
     """NIXL_LISTEN_SECRET: who knows it may fetch, send and invalidate; who does not is refused with a reason on both sides."""
     stranger, open_target = fresh("stranger"), listener("open")
     monkeypatch.setenv("NIXL_LISTEN_SECRET", "between us")
@@ -162,19 +165,16 @@ def test_listener_with_a_secret(monkeypatch, stderr_text):
     monkeypatch.setenv("NIXL_LISTEN_SECRET", "something else")
     liar = fresh("liar")
     port = target.get_listen_port()
-    for one in (stranger, liar):
-        one.fetch_remote_metadata("target", "127.0.0.1", port)
-        one.send_local_metadata("127.0.0.1", port)
-    friend.fetch_remote_metadata("open", "127.0.0.1", open_target.get_listen_port())
-
-    def told(*texts):
-        said = stderr_text()
-        return all(text in said for text in texts)
-
-    until(lambda: told("agent target: metadata connection dropped: the caller does not use NIXL_LISTEN_SECRET",
-                       "agent target: metadata connection dropped: NIXL_LISTEN_SECRET differs",
-                       "agent open: metadata connection dropped: the caller uses NIXL_LISTEN_SECRET",
-                       "agent friend: metadata was not fetched", "NIXL_LISTEN_SECRET is set here and may not be there"), 40)
+    with stderr_text() as said:
+        for one in (stranger, liar):
+            one.fetch_remote_metadata("target", "127.0.0.1", port)
+            one.send_local_metadata("127.0.0.1", port)
+        friend.fetch_remote_metadata("open", "127.0.0.1", open_target.get_listen_port())
+        until(lambda: all(text in said() for text in (
+            "agent target: metadata connection dropped: the caller does not use NIXL_LISTEN_SECRET",
+            "agent target: metadata connection dropped: NIXL_LISTEN_SECRET differs",
+            "agent open: metadata connection dropped: the caller uses NIXL_LISTEN_SECRET",
+            "agent friend: metadata was not fetched", "NIXL_LISTEN_SECRET is set here and may not be there")), 40)
     friend.fetch_remote_metadata("target", "127.0.0.1", port)
     friend.send_local_metadata("127.0.0.1", port)
     until(lambda: friend.check_remote_metadata("target") and target.check_remote_metadata("friend"))
@@ -245,3 +245,37 @@ def test_garbage_ends_only_its_own_connection(bytes_sent):
         if len(bytes_sent) != 25:
             guest.settimeout(5)
             assert guest.recv(100) == b""
+
+
+def test_silent_guests_and_missing_descriptors_hold_up_nobody():
+    """More connections than the listener keeps, none of which says anything; then a process without descriptors to accept one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    target, other = listener("target"), fresh("other")
+    port = target.get_listen_port()
+    guests = []
+    try:
+        for _ in range(1100):  # it keeps 1024
+            guests.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+        other.send_local_metadata("127.0.0.1", port)
+        until(lambda: target.check_remote_metadata("other"))
+        late = socket.socket()
+        used = max(int(number) for number in os.listdir("/proc/self/fd")) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
+        spare = []
+        with contextlib.suppress(OSError):
+            while True:
+                spare.append(os.dup(0))
+        late.connect(("127.0.0.1", port))
+        before = sum(os.times()[:2])
+        time.sleep(0.5)
+        assert sum(os.times()[:2]) - before < 0.25, "the listener spins while it has no descriptor for a caller"
+        for number in spare:
+            os.close(number)
+        late.sendall(struct.pack("<Q", 13) + b"NIXLCOMM:SEND")
+        late.settimeout(10)
+        assert b"NIXLCOMM:LOAD" in late.recv(100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for guest in guests:
+            guest.close()

@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import urllib.request
 
 import nixl
@@ -97,10 +98,28 @@ def test_ring_file(monkeypatch, tmp_path):
     assert len(events_of(tmp_path / "ringed")[1]) <= 128
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def listening_ports():
+    """TCP ports on which this process listens."""
+    mine = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            mine.add(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            pass
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if os.path.exists(table):
+            rows = [line.split() for line in open(table).read().splitlines()[1:]]
+            found |= {int(row[1].rsplit(":", 1)[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
+    return found
+
+
+def served(name, **config):
+    """An agent that serves its telemetry, and on which port: any free one, so that nobody can take it meanwhile."""
+    before = listening_ports()
+    one = agent(name, **config)
+    (port,) = listening_ports() - before
+    return one, port
 
 
 def scrape(port):
@@ -112,12 +131,11 @@ def scrape(port):
 
 
 def test_prometheus(monkeypatch):
-    port = free_port()
     monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
     monkeypatch.setenv("NIXL_TELEMETRY_EXPORTER", "prometheus")
-    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", str(port))
+    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", "0")
     monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_LOCAL", "y")
-    one = agent("scraped")
+    one, port = served("scraped")
     memory, h = run_one(one)
     for _ in range(3):
         one.transfer(h)
@@ -127,10 +145,33 @@ def test_prometheus(monkeypatch):
     assert values["agent_tx_last_bytes" + mine] == 128 and values["agent_rx_bytes_total" + mine] == 0
     assert values["agent_memory_registered_total" + mine] == 256 and values["agent_xfer_time_us_count" + mine] == 3
     assert values['agent_errors_total{agent_name="scraped",status="BACKEND"}'] == 0
+    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", str(port))
     other = agent("also")  # the port is busy: a warning, no error
     assert other.name == "also"
     del one, h, other
     gc.collect()
+
+
+def test_guests_who_do_not_go_on_hold_up_nobody(monkeypatch):
+    monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
+    monkeypatch.setenv("NIXL_TELEMETRY_EXPORTER", "prometheus")
+    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", "0")
+    one, port = served("scraped")
+    guests = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    for number, guest in enumerate(guests):
+        guest.sendall([b"", b"GET /metrics HTTP/1.1\r\n", b"\0" * 3000, b"GET / HTTP/1.1\r\n\r\n"][number % 4])
+    start = time.monotonic()
+    assert 'agent_tx_bytes_total{agent_name="scraped"}' in scrape(port)
+    assert time.monotonic() - start < 9  # a guest's own time is 10 s
+    guests[0].sendall(b"x" * 20000)
+    guests[0].settimeout(20)
+    try:
+        assert guests[0].recv(100) == b""  # too long a request
+    except ConnectionResetError:
+        pass
+    for guest in guests:
+        guest.close()
+    assert one.name == "scraped"
 
 
 def test_only_enabled_metrics(monkeypatch, tmp_path, capfd):
@@ -142,10 +183,9 @@ def test_only_enabled_metrics(monkeypatch, tmp_path, capfd):
     memory, h = run_one(one)
     one.transfer(h)
     assert [kind for kind, _ in events_of(tmp_path / "chosen")[1]] == [6, 0, 2]
-    port = free_port()
     monkeypatch.setenv("NIXL_TELEMETRY_EXPORTER", "prometheus")
-    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", str(port))
-    other = agent("shown")
+    monkeypatch.setenv("NIXL_TELEMETRY_PROMETHEUS_PORT", "0")
+    other, port = served("shown")
     values = scrape(port)
     assert 'agent_tx_bytes_total{agent_name="shown"}' in values and 'agent_xfer_time_us_count{agent_name="shown"}' in values
     assert not any("_rx_" in line or "errors" in line or "post_time" in line for line in values)
@@ -153,14 +193,13 @@ def test_only_enabled_metrics(monkeypatch, tmp_path, capfd):
 
 
 def test_one_prometheus_page_of_many_processes(monkeypatch, tmp_path):
-    port = free_port()
     settings = {"NIXL_TELEMETRY_ENABLE": "y", "NIXL_TELEMETRY_EXPORTER": "prometheus_mp", "NIXL_TELEMETRY_RANK_ENV": "MY_RANK",
-                "NIXL_TELEMETRY_MULTIPROC_DIR": str(tmp_path / "pages"), "NIXL_TELEMETRY_PROMETHEUS_PORT": str(port),
+                "NIXL_TELEMETRY_MULTIPROC_DIR": str(tmp_path / "pages"), "NIXL_TELEMETRY_PROMETHEUS_PORT": "0",
                 "NIXL_TELEMETRY_PROMETHEUS_LOCAL": "y", "NIXL_TELEMETRY_RUN_INTERVAL": "10", "NIXL_TELEMETRY_MP_STALE_TTL": "2"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MY_RANK", "0")
-    one = agent("first")
+    one, port = served("first")
     memory, h = run_one(one)
     one.transfer(h)
     code = ("import sys; sys.path[:0] = %r; from test_telemetry import *; one = agent('second'); m, h = run_one(one)\n"
