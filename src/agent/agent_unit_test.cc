@@ -5,15 +5,18 @@
 #include "agent/frames.h"
 #include "agent/handles.h"
 #include "agent/metadata.h"
+#include "agent/metrics_page.h"
 #include "agent/region_index.h"
 #include "agent/router.h"
 #include "agent/seal.h"
 #include "agent/settings.h"
 #include "base/bytes.h"
 #include "check.h"
+#include "fuzz.h"
 
 using namespace nixl;
 using namespace nixl::core;
+using check::fuzz;
 
 namespace {
 
@@ -22,39 +25,6 @@ std::shared_ptr<LocalEntry> entry(std::uint64_t address, std::uint64_t length, s
   auto made = std::make_shared<LocalEntry>();
   made->region = {kind, address, length, device, ""};
   return made;
-}
-
-// Every prefix of `good`, then random changes of it; `read` must answer and may not crash.
-template <typename Read>
-void fuzz(const std::string& good, Read&& read) {
-  for (std::size_t cut = 0; cut < good.size(); ++cut) read(good.substr(0, cut));
-  std::mt19937_64 random(7);
-  for (int round = 0; round < 20'000; ++round) {
-    std::string bytes = good;
-    const int changes = 1 + static_cast<int>(random() % 6);
-    for (int i = 0; i < changes; ++i) {
-      const std::size_t at = random() % bytes.size();
-      switch (random() % 5) {
-        case 0:
-          bytes[at] = static_cast<char>(random());
-          break;
-        case 1:
-          bytes[at] = static_cast<char>(bytes[at] ^ (1 << random() % 8));
-          break;
-        case 2:
-          bytes.insert(at, 1, static_cast<char>(random()));
-          break;
-        case 3:
-          bytes.erase(at, 1 + random() % 8);
-          break;
-        default:
-          bytes.replace(at, std::min<std::size_t>(8, bytes.size() - at), 8, static_cast<char>(0xff));
-          break;
-      }
-      if (bytes.empty()) bytes = "x";
-    }
-    read(bytes);
-  }
 }
 
 Metadata sample() {
@@ -278,6 +248,18 @@ TEST(settings_of_a_file_and_damage) {
   CHECK_EQ(Settings::parse("A = \"open\nB = 1", "file").error().reason, "file line 1: the string is not closed");
   CHECK(!Settings::parse("A = word", "f") && !Settings::parse("= 1", "f") && !Settings::parse("A", "f"));
   fuzz(text, [](const std::string& bytes) { (void)Settings::parse(bytes, "fuzz"); });
+}
+
+TEST(pages_of_other_processes_and_damage) {
+  const std::string page = "# TYPE a counter\na{agent_name=\"x\"} 1\n# TYPE b gauge\nb{agent_name=\"x\"} 2\n";
+  const std::string both[] = {page, "# TYPE b gauge\nb{agent_name=\"y\"} 3\n"};
+  CHECK_EQ(merge_pages(both), page + "b{agent_name=\"y\"} 3\n");
+  fuzz(page, [&](const std::string& bytes) {
+    const std::string pages[] = {page, bytes};
+    const std::string merged = merge_pages(pages);
+    // What is whole stays whole, however the other page is damaged.
+    CHECK(merged.find("a{agent_name=\"x\"} 1\n") != std::string::npos && merged.ends_with('\n'));
+  });
 }
 
 int main(int argc, char** argv) {

@@ -12,6 +12,7 @@
 
 #include "base/fd.h"
 #include "check.h"
+#include "fuzz.h"
 #include "http/client.h"
 #include "http/json.h"
 #include "http/text.h"
@@ -142,6 +143,25 @@ TEST(json) {
   for (const char* bad : {"{} x", "[1,]", "{1:2}", "\"\\q\"", "\"\\u12g4\""}) CHECK(!Json::parse(bad));
   CHECK(!Json::parse(std::string(100000, '[')));
   CHECK_EQ(Json::parse(json_quote("a\"\\\n"))->text(), "a\"\\\n");
+}
+
+TEST(damaged_texts_are_refused_or_read_and_no_more) {
+  check::fuzz(R"({"kvs":[{"key":"Zm9v","mod_revision":"12"},-1.5e3,true,null],"n":{"\u00e9\ud83d\ude00":[[],{}]}})",
+              [](const std::string& text) {
+                const auto value = Json::parse(text);
+                if (value) (void)(*value)["kvs"].items().size();
+              });
+  check::fuzz(base64_encode("some bytes that are coded"), [](const std::string& text) {
+    const auto bytes = base64_decode(text);
+    if (bytes) CHECK(bytes->size() <= text.size());
+  });
+  const std::string error = "<?xml version=\"1.0\"?><Error><Code>Slow&amp;Down</Code><Message>&lt;x&gt;</Message></Error>";
+  check::fuzz(error, [](const std::string& xml) {
+    for (const char* name : {"Code", "Message", "UploadId"}) CHECK(xml_element(xml, name).size() <= xml.size());
+  });
+  check::fuzz("https://host:123/path/of?a=b&c=d", [](const std::string& text) {
+    if (const auto url = parse_url(text)) CHECK(!url->host.empty());
+  });
 }
 
 TEST(bodies_both_ways_over_one_connection) {

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "check.h"
+#include "fuzz.h"
 #include "stores/memory/memory.h"
 
 using namespace nixl::core;
@@ -501,6 +502,18 @@ TEST(a_thousand_rounds_leak_nothing) {
   CHECK(descriptors_settle_at(descriptors));
   CHECK_EQ(mappings_of("group_test_page"), 0u);
   CHECK_EQ(store->size(), 0u);
+}
+
+TEST(damaged_cards_and_messages_are_refused_or_read_and_no_more) {
+  Card card;
+  card.rank = 3;
+  card.host = "host";
+  card.socket = "socket";
+  card.place = *CHECK_OK(net::this_place());
+  check::fuzz(encode(card), [](const std::string& bytes) { (void)parse_card(bytes); });
+  for (const LinkMessage& message : {LinkMessage(Hello{1, 2, 3, 4}), LinkMessage(Memory{2, "description"}),
+                                     LinkMessage(Attached{}), LinkMessage(Ready{}), LinkMessage(Abort{"reason"})})
+    check::fuzz(encode(message), [](const std::string& bytes) { (void)parse_message(bytes); });
 }
 
 int main(int argc, char** argv) {

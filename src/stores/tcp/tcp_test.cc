@@ -3,9 +3,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <thread>
 
 #include "check.h"
+#include "fuzz.h"
+#include "net/local.h"
 #include "net/stream.h"
 
 using namespace nixl::core;
@@ -121,6 +124,61 @@ TEST(requests_arrive_in_any_pieces) {
   const auto second = *CHECK_OK(tcp_store::parse_request(std::string_view(bytes).substr(first->used)));
   CHECK(second && second->request.keys.size() == 2);
   CHECK(!tcp_store::parse_request(std::string(1, char(77))));
+}
+
+TEST(damaged_requests_are_refused_or_read_and_no_more) {
+  using tcp_store::Verb;
+  const std::string all = encode(tcp_store::Request{Verb::kValidate, {}, "", tcp_store::kMagic}) +
+                          encode(tcp_store::Request{Verb::kSet, {"key"}, "value"}) +
+                          encode(tcp_store::Request{Verb::kCheck, {"a", "b"}}) +
+                          encode(tcp_store::Request{Verb::kGet, {"key"}});
+  check::fuzz(all, [](const std::string& bytes) {
+    std::string_view left = bytes;
+    for (;;) {
+      const auto parsed = tcp_store::parse_request(left);
+      if (!parsed || !*parsed) break;
+      CHECK((*parsed)->used > 0 && (*parsed)->used <= left.size());
+      left.remove_prefix((*parsed)->used);
+    }
+  });
+}
+
+// A server whose answers are damaged: what comes back is an error or some value, in time.
+TEST(damaged_answers_end_in_time) {
+  Fd listener = std::move(*CHECK_OK(net::listen_tcp({"127.0.0.1", 0})));
+  const std::uint16_t port = CHECK_OK(net::local_endpoint(listener.get()))->port;
+  std::atomic<bool> stop{false};
+  std::thread server([&] {
+    check::Fuzz fuzz;
+    while (!stop) {
+      auto guest = net::accept_connection(listener.get());
+      if (!guest) {
+        (void)net::wait_for(listener.get(), POLLIN, Deadline::after(20 * kMs), "a caller");
+        continue;
+      }
+      std::string input;
+      while (!stop && net::wait_for(guest->get(), POLLIN, Deadline::after(200 * kMs), "a request") &&
+             net::receive_available(guest->get(), input)) {
+        const std::string answer = fuzz.changed(std::string(1, '\0') + tcp_store::encode_text("value"));
+        if (!net::send_all(guest->get(), answer, Deadline::after(200 * kMs)) || fuzz.one_in(3)) break;
+      }
+    }
+  });
+  StoreConfig config;
+  config.endpoint = "127.0.0.1:" + std::to_string(port);
+  config.timeout_ns = 50 * kMs;
+  auto store = std::move(*CHECK_OK(TcpStore::open(std::move(config))));
+  const Deadline end = Deadline::after(2'000 * kMs);
+  while (!end.passed()) {
+    const Nanoseconds start = now_ns();
+    (void)store->fetch("key", Deadline::after(20 * kMs));
+    (void)store->publish("key", "value");
+    (void)store->withdraw("key");
+    CHECK(now_ns() - start < 10'000 * kMs);
+  }
+  stop = true;
+  store.reset();
+  server.join();
 }
 
 int main(int argc, char** argv) {
