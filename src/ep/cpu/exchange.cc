@@ -15,6 +15,16 @@ constexpr Nanoseconds kSpinCrowdedNs = 2'000;
 // How long a slot is kept for a peer that was masked or detached after the operation, in case it still reads.
 constexpr Nanoseconds kKeptNs = 1'000'000'000;
 
+// Whether a rank can have written this: no sum of its numbers overflows, and rows do not overlap.
+bool plausible(const Message& m) {
+  const auto within = [](std::int64_t value, std::int64_t most) { return value >= 0 && value <= most; };
+  constexpr std::int64_t kMostEntries = std::int64_t{1} << 40, kMostStride = 4 * kMaxHidden;
+  return within(m.stage_offset, std::int64_t{1} << 56) && within(m.num_entries, kMostEntries) &&
+         within(m.num_tokens, m.max_tokens) && within(m.max_tokens, kMaxTokens) && within(m.hidden, kMaxHidden) &&
+         within(m.row_stride, kMostStride) && (m.row_stride == 0 || m.row_stride >= 2 * m.hidden) &&
+         within(m.num_ranks, kMaxRanks) && within(m.experts_per_rank, INT32_MAX / kMaxRanks);
+}
+
 }  // namespace
 
 const char* name(WaitSite site) noexcept {
@@ -166,6 +176,7 @@ void Exchange::look_for_message(std::size_t i) {
       break;
   }
   if (!read_header(participant, waiting)) return fail(i, "has taken its message back: it masked this rank");
+  if (!plausible(waiting.message)) return fail(i, "announces what cannot be");
   waiting.stand = Stand::kArrived;
   peers_.accept(channel_, participant);
 }

@@ -110,8 +110,9 @@ Result<ImportedMemory> ImportedMemory::open(const PeerIdentity& peer, Export mem
 }
 
 const std::byte* ImportedMemory::staged(std::int64_t offset, std::int64_t bytes) {
+  const auto within = [&] { return bytes <= data_.size() && offset <= data_.size() - bytes; };
   if (offset < 0 || bytes < 0) return nullptr;
-  if (offset + bytes > data_.size() && (!data_.refresh() || offset + bytes > data_.size())) return nullptr;
+  if (!within() && (!data_.refresh() || !within())) return nullptr;
   return data_.data() + offset;
 }
 
