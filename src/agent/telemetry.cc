@@ -23,7 +23,8 @@
 namespace nixl::core {
 namespace {
 
-// The ring file: this header, then `capacity` events. One writer; a reader moves read_pos.
+// The ring file: this header, then `capacity` events. One writer; a reader moves read_pos. Others can write to the file and cut it
+// short, so nothing that is read from it decides where is written, and its length is looked at before.
 struct RingHeader {
   std::atomic<std::uint64_t> write_pos, read_pos;
   std::int32_t version, expected_version;
@@ -44,14 +45,19 @@ class RingFile final : public TelemetrySink {
       return fail(Code::kInvalidArgument, "agent name '%s' cannot name a telemetry file", agent.c_str());
     mkdir(directory.c_str(), 0755);
     const std::string path = directory + "/" + agent;
-    const Fd file(::open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+    Fd file(::open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
     if (!file) return fail(errno_error("telemetry file " + path, errno));
     const std::size_t size = sizeof(RingHeader) + capacity * sizeof(RingEvent);
-    if (ftruncate(file.get(), static_cast<off_t>(size)) != 0) return fail(errno_error("telemetry file " + path, errno));
+    // With its blocks: on a full disk a hole in a mapping would be a fatal signal later.
+    if (const int error = posix_fallocate(file.get(), 0, static_cast<off_t>(size)))
+      return fail(errno_error("telemetry file " + path + " of " + std::to_string(size) + " bytes", error));
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
     if (memory == MAP_FAILED) return fail(errno_error("mapping telemetry file " + path, errno));
     auto ring = std::make_unique<RingFile>();
+    ring->path_ = path;
+    ring->file_ = std::move(file);
     ring->size_ = size;
+    ring->capacity_ = capacity;
     ring->header_ = static_cast<RingHeader*>(memory);
     ring->events_ = reinterpret_cast<RingEvent*>(ring->header_ + 1);
     ring->header_->capacity = capacity;
@@ -65,8 +71,9 @@ class RingFile final : public TelemetrySink {
 
   void add(const Event* events, std::size_t count) override {
     const std::lock_guard lock(mutex_);
+    if (!is_whole()) return;
     const std::uint64_t at = header_->write_pos.load(std::memory_order_relaxed);
-    const std::uint64_t free = header_->capacity - (at - header_->read_pos.load(std::memory_order_acquire));
+    const std::uint64_t free = capacity_ - (at - header_->read_pos.load(std::memory_order_acquire));
     const std::size_t extra = dropped_ ? 1 : 0;
     if (free < count + extra) {
       dropped_ += count;
@@ -80,10 +87,22 @@ class RingFile final : public TelemetrySink {
 
  private:
   void put(std::uint64_t at, Metric metric, std::uint64_t value) {
-    events_[at & header_->mask] = {static_cast<std::uint32_t>(metric), 0, value};
+    events_[at & (capacity_ - 1)] = {static_cast<std::uint32_t>(metric), 0, value};
+  }
+  bool is_whole() {
+    struct stat about {};
+    if (fstat(file_.get(), &about) == 0 && about.st_size >= static_cast<off_t>(size_)) return true;
+    if (!std::exchange(warned_, true))
+      NIXL_WARN("telemetry file %s was cut to %lld bytes, %zu are needed: no more events are written", path_.c_str(),
+                static_cast<long long>(about.st_size), size_);
+    return false;
   }
   std::mutex mutex_;
+  std::string path_;
+  Fd file_;
+  bool warned_ = false;
   std::size_t size_ = 0;
+  std::uint64_t capacity_ = 0;
   std::uint64_t dropped_ = 0;
   RingHeader* header_ = nullptr;
   RingEvent* events_ = nullptr;

@@ -1,6 +1,7 @@
 """Telemetry (12.3): switches, per-request figures, the ring file, Prometheus."""
 import gc
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -11,7 +12,7 @@ import urllib.request
 import nixl
 import numpy as np
 import pytest
-from agents import agent, done, until
+from agents import agent, done, stderr_text, until
 
 
 def run_one(one, op="WRITE", size=64, count=2):
@@ -96,6 +97,42 @@ def test_ring_file(monkeypatch, tmp_path):
     for _ in range(200):
         one.transfer(h)
     assert len(events_of(tmp_path / "ringed")[1]) <= 128
+
+
+def test_ring_file_in_strange_hands(monkeypatch, tmp_path):
+    """Whoever reads the file may write nonsense into it, or cut it short: events may be lost, nothing else."""
+    monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
+    monkeypatch.setenv("NIXL_TELEMETRY_DIR", str(tmp_path))
+    monkeypatch.setenv("NIXL_TELEMETRY_BUFFER_SIZE", "64")
+    one = agent("ringed")
+    memory, h = run_one(one)
+    points = random.Random(5)
+    with stderr_text() as said, open(tmp_path / "ringed", "r+b") as file:
+        for _ in range(300):
+            file.seek(8 * points.randrange(5))
+            file.write(struct.pack("<Q", points.choice([0, 1, 1 << 40, (1 << 64) - 1, points.getrandbits(64)])))
+            file.flush()
+            one.transfer(h)
+            done(one, h)
+        file.truncate(0)
+        for _ in range(20):
+            one.transfer(h)
+            done(one, h)
+        assert said().count("ringed was cut to 0 bytes, 1064 are needed: no more events are written") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+def test_ring_file_on_a_full_disk(monkeypatch, tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting tmpfs is not allowed here")
+    try:
+        monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "y")
+        monkeypatch.setenv("NIXL_TELEMETRY_DIR", str(tmp_path))
+        monkeypatch.setenv("NIXL_TELEMETRY_BUFFER_SIZE", "65536")
+        with pytest.raises(RuntimeError, match=r"telemetry file .*ringed of 1048616 bytes: No space left on device \(ENOSPC, 28\)"):
+            agent("ringed")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def listening_ports():
