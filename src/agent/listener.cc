@@ -65,7 +65,8 @@ void Listener::accept_all() {
       if (socket.error().code != Code::kAgain) (void)net::wait_any({}, Deadline::after(kPauseWithoutDescriptors));
       return;
     }
-    if (guests_.size() == kMostGuests) guests_.erase(guests_.begin());  // who has been here longest; an exchange is short
+    if (guests_.size() == kMostGuests)
+      guests_.erase(guests_.begin());  // who has been here longest; an exchange is short
     auto guest = std::make_unique<Guest>();
     guest->socket = std::move(*socket);
     guests_.push_back(std::move(guest));

@@ -390,7 +390,9 @@ TEST(a_forked_child_changes_nothing_for_its_parent) {
               a->buffer.dispatch_recv(a->dispatch_args());
               a->buffer.combine(a->combine_args());
             },
-            [&] { b->operate({1, 0}, 0); }});
+            [&] {
+              b->operate({1, 0}, 0);
+            }});
   CHECK(a->masks() == Masks({0, 0}) && b->masks() == Masks({0, 0}));
   CHECK(a->buffer.take_faults().empty() && b->buffer.take_faults().empty());
   for (int round = 1; round < 4; ++round) both(round);

@@ -155,7 +155,8 @@ TEST(damaged_texts_are_refused_or_read_and_no_more) {
     const auto bytes = base64_decode(text);
     if (bytes) CHECK(bytes->size() <= text.size());
   });
-  const std::string error = "<?xml version=\"1.0\"?><Error><Code>Slow&amp;Down</Code><Message>&lt;x&gt;</Message></Error>";
+  const std::string error =
+      "<?xml version=\"1.0\"?><Error><Code>Slow&amp;Down</Code><Message>&lt;x&gt;</Message></Error>";
   check::fuzz(error, [](const std::string& xml) {
     for (const char* name : {"Code", "Message", "UploadId"}) CHECK(xml_element(xml, name).size() <= xml.size());
   });

@@ -133,10 +133,18 @@ void rounds_with_a_scribbler(Combine mode, bool with_weights) {
 
 }  // namespace
 
-TEST(exact_sums) { rounds_with_a_scribbler(Combine::kExact, false); }
-TEST(exact_sums_with_weights) { rounds_with_a_scribbler(Combine::kExact, true); }
-TEST(reduced_sums_with_weights) { rounds_with_a_scribbler(Combine::kReduced, true); }
-TEST(reduced_sums_with_asked_weights) { rounds_with_a_scribbler(Combine::kReduced, false); }
+TEST(exact_sums) {
+  rounds_with_a_scribbler(Combine::kExact, false);
+}
+TEST(exact_sums_with_weights) {
+  rounds_with_a_scribbler(Combine::kExact, true);
+}
+TEST(reduced_sums_with_weights) {
+  rounds_with_a_scribbler(Combine::kReduced, true);
+}
+TEST(reduced_sums_with_asked_weights) {
+  rounds_with_a_scribbler(Combine::kReduced, false);
+}
 
 }  // namespace nixl::core::ep::test
 
