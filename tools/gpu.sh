@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run gpu test | bench ep|local | kills | growth | elastic | sanitize [arguments]: what needs CUDA GPUs.
+# ./run gpu test [--all] | bench ep|local | kills | growth | elastic | sanitize [arguments]: what needs CUDA GPUs.
 #
 # Builds what is missing. On a machine without the system packages of the build, NIXL_PREBUILT names a folder with
 # libnixl.so.1, plugins/ and the native programs from elsewhere; then only the small Python modules are compiled.
@@ -146,7 +146,7 @@ case $command in
   bench) [ -n "${NIXL_PREBUILT:-}" ] || ./run build dev || exit 1; gpu_bench "$@" ;;
   kills | growth | elastic) prepare; "gpu_$command" "$@" ;;
   sanitize) [ -n "${NIXL_PREBUILT:-}" ] || ./run build dev || exit 1; gpu_sanitize "$@" ;;
-  *) die "usage: ./run gpu test | bench ep|local | kills | growth | elastic | sanitize" ;;
+  *) die "usage: ./run gpu test [--all] | bench ep|local | kills | growth | elastic | sanitize" ;;
 esac
 for name in "${failed[@]}"; do say "FAILED $name"; done
 ((${#failed[@]} == 0))
