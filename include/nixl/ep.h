@@ -166,10 +166,12 @@ class NIXL_EXPORT Buffer {
   std::vector<int> connect(const std::vector<int>& ranks, bool activate);
   // Local; also for dead peers. Returns when running operations have passed the peers and their memory is released.
   void disconnect(const std::vector<int>& ranks);
+  // Local. Operations that were queued may end first, up to a second, at most the timeout: peers count on what they send.
   void destroy();
 
   // Phases of an operation. dispatch_send never waits for a peer; dispatch_recv fills the outputs. On CUDA they launch
-  // kernels on the given stream; `dispatch` is both in one launch.
+  // kernels on the given stream; `dispatch` is both in one launch. A receive phase runs once, before the next operation begins, on
+  // CUDA also before a barrier.
   void dispatch(const Dispatch& args);
   void dispatch_send(const Dispatch& args);
   void dispatch_recv(const Dispatch& args);

@@ -168,7 +168,10 @@ class Buffer:
     # ------------------------------------------------------------------------------------------------------- life
 
     def destroy(self) -> None:
-        """Leaves the group and releases everything; waits for the device, not for peers. Needs explicitly_destroy."""
+        """Leaves the group and releases everything. Needs explicitly_destroy.
+
+        Operations that were queued may end first, since peers count on what they send: up to a second, at most timeout_ms.
+        """
         require(self.explicitly_destroy, "destroy() needs a buffer made with explicitly_destroy=True")
         native = self._native()
         self.runtime = None
