@@ -17,7 +17,8 @@ constexpr Nanoseconds kPollAfterActivity = 100'000;
 constexpr Nanoseconds kPollWindow = 50'000;  // in which callers who poll in a loop do so many times
 constexpr std::uint32_t kManyPolls = 12;
 constexpr int kAsideMs = 1;
-constexpr int kMostAsleepMs = 200;  // a wake-up that a backend's library misses costs this much, not the peer's patience
+constexpr int kMostAsleepMs =
+    200;  // a wake-up that a backend's library misses costs this much, not the peer's patience
 constexpr int kPollIdleBackendMs = 1;  // backends without a descriptor, while something runs
 }  // namespace
 
@@ -52,6 +53,10 @@ void Runtime::add_slot(Slot& slot) {
     const std::size_t count = num_slots();
     slots_[count] = &slot;
     num_slots_.store(count + 1, std::memory_order_release);
+  }
+  {
+    const std::lock_guard lock(event_mutex_);
+    for (const Fd& fd : event_fds_) slot.backend->share_callers_event(fd.get());
   }
   nudge();
 }
@@ -201,8 +206,13 @@ void Runtime::deliver_to_self(std::string message) {
 }
 
 bool Runtime::fill_inbox() {
-  const std::lock_guard lock(inbox_mutex_);
-  return fill_inbox_locked();
+  bool any;
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    any = fill_inbox_locked();
+  }
+  if (any) signal_event();  // without the lock: whoever it wakes wants it
+  return any;
 }
 
 bool Runtime::fill_inbox_locked() {
@@ -215,27 +225,28 @@ bool Runtime::fill_inbox_locked() {
     for (Notification& item : fresh) inbox_.push_back({slots_[i], std::move(item)});
     fresh.clear();
   }
-  const bool any = inbox_.size() > before;
-  if (any) signal_event();
-  return any;
+  return inbox_.size() > before;
 }
 
 void Runtime::drain(const std::vector<Slot*>* which, std::vector<Notification>& out) {
   help();
-  const std::lock_guard lock(inbox_mutex_);
-  fill_inbox_locked();
-  if (inbox_.empty()) return;
   const auto wanted = [&](Slot* slot) {
     return !which || std::find(which->begin(), which->end(), slot) != which->end();
   };
   std::size_t kept = 0;
-  for (auto& [slot, item] : inbox_) {
-    if (wanted(slot))
-      out.push_back(std::move(item));
-    else
-      inbox_[kept++] = {slot, std::move(item)};
+  bool fresh;
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    fresh = fill_inbox_locked();
+    for (auto& [slot, item] : inbox_) {
+      if (wanted(slot))
+        out.push_back(std::move(item));
+      else
+        inbox_[kept++] = {slot, std::move(item)};
+    }
+    inbox_.resize(kept);
   }
-  inbox_.resize(kept);
+  if (fresh && kept > 0) signal_event();  // what is left may be new, and another caller's
 }
 
 void Runtime::terminal() noexcept {
@@ -265,6 +276,8 @@ Result<int> Runtime::event_fd() {
     const std::lock_guard lock(event_mutex_);
     event_fds_.push_back(std::move(fresh));
     event_fd_used_ = true;
+    const std::size_t count = num_slots();
+    for (std::size_t i = 0; i < count; ++i) slots_[i]->backend->share_callers_event(number);
   }
   for (const auto& request : under_way()) watch(request);
   nudge();

@@ -197,6 +197,9 @@ class Backend {
   // now, call progress() first. -1: nothing arrives by itself; progress is needed only while a transfer is running.
   virtual int event_fd() const noexcept { return -1; }
   virtual bool arm() noexcept { return true; }
+  // An eventfd on which callers of the agent sleep; open as long as the backend. Where peers can write to it themselves, they
+  // do so when a message has come for drain(), instead of waking the thread that sleeps on event_fd().
+  virtual void share_callers_event(int /*eventfd*/) noexcept {}
 
   // Optional abilities; the objects belong to the backend. Constant after open.
   virtual Notifier* notifier() noexcept { return nullptr; }

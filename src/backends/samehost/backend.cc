@@ -40,6 +40,7 @@ class SameHostBackend final : public Backend, private Notifier, private CostMode
   bool progress() noexcept override;
   int event_fd() const noexcept override { return peers_->epoll_fd(); }
   bool arm() noexcept override;
+  void share_callers_event(int eventfd) noexcept override { mailbox_->share_callers_event(eventfd); }
   Notifier* notifier() noexcept override { return this; }
   CostModel* cost_model() noexcept override { return this; }
 

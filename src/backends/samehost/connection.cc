@@ -59,13 +59,17 @@ void PeerConnection::send(std::string_view message) {
   {
     std::lock_guard lock(mutex_);
     writer_.send(message);
+    wake_locked();
     left = !writer_.idle();
   }
-  mailbox_->ring(process_.segment(), doorbell_);
   if (left) {
     backlog_.store(true, std::memory_order_release);
     table_->note_backlog();
   }
+}
+
+void PeerConnection::wake_locked() noexcept {
+  if (!events_.signal(process_)) mailbox_->ring(process_.segment(), doorbell_);
 }
 
 bool PeerConnection::push() {
@@ -74,14 +78,13 @@ bool PeerConnection::push() {
     backlog_.store(false, std::memory_order_release);
     return false;
   }
-  bool moved, left;
+  bool left;
   {
     std::lock_guard lock(mutex_);
-    moved = writer_.push();
+    if (writer_.push()) wake_locked();
     left = !writer_.idle();
     backlog_.store(left, std::memory_order_release);
   }
-  if (moved) mailbox_->ring(process_.segment(), doorbell_);
   return left;
 }
 

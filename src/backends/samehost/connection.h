@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "backends/samehost/callers_events.h"
 #include "backends/samehost/huge_pages.h"
 #include "backends/samehost/mailbox.h"
 #include "backends/samehost/peer.h"
@@ -39,13 +40,16 @@ class PeerConnection final : public Connection {
   bool push();
 
  private:
+  void wake_locked() noexcept;  // after something was put into the lane
+
   PeerId id_;
   PeerProcess process_;
   Doorbell doorbell_;
   std::shared_ptr<Mailbox> mailbox_;
   std::shared_ptr<PeerTable> table_;
-  std::mutex mutex_;  // of writer_
+  std::mutex mutex_;  // of writer_ and events_
   LaneWriter writer_;
+  CallersEvents events_;
   std::atomic<bool> backlog_{false};
   std::atomic<bool> lost_{false};
 };

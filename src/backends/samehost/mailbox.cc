@@ -5,6 +5,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "backends/samehost/callers_events.h"
+
 namespace nixl::core::samehost {
 
 Doorbell Doorbell::named(const std::string& name) noexcept {
@@ -56,6 +58,26 @@ void Mailbox::silence() noexcept {
   }
 }
 
+void Mailbox::share_callers_event(int eventfd) noexcept {
+  const std::uint64_t word = callers_event_word(eventfd);
+  SegmentHeader& header = segment_.header();
+  std::lock_guard lock(mutex_);
+  for (const auto& shared : header.callers_events)
+    if (word != 0 && shared.load(std::memory_order_relaxed) == word) return;
+  // One that cannot be shared would be left asleep by those that are: then the owner's own thread tells all of them.
+  if (word == 0) num_callers_events_ = kMaxCallersEvents;
+  if (num_callers_events_ < kMaxCallersEvents)
+    header.callers_events[num_callers_events_].store(word, std::memory_order_seq_cst);
+  ++num_callers_events_;
+  if (num_callers_events_ > kMaxCallersEvents) header.callers_armed.store(0, std::memory_order_seq_cst);
+  arm_callers();
+}
+
+void Mailbox::arm_callers() noexcept {
+  if (num_callers_events_ == 0 || num_callers_events_ > kMaxCallersEvents) return;
+  segment_.header().callers_armed.store(1, std::memory_order_seq_cst);
+}
+
 bool Mailbox::collect() {
   if (!reader_.has_news()) return false;
   std::lock_guard lock(mutex_);
@@ -64,6 +86,7 @@ bool Mailbox::collect() {
 
 void Mailbox::drain(std::vector<Notification>& out) {
   std::lock_guard lock(mutex_);
+  arm_callers();
   if (reader_.has_news()) reader_.collect(arrived_);
   out.insert(out.end(), std::make_move_iterator(arrived_.begin()), std::make_move_iterator(arrived_.end()));
   arrived_.clear();

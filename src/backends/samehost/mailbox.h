@@ -37,6 +37,8 @@ class Mailbox {
   // Says that the owner is about to sleep on socket(); false: there is news already.
   bool arm() noexcept;
   void silence() noexcept;  // eats the bytes of the doorbell
+  // From now on senders write to this eventfd of ours when callers may sleep on it: after each drain().
+  void share_callers_event(int eventfd) noexcept;
 
   // Moves arrived messages aside; true when there were any.
   bool collect();
@@ -46,6 +48,7 @@ class Mailbox {
   void drain(std::vector<Notification>& out);
 
  private:
+  void arm_callers() noexcept;
   Mailbox(Segment segment, const std::string& own_name) : segment_(std::move(segment)), reader_(segment_, own_name) {}
 
   Segment segment_;
@@ -55,6 +58,7 @@ class Mailbox {
   std::mutex mutex_;
   LaneReader reader_;
   std::vector<Notification> arrived_;
+  std::size_t num_callers_events_ = 0;  // more than fit into the header: none is used
 };
 
 }  // namespace nixl::core::samehost

@@ -16,6 +16,7 @@ inline constexpr std::uint64_t kSegmentMagic = 0x31474553'4c58494eull;  // "NIXL
 inline constexpr std::uint32_t kNumLanes = 512;
 inline constexpr std::uint32_t kLaneBytes = 64 << 10;
 inline constexpr std::uint32_t kNumSlots = 1 << 20;
+inline constexpr std::size_t kMaxCallersEvents = 4;
 
 struct alignas(64) SegmentHeader {
   std::uint64_t magic;
@@ -26,6 +27,10 @@ struct alignas(64) SegmentHeader {
   alignas(64) std::atomic<std::uint32_t> armed;
   // 1: the owner has closed; the end of its process is no failure.
   std::atomic<std::uint32_t> closed;
+  // 1: the owner's callers may sleep on their event descriptors and want them written to; see CallersEvents.
+  std::atomic<std::uint32_t> callers_armed;
+  // Those descriptors: number in the owner << 32 | the kernel's eventfd-id + 1; 0 = none, from there on.
+  std::atomic<std::uint64_t> callers_events[kMaxCallersEvents];
   // Bit l of word l / 64: lane l has something new.
   alignas(64) std::atomic<std::uint64_t> dirty[kNumLanes / 64];
 };
@@ -46,6 +51,7 @@ enum FrameKind : std::uint32_t { kHello = 1, kPart = 2, kLast = 3 };
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && sizeof(std::atomic<std::uint64_t>) == 8);
 static_assert(sizeof(LaneHeader) == 192 && sizeof(SegmentHeader) == 192 && sizeof(FrameHeader) == 8);
+static_assert(offsetof(SegmentHeader, callers_events) == 80 && offsetof(SegmentHeader, dirty) == 128);
 
 // A mapping of a segment, our own or a peer's. Move-only; unmaps on destruction.
 class Segment {
