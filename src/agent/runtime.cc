@@ -17,8 +17,8 @@ constexpr Nanoseconds kPollAfterActivity = 100'000;
 constexpr Nanoseconds kPollWindow = 50'000;  // in which callers who poll in a loop do so many times
 constexpr std::uint32_t kManyPolls = 12;
 constexpr int kAsideMs = 1;
-constexpr int kMostAsleepMs =
-    200;  // a wake-up that a backend's library misses costs this much, not the peer's patience
+// A net, should a backend's library miss a wake-up: that costs this much, not the peer's patience.
+constexpr int kMostAsleepMs = 200;
 constexpr int kPollIdleBackendMs = 1;  // backends without a descriptor, while something runs
 }  // namespace
 

@@ -207,6 +207,37 @@ struct Driven {
   std::thread thread;
 };
 
+// UCX tells some news once, to whoever arms next: after that answer a look must not be left out.
+TEST(news_that_only_arming_tells_is_looked_at) {
+  for (std::uint64_t round = 0; round < 4; ++round) {
+    BackendConfig config;
+    config.params = backends_of_ucx()[0].params;
+    config.params["UCX_TLS"] = "tcp";
+    config.self = {"asked", 2};
+    auto asked = std::move(*CHECK_OK(backends_of_ucx()[0].open(BackendConfig(config))));
+    for (int i = 0; i < 1000; ++i) asked->progress();  // until looks are left out
+    while (!asked->arm()) asked->progress();
+    config.self = {"asker", 1};
+    auto asker = std::move(*CHECK_OK(backends_of_ucx()[0].open(BackendConfig(config))));
+    auto line = std::move(*CHECK_OK(asker->connect({"asked", 2}, *CHECK_OK(asked->export_connection()))));
+    std::atomic<bool> connected{false};
+    std::thread waiter([&] {
+      CHECK_OK(line->wait_ready(Deadline::after(5'000'000'000)));
+      connected = true;
+    });
+    while (!connected) {
+      asker->progress();
+      if (!asked->arm()) {
+        asked->progress();
+        continue;
+      }
+      pollfd wait{asked->event_fd(), POLLIN, 0};
+      if (poll(&wait, 1, 0) > 0) asked->progress();
+    }
+    waiter.join();
+  }
+}
+
 // Ends the TCP connections of this process both ways; their number.
 int cut_connections() {
   int num_cut = 0;

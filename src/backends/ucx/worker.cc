@@ -78,6 +78,7 @@ bool Worker::progress() {
 
 bool Worker::progress_locked() {
   bool any = false;
+  owes_look_ = false;
   for (int round = 0; round < 8 && api().worker_progress(handle_) != 0; ++round) any = true;
   settle_locked();
   any |= !queue_.empty();
@@ -120,7 +121,13 @@ void Worker::settle_locked() {
 bool Worker::arm(Deadline& next) {
   const auto guard = lock();
   if (!queue_.empty() || !failed_.empty() || !arrived_.empty()) return false;
-  if (api().worker_arm(handle_) != UCS_OK) return false;  // events are pending
+  if (owes_look_) return false;  // somebody else held the lock
+  if (api().worker_arm(handle_) != UCS_OK) {
+    // Events are pending. UCX says so once: the answer has taken the signal of what waits for progress.
+    owes_look_ = true;
+    quiet_.store(false, std::memory_order_relaxed);
+    return false;
+  }
   for (const Link* link : connecting_) next = next.earlier(link->deadline());
   return true;
 }

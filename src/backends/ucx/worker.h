@@ -119,7 +119,8 @@ class Worker {
   std::atomic<bool> quiet_{false};
   std::atomic<unsigned> num_looks_{0};
   unsigned idle_rounds_ = 0;
-  int num_jobs_ = 0;  // that links know of
+  bool owes_look_ = false;  // arming was refused, and no progress has been made since
+  int num_jobs_ = 0;        // that links know of
   std::vector<Job*> queue_, walking_;
   std::vector<Link*> failed_, connecting_;
   std::vector<std::pair<MessageId, std::string>> arrived_;
