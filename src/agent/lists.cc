@@ -127,6 +127,27 @@ Result<void> finish(PreparedList& list, std::vector<Resolved<Entry>>& sides,
   return {};
 }
 
+// Names the backend by which memory of this kind is known to be wrong as the far side, whatever is registered there: it serves the
+// kind as the local side only, or this agent only. Nothing when some backend could have it there.
+Result<void> check_far_side(MemKind kind, const Peer& peer, const std::vector<Slot*>& allowed) {
+  const Slot* local_only = nullptr;
+  const Slot* self_only = nullptr;
+  for (const Slot* slot : allowed) {
+    const Abilities& can = slot->abilities();
+    const bool far = can.remote_kinds.has(kind);
+    if (far && (peer.is_self ? can.local : can.remote)) return {};
+    if (far && can.local) self_only = slot;
+    if (!far && can.local_kinds.has(kind) && can.local && peer.is_self) local_only = slot;
+  }
+  if (self_only)
+    return fail(Code::kInvalidArgument, "backend %s moves %s of this agent only, not of agent '%s'",
+                self_only->name().c_str(), name(kind), peer.name.c_str());
+  if (local_only)
+    return fail(Code::kInvalidArgument, "backend %s takes %s as the local side of a transfer only",
+                local_only->name().c_str(), name(kind));
+  return {};
+}
+
 }  // namespace
 
 std::string describe(const Descs& descs, std::size_t row) {
@@ -173,7 +194,10 @@ Result<PreparedList> prepare_remote(Descs descs, std::shared_ptr<Peer> peer, con
   for (Slot* slot : allowed)
     if (PeerLink* link = peer->link(*slot); link && link->connection)
       candidates.push_back({slot, link, link->regions.snapshot(kind), {}});
-  NIXL_TRY(finish(list, list.theirs, candidates, "by agent '" + peer->name + "' and known here"));
+  if (auto found = finish(list, list.theirs, candidates, "by agent '" + peer->name + "' and known here"); !found) {
+    NIXL_TRY(check_far_side(kind, *peer, allowed));
+    return fail(std::move(found).error());
+  }
   list.peer = std::move(peer);
   return list;
 }

@@ -44,7 +44,8 @@ struct Block {
 // Row and address of block `i`; no bounds check.
 Block block_at(const PreparedList& list, std::uint64_t i) noexcept;
 
-// kNotFound naming the first descriptor that no region of any allowed backend holds. `allowed` in creation order.
+// kNotFound naming the first descriptor that no region of any allowed backend holds; kInvalidArgument when none ever could be the
+// far side. `allowed` in creation order.
 Result<PreparedList> prepare_local(Descs descs, const std::vector<Slot*>& allowed);
 Result<PreparedList> prepare_remote(Descs descs, std::shared_ptr<Peer> peer, const std::vector<Slot*>& allowed);
 

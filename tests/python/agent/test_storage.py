@@ -90,14 +90,38 @@ def test_refusals(one, tmp_path):
         one.register_memory(one.get_reg_descs([(0, 10, 999_999, "")], "FILE"))
     with pytest.raises(nixl.nixlBackendError, match="No such file"):
         one.register_memory(one.get_reg_descs([(0, 10, 5, "ro:/nonexistent/file")], "FILE"))
-    with pytest.raises((nixl.nixlInvalidParamError, nixl.nixlNotFoundError)):
-        one.initialize_xfer("WRITE", one.get_xfer_descs([memory]), one.get_xfer_descs([memory]), "storage")
     path = f"rw,create:{tmp_path / 'p'}"
     regs = one.register_memory(one.get_reg_descs([(0, 4096, 70_001, path)], "FILE"))
     with pytest.raises(nixl.nixlInvalidParamError):
         one.register_memory(one.get_reg_descs([(0, 4096, 70_001, f"rw,create:{tmp_path / 'q'}")], "FILE"))
     one.deregister_memory(regs)
     one.register_memory(one.get_reg_descs([(0, 4096, 70_001, f"rw,create:{tmp_path / 'q'}")], "FILE"))
+
+
+def test_sides_that_storage_never_has(one, tmp_path):
+    """BK-4: wrong kinds, and a peer that is not the agent itself, are wrong arguments and not something that might be found."""
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    memory = np.zeros(4096, np.uint8)
+    one.register_memory([memory])
+    one.register_memory([(0, 4096, fd, "")], "FILE")
+    dram, file = one.get_xfer_descs([memory]), one.get_xfer_descs([(0, 4096, fd)], "FILE")
+    for local, remote in ((file, dram), (dram, dram), (file, file)):
+        with pytest.raises(nixl.nixlInvalidParamError, match="POSIX"):
+            one.initialize_xfer("WRITE", local, remote, "storage")
+    with pytest.raises(nixl.nixlInvalidParamError, match="POSIX"):
+        one.prep_xfer_dlist("storage", dram)
+    with pytest.raises(nixl.nixlNotFoundError):  # the right kind, but nothing registered there
+        one.initialize_xfer("WRITE", dram, one.get_xfer_descs([(0, 4096, fd + 1)], "FILE"), "storage")
+    with pytest.raises(nixl.nixlNotFoundError):
+        one.initialize_xfer("WRITE", dram, file, "nobody")
+    one.create_backend("LOOPBACK")
+    peer = agent("peer")
+    one.add_remote_agent(peer.get_agent_metadata())
+    with pytest.raises(nixl.nixlInvalidParamError, match="POSIX.*peer"):
+        one.initialize_xfer("WRITE", dram, file, "peer")
+    with pytest.raises(nixl.nixlInvalidParamError, match="POSIX.*peer"):
+        one.prep_xfer_dlist("peer", file)
+    os.close(fd)
 
 
 def test_raw_tuples_as_pages(one, tmp_path):
