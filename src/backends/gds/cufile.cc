@@ -49,7 +49,11 @@ bool find(void* library, const char* name, F& into) {
 
 Result<Cufile> open_libraries() {
   Cufile c;
-  NIXL_ASSIGN(c.driver, GpuDriver::load());
+  auto driver = GpuDriver::load();
+  if (!driver)
+    return fail(driver.error().code, "%s; for GPUDirect Storage see ls /usr/local/cuda/gds/",
+                driver.error().reason.c_str());
+  c.driver = *driver;
   const std::string site = own_folder() + "/../../nvidia/";
   NIXL_ASSIGN(void* const cufile, open_one_of("NIXL_CUFILE_LIBRARY",
                                               {"libcufile.so.0", "/usr/local/cuda/lib64/libcufile.so.0",

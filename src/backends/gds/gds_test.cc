@@ -106,7 +106,8 @@ TEST(reasons_for_what_is_missing) {
   in_child([] {
     ::setenv("NIXL_CUDA_LIBRARY", "/nonexistent/libcuda.so.1", 1);
     const Probe probe = backends_of_gds()[0].probe();
-    CHECK(!probe.viable && has(probe.reason, "libcuda.so.1") && has(probe.reason, "NIXL_CUDA_LIBRARY"));
+    CHECK(!probe.viable && has(probe.reason, "libcuda.so.1") && has(probe.reason, "NIXL_CUDA_LIBRARY") &&
+          has(probe.reason, "ls /usr/local/cuda/gds/"));
   });
   in_child([] {
     use_stand_in();
