@@ -29,5 +29,15 @@ function(nixl_use_stand_in TEST)
   target_compile_definitions(${TEST} PRIVATE STAND_IN="$<TARGET_FILE:nixl_stand_in_cufile>")
 endfunction()
 
+# nixl_use_stand_in_3fs(TEST): STAND_IN_3FS, the path of a library under the names of the 3FS client that serves a plain directory.
+function(nixl_use_stand_in_3fs TEST)
+  if(NOT TARGET nixl_stand_in_3fs)
+    add_library(nixl_stand_in_3fs SHARED ${CMAKE_SOURCE_DIR}/tests/support/stand_in_3fs.cc)
+    set_target_properties(nixl_stand_in_3fs PROPERTIES CXX_VISIBILITY_PRESET default)
+  endif()
+  add_dependencies(${TEST} nixl_stand_in_3fs)
+  target_compile_definitions(${TEST} PRIVATE STAND_IN_3FS="$<TARGET_FILE:nixl_stand_in_3fs>")
+endfunction()
+
 # Runs a program beside an S3 server of its own, which NIXL_TEST_S3 names to it.
 set(NIXL_WITH_S3 python3 ${CMAKE_SOURCE_DIR}/tests/support/object_servers.py with-s3)
