@@ -6,6 +6,7 @@
 #include "agent/exchange.h"
 #include "agent/settings.h"
 #include "agent/telemetry.h"
+#include "agent/trace.h"
 #include "base/env.h"
 #include "base/log.h"
 
@@ -34,9 +35,7 @@ Result<std::unique_ptr<Agent>> Agent::open(AgentOptions options, Catalog& catalo
 
 Result<void> Agent::start() {
   NIXL_ASSIGN(const Settings settings, Settings::read());
-  if (const auto traced = settings.text("NIXL_TRACE_BACKENDS"))
-    NIXL_WARN("agent %s: NIXL_TRACE_BACKENDS is '%s'; this release has no trace backends", name().c_str(),
-              traced->c_str());
+  tracer_ = open_tracer(settings, options_.name);
   NIXL_ASSIGN(telemetry_, Telemetry::open(settings, options_.name, options_.capture_telemetry));
   self_ = std::make_shared<Peer>();
   self_->name = options_.name;
@@ -48,6 +47,7 @@ Result<void> Agent::start() {
   runtime.on_lost = [this](const Runtime::Options::Loss& loss) { on_lost(loss); };
   runtime.gone = [this](const PeerId& peer) { return process_gone(peer); };
   runtime.telemetry = telemetry_.get();
+  runtime.tracer = tracer_;
   NIXL_ASSIGN(runtime_, Runtime::open(std::move(runtime)));
 
   Exchange::Hooks hooks;
@@ -229,6 +229,7 @@ void Agent::add_companions(Slot& owner) {
 }
 
 Result<std::uint32_t> Agent::create_backend(const std::string& asked, const Params& given) {
+  const TracedCall traced(tracer_, "create_backend");
   NIXL_TRY(usable());
   const std::lock_guard lock(registry_mutex_);
   NIXL_ASSIGN(const BackendEntry* entry, catalog_.find(asked));
@@ -317,6 +318,7 @@ Result<void> Agent::register_in(Slot& slot, const Descs& descs) {
 }
 
 Result<void> Agent::register_memory(const Descs& descs, BackendIds backends) {
+  const TracedCall traced(tracer_, "register_memory");
   NIXL_ASSIGN(const std::vector<Slot*> candidates, chosen(backends, false));
   const MemKind kind = kind_of(descs);
   std::vector<Slot*> fitting;
@@ -365,6 +367,7 @@ bool Agent::holds_all(Slot& slot, const Descs& descs) const {
 }
 
 Result<void> Agent::deregister_memory(const Descs& descs, BackendIds backends) {
+  const TracedCall traced(tracer_, "deregister_memory");
   NIXL_ASSIGN(const std::vector<Slot*> candidates, chosen(backends, false));
   {
     const std::lock_guard lock(registry_mutex_);
@@ -415,6 +418,7 @@ Result<PreparedList> Agent::remote_list(const std::string& agent, const Descs& d
 }
 
 Result<std::uint64_t> Agent::prepare_list(const std::string& agent, Descs descs, BackendIds backends) {
+  const TracedCall traced(tracer_, "prepare_list");
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
   if (agent.empty()) {
     NIXL_ASSIGN(PreparedList list, prepare_local(std::move(descs), allowed));
@@ -448,6 +452,7 @@ Result<std::uint64_t> Agent::add_request(Op op, const PreparedList& remote, cons
 Result<std::uint64_t> Agent::make_request(Op op, std::uint64_t local, std::span<const std::int64_t> local_index,
                                           std::uint64_t remote, std::span<const std::int64_t> remote_index,
                                           std::optional<std::string> message, BackendIds backends, bool merge) {
+  const TracedCall traced(tracer_, "make_request");
   NIXL_TRY(usable());
   const auto mine = lists_.get(local), other = lists_.get(remote);
   if (!mine || !other)
@@ -486,6 +491,7 @@ Result<std::uint64_t> Agent::make_request(Op op, std::uint64_t local, std::span<
 
 Result<std::uint64_t> Agent::make_request(Op op, Descs local, Descs remote, const std::string& agent,
                                           std::optional<std::string> message, BackendIds backends) {
+  const TracedCall traced(tracer_, "make_request");
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
   NIXL_TRY(peer(agent));
   NIXL_ASSIGN(const PreparedList mine, prepare_local(std::move(local), allowed));
@@ -548,6 +554,7 @@ Result<void> Agent::send_notification(const std::string& agent, std::string_view
     return {};
   }
   NIXL_ASSIGN(const auto to, peer(agent));
+  if (tracer_) tracer_->mark(("notify " + agent).c_str(), message.size());
   auto sent = send_to(*to, message, allowed);
   if (!runtime_->has_thread()) runtime_->drive();  // the message is on its way meanwhile
   return sent;

@@ -129,6 +129,7 @@ class Agent {
   const Home home_ = home_of_this_process();
   const Birthplace birthplace_;
   std::unique_ptr<Telemetry> telemetry_;
+  Tracer* tracer_ = nullptr;  // null: off
   std::unique_ptr<Runtime> runtime_;
   std::unique_ptr<Exchange> exchange_;
 

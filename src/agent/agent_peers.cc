@@ -5,6 +5,7 @@
 #include "agent/agent.h"
 #include "agent/exchange.h"
 #include "agent/telemetry.h"
+#include "agent/trace.h"
 #include "base/log.h"
 
 namespace nixl::core {
@@ -260,6 +261,7 @@ Result<std::shared_ptr<Peer>> Agent::admit(Metadata data) {
 }
 
 Result<std::string> Agent::load(std::string_view bytes) {
+  const TracedCall traced(tracer_, "load_metadata");
   NIXL_TRY(usable());
   NIXL_ASSIGN(Metadata data, decode(bytes));
   const std::lock_guard lock(load_mutex_);

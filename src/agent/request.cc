@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include "agent/telemetry.h"
+#include "agent/trace.h"
 #include "base/log.h"
 
 namespace nixl::core {
@@ -38,6 +39,9 @@ Result<std::shared_ptr<Request>> Request::make(Parts parts, BuiltPlan built) {
   request->give_back();
   if (!transfer) return fail(within(slot.name(), transfer.error()));
   request->transfer_ = std::move(*transfer);
+  if (request->parts_.runtime->tracer())
+    request->traced_as_ = std::string(request->parts_.op == Op::kWrite ? "WRITE " : "READ ") + request->backend() +
+                          (request->parts_.op == Op::kWrite ? " to " : " from ") + request->peer()->name;
   if (!slot.path_told.exchange(true))
     NIXL_INFO("first transfer to agent '%s' by %s: path %s", request->peer()->name.c_str(), slot.name().c_str(),
               request->transfer_->path().c_str());
@@ -114,6 +118,7 @@ Result<bool> Request::post(std::optional<std::string_view> message) {
   started_ns_ = now_ns();
   times_.start_us = started_ns_ / 1000;
   times_.post_us = times_.transfer_us = 0;
+  if (Tracer* const tracer = parts_.runtime->tracer()) range_ = tracer->start(traced_as_.c_str(), times_.total_bytes);
   submit();
   // What ended inside this call was timed by finish().
   if (times_.transfer_us == 0) times_.transfer_us = std::max<std::int64_t>(1, (now_ns() - started_ns_) / 1000);
@@ -159,6 +164,7 @@ void Request::finish(std::optional<Error> error) {
   }
   times_.transfer_us = std::max<std::int64_t>({1, times_.post_us, (now_ns() - started_ns_) / 1000});
   state_ = error ? State::kFailed : State::kDone;
+  if (const std::uint64_t range = std::exchange(range_, 0)) parts_.runtime->tracer()->end(range);
   Telemetry* telemetry = parts_.runtime->telemetry();
   if (telemetry && error) telemetry->failed(error->code);
   if (telemetry && !error && !inline_end)

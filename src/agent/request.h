@@ -87,6 +87,8 @@ class Request : public std::enable_shared_from_this<Request> {
   Error error_;
   TransferTimes times_;
   Nanoseconds started_ns_ = 0;
+  std::string traced_as_;    // for the tracer, if there is one
+  std::uint64_t range_ = 0;  // its range of the post that runs; 0: none
 };
 
 }  // namespace nixl::core

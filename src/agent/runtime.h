@@ -21,6 +21,7 @@ namespace nixl::core {
 
 class Request;
 class Telemetry;
+class Tracer;
 
 class Runtime final : public Events {
  public:
@@ -35,6 +36,7 @@ class Runtime final : public Events {
     std::function<void(const Loss&)> on_lost;  // called with no lock held
     std::function<bool(const PeerId&)> gone;   // as Events::surely_gone
     Telemetry* telemetry = nullptr;            // null: off
+    Tracer* tracer = nullptr;                  // null: off
   };
   static Result<std::unique_ptr<Runtime>> open(Options options);
   ~Runtime() override;  // stops the thread; requests and slots must be gone
@@ -43,6 +45,7 @@ class Runtime final : public Events {
   void add_slot(Slot& slot);
   bool has_thread() const noexcept { return thread_.joinable(); }
   Telemetry* telemetry() const noexcept { return options_.telemetry; }
+  Tracer* tracer() const noexcept { return options_.tracer; }
 
   // Progress in the caller when there is no thread, or while the thread leaves it to callers who poll all the time.
   void help() {
