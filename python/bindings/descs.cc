@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <string_view>
 
 namespace nixl::python {
 using nb::literals::operator""_a;
@@ -286,12 +287,13 @@ constexpr std::uint8_t kClass = std::is_same_v<List, XferList>  ? 0
                                 : std::is_same_v<List, RegList> ? 1
                                                                 : 2;
 
+// Pickles name the class anyway: they go without the bytes that all packed lists begin with.
+constexpr std::string_view kMagic = "NIXLDESC";
+
 template <typename List>
-Descs unpack(nb::handle bytes) {
-  if (!PyBytes_Check(bytes.ptr())) throw nb::type_error("packed descriptors are bytes");
+Descs unpack(const std::string& bytes) {
   std::uint8_t seen = 0;
-  Descs descs =
-      unpackDescs(PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr())), seen);
+  Descs descs = unpackDescs(bytes.data(), bytes.size(), seen);
   if (seen != kClass<List>) throw Error(-5, "the packed list is of another class");
   return descs;
 }
@@ -321,10 +323,15 @@ nb::class_<List> bind_list(nb::module_& module, const char* name) {
       .def("__bool__", [](const List&) { return true; })
       .def("__eq__", [](const List& a,
                         nb::handle b) { return nb::isinstance<List>(b) && a.descs == nb::cast<const List&>(b).descs; })
-      .def("__getstate__", [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>)); })
-      .def("__setstate__", [](List& list, nb::bytes state) { new (&list) List{unpack<List>(state)}; })
+      .def("__getstate__",
+           [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>).substr(kMagic.size())); })
+      .def("__setstate__",
+           [](List& list, nb::bytes state) {
+             new (&list) List{unpack<List>(std::string(kMagic) + std::string(state.c_str(), state.size()))};
+           })
       .def("pack", [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>)); })
-      .def_static("unpack", [](nb::bytes bytes) { return List{unpack<List>(bytes)}; });
+      .def_static("unpack",
+                  [](nb::bytes bytes) { return List{unpack<List>(std::string(bytes.c_str(), bytes.size()))}; });
   return list;
 }
 

@@ -8,20 +8,29 @@ namespace nixl::core {
 namespace {
 
 constexpr std::string_view kMagic = "NIXLDESC";
-constexpr std::uint16_t kVersion = 1;
+constexpr std::uint8_t kVersion = 2;
 constexpr std::size_t kMaxText = 1 << 20;
 enum Shape : std::uint8_t { kUniform = 0, kValues = 1, kAbsent = 2 };
 
-void put(ByteWriter& out, const Column& column) {
-  if (column.size() == 0) return out.put<std::uint8_t>(kAbsent);
-  out.put<std::uint8_t>(column.uniform() ? kUniform : kValues);
-  if (column.uniform()) return out.put(column[0]);
-  static_assert(std::endian::native == std::endian::little);
-  out.put_raw({reinterpret_cast<const char*>(column.data()), column.size() * 8});
+Shape shape_of(const Column& column) {
+  return column.size() == 0 ? kAbsent : column.uniform() ? kUniform : kValues;
 }
 
-Result<Column> get(ByteReader& in, std::size_t rows) {
-  NIXL_ASSIGN(const auto shape, in.get<std::uint8_t>());
+void put(ByteWriter& out, const Column& column) {
+  static_assert(std::endian::native == std::endian::little);
+  switch (shape_of(column)) {
+    case kAbsent:
+      break;
+    case kUniform:
+      out.put(column[0]);
+      break;
+    case kValues:
+      out.put_raw({reinterpret_cast<const char*>(column.data()), column.size() * 8});
+      break;
+  }
+}
+
+Result<Column> get(ByteReader& in, std::size_t rows, unsigned shape) {
   if (shape == kAbsent) return Column();
   if (shape == kUniform) {
     NIXL_ASSIGN(const auto value, in.get<std::uint64_t>());
@@ -36,28 +45,28 @@ Result<Column> get(ByteReader& in, std::size_t rows) {
 }
 
 Result<Descs> decode(ByteReader& in, std::uint8_t& list_class) {
-  NIXL_ASSIGN(const auto version, in.get<std::uint16_t>());
+  NIXL_ASSIGN(const auto version, in.get<std::uint8_t>());
   if (version != kVersion) return fail(Code::kMismatch, "version %u; this library reads version %u", version, kVersion);
-  NIXL_ASSIGN(list_class, in.get<std::uint8_t>());
-  NIXL_ASSIGN(const auto type, in.get<std::uint8_t>());
+  NIXL_ASSIGN(const auto what, in.get<std::uint8_t>());
+  list_class = what >> 4;
+  const unsigned type = what & 15;
   if (list_class > 2 || type > 4)
     return fail(Code::kMismatch, "class %u, memory kind %u are unknown", list_class, type);
-  NIXL_ASSIGN(const auto rows, in.get<std::uint64_t>());
-  constexpr std::uint64_t kMostRows = 1ull << 32;
-  if (rows > kMostRows)
-    return fail(Code::kMismatch, "%llu rows are above the limit", static_cast<unsigned long long>(rows));
+  NIXL_ASSIGN(const std::size_t rows, in.get<std::uint32_t>());
+  NIXL_ASSIGN(const unsigned shapes, in.get<std::uint16_t>());
+  NIXL_ASSIGN(const auto has_texts, in.get<std::uint8_t>());
   Descs descs(static_cast<MemType>(type));
+  unsigned place = 0;
   for (Column* column : {&descs.addr, &descs.len, &descs.dev, &descs.stride, &descs.count}) {
-    NIXL_ASSIGN(*column, get(in, rows));
+    NIXL_ASSIGN(*column, get(in, rows, shapes >> place & 3));
+    place += 2;
   }
   if (descs.addr.size() != rows || descs.len.size() != rows || descs.dev.size() != rows ||
       descs.stride.size() != descs.count.size())
     return fail(Code::kMismatch, "columns are missing");
-  NIXL_ASSIGN(const auto texts, in.get<std::uint64_t>());
-  if (texts != 0 && (texts != rows || texts > in.left() / 4))
-    return fail(Code::kMismatch, "%llu texts for %llu rows", static_cast<unsigned long long>(texts),
-                static_cast<unsigned long long>(rows));
-  for (std::uint64_t i = 0; i < texts; ++i) {
+  if (has_texts > 1 || (has_texts && rows > in.left() / 4))
+    return fail(Code::kMismatch, "texts for %zu rows, %zu bytes left", rows, in.left());
+  for (std::size_t i = 0; has_texts && i < rows; ++i) {
     NIXL_ASSIGN(const auto text, in.get_text(kMaxText));
     descs.meta.emplace_back(text);
   }
@@ -71,11 +80,14 @@ std::string encode_descs(const Descs& descs, std::uint8_t list_class) {
   ByteWriter out;
   out.put_raw(kMagic);
   out.put(kVersion);
-  out.put(list_class);
-  out.put(static_cast<std::uint8_t>(descs.type));
-  out.put<std::uint64_t>(descs.rows());
-  for (const Column* column : {&descs.addr, &descs.len, &descs.dev, &descs.stride, &descs.count}) put(out, *column);
-  out.put<std::uint64_t>(descs.meta.size());
+  out.put(static_cast<std::uint8_t>(list_class << 4 | static_cast<unsigned>(descs.type)));
+  out.put(static_cast<std::uint32_t>(descs.rows()));
+  const Column* columns[] = {&descs.addr, &descs.len, &descs.dev, &descs.stride, &descs.count};
+  unsigned shapes = 0;
+  for (unsigned i = 0; i < std::size(columns); ++i) shapes |= shape_of(*columns[i]) << 2 * i;
+  out.put(static_cast<std::uint16_t>(shapes));
+  out.put<std::uint8_t>(!descs.meta.empty());
+  for (const Column* column : columns) put(out, *column);
   for (const std::string& text : descs.meta) out.put_text(text);
   return out.take();
 }

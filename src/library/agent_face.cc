@@ -68,6 +68,8 @@ void throwInvalid(const std::string& reason) {
 }
 
 std::string packDescs(const Descs& descs, std::uint8_t list_class) {
+  if (descs.rows() > UINT32_MAX)
+    throwInvalid("the list has " + std::to_string(descs.rows()) + " rows; at most 4294967295 can be packed");
   return core::encode_descs(descs, list_class);
 }
 Descs unpackDescs(const char* bytes, std::size_t size, std::uint8_t& list_class) {

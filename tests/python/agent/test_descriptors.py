@@ -170,7 +170,17 @@ def test_pickle(kind, table):
     packed = pickle.dumps(descs)
     again = pickle.loads(packed)
     assert again == descs and type(again) is kind and again.getType() == nixl.VRAM_SEG
-    assert len(packed) <= 25 * len(table) + 128
+    assert len(packed) <= 25 * len(table) + 64
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_short_lists_are_small(protocol):
+    for count in (0, 1, 2, 7):
+        for kind in (XFER, REG):
+            descs = kind(nixl.DRAM_SEG, [(0x7F0000000000 + 4096 * i, 100 + i, i) for i in range(count)])
+            packed = pickle.dumps(descs, protocol)
+            assert pickle.loads(packed) == descs
+            assert protocol < pickle.DEFAULT_PROTOCOL or len(packed) <= 25 * count + 64
 
 
 def test_serialized_descs(one):
