@@ -4,6 +4,7 @@
   --mode target --ip A --port P            serves until an initiator finished
   --mode initiator --target_ip A --port P  connects, runs, prints the table
   --etcd_endpoints URL                     the same line twice: who comes first is the target
+  --tcp_store HOST:PORT                    the same without etcd: HOST is an address of the target's
   none of these                            the target is started here as a second process
 """
 

@@ -140,6 +140,14 @@ class Benchmark:
         """Operations that a run goes through, one report each."""
         return [self.options.operation]
 
+    def steps(self):
+        """(bytes of a descriptor, descriptors) of each row."""
+        return [(size, self.options.batch_size) for size in self.options.buffer_sizes]
+
+    def text(self, report):
+        """The report as people read it."""
+        return metrics.text_report(report, self.options.details)
+
 
 def run(benchmark_class, argv=None):
     """Runs a script from its command line; returns the exit code."""
@@ -152,6 +160,8 @@ def run(benchmark_class, argv=None):
     watchdog.start()
     benchmark = benchmark_class(options)
     try:
+        if options.enable_vmm and not benchmark.uses_gpu():
+            print("SKIP: --enable_vmm: no VRAM in this run", file=sys.stderr)
         return _run(benchmark)
     except Skip as reason:
         print(f"SKIP: {options.backend}: {reason}")
@@ -189,14 +199,15 @@ def _run(benchmark):
             failed |= any(row["consistency"] != "PASS" for row in report["rows"])
     finally:
         benchmark.tear_down()
-    _publish(benchmark.options, reports)
+    _publish(benchmark, reports)
     return 1 if failed else 0
 
 
 def _measure_all(benchmark):
     options, rows, path, gpu_reason = benchmark.options, [], "", ""
-    for index, size in enumerate(options.buffer_sizes):
-        _progress(f"{options.operation} {config.format_size(size)} ({index + 1} of {len(options.buffer_sizes)})")
+    steps = benchmark.steps()
+    for index, (size, options.batch_size) in enumerate(steps):
+        _progress(f"{options.operation} {config.format_size(size)} x {options.batch_size} ({index + 1} of {len(steps)})")
         lanes = benchmark.make_lanes(size)
         try:
             row, path, gpu_reason = _measure(benchmark, lanes, size)
@@ -361,8 +372,9 @@ def _loop_one(options, lane, count, fresh, result):
             _end(options, lane)
 
 
-def _publish(options, reports):
-    texts = [metrics.text_report(report, options.details) for report in reports]
+def _publish(benchmark, reports):
+    options = benchmark.options
+    texts = [benchmark.text(report) for report in reports]
     if options.format == "text":
         body = "\n\n".join(texts)
     elif options.format == "json":
@@ -418,17 +430,29 @@ def agent_config(options, **extra):
                                   backends=[options.backend], backend_params=params, **extra)
 
 
-def make_agent(name, options, **extra):
-    """A nixl agent with the backend of the flags, or Skip with the backend's own reason."""
+def plugin_report():
+    """What the package says of each backend, or Skip where there is no package."""
     try:
         import nixl
     except ImportError as error:
         raise Skip(f"the nixl package cannot be imported: {error}") from None
-    report = nixl.plugin_report().get(options.backend)
+    return nixl.plugin_report()
+
+
+def require_backend(options):
+    """Skip with the backend's own reason where it cannot run."""
+    report = plugin_report().get(options.backend)
     if report is None:
         raise Skip("no such backend")
     if not report["available"]:
         raise Skip(report["reason"])
+
+
+def make_agent(name, options, **extra):
+    """A nixl agent with the backend of the flags, or Skip with the backend's own reason."""
+    require_backend(options)
+    import nixl
+
     agent = nixl.nixl_agent(name, agent_config(options, **extra))
     if options.backend not in agent.backends:
         raise Skip("the backend was not created")

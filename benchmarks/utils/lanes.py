@@ -178,14 +178,15 @@ class MemoryLane(AgentLane):
         return first_difference(self.near.read(self.near_offset, self.bytes), wanted)
 
 
-def make_memory_lanes(agent, peer, options, size, near, far, far_desc):
-    """num_threads lists of pipeline_depth lanes, side by side in the two buffers."""
+def make_memory_lanes(agent, peer, options, size, near, far, far_desc, offsets=(0, 0)):
+    """num_threads lists of pipeline_depth lanes, side by side in the two buffers from `offsets` (near, far) on."""
     step = size * options.batch_size
     lanes, index = [], 0
     for _ in range(options.num_threads):
         thread = []
         for _ in range(options.pipeline_depth):
-            thread.append(MemoryLane(agent, peer, options, size, near, index * step, far, far_desc, index * step))
+            thread.append(MemoryLane(agent, peer, options, size, near, offsets[0] + index * step, far, far_desc,
+                                     offsets[1] + index * step))
             index += 1
         lanes.append(thread)
     return lanes

@@ -57,8 +57,10 @@ def row(size, batch, samples, consistency):
         "gpu_percent": samples.gpu_percent, "consistency": consistency,
         "prep_us_mean": statistics.fmean(samples.prep_ns) / 1e3 if samples.prep_ns else None,
         "post_us_mean": post, "tx_us_mean": None if post is None else max(0.0, mean - post),
-        "tails_us": {name: percentile(sorted(values), 99) / 1e3
-                     for name, values in (("prep", samples.prep_ns), ("post", samples.post_ns)) if values},
+        "wall_s": samples.wall_s,
+        "tails_us": {name: percentile(sorted(values), 99) / 1e3 for name, values in (
+            ("prep", samples.prep_ns), ("post", samples.post_ns),
+            ("tx", [whole - post for whole, post in zip(samples.latency_ns, samples.post_ns)])) if values},
     }
 
 
@@ -137,9 +139,10 @@ def text_report(report, details=False):
     if details:
         lines += ["", "Phases"]
         lines += _table(
-            ["Buffer Size", "Prep (μs)", "P99 Prep (μs)", "Post (μs)", "P99 Post (μs)", "Tx (μs)"],
+            ["Buffer Size", "Prep (μs)", "P99 Prep (μs)", "Post (μs)", "P99 Post (μs)", "Tx (μs)", "P99 Tx (μs)"],
             [[format_size(r["buffer_size_bytes"]), _number(r["prep_us_mean"]), _number(r["tails_us"].get("prep")),
-              _number(r["post_us_mean"]), _number(r["tails_us"].get("post")), _number(r["tx_us_mean"])] for r in rows])
+              _number(r["post_us_mean"]), _number(r["tails_us"].get("post")), _number(r["tx_us_mean"]),
+              _number(r["tails_us"].get("tx"))] for r in rows])
     lines += ["", f"Transport: {report['path'] or 'unknown'}"]
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
-"""How the two sides of a run find each other: a second process of this host, sockets, or etcd."""
+"""How the two sides of a run find each other: a second process of this host, sockets, etcd, or one address that both know."""
 
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import urllib.request
 from utils.benchmark_base import Failure, Skip, make_agent
 
 JOIN_LIMIT_S = 60
+LOCAL_LIMIT_S = 10  # for a target that this run has started
+_MAX_METADATA = 1 << 30
 
 
 def role_flags(parser):
@@ -20,6 +23,8 @@ def role_flags(parser):
     parser.add_argument("--ip", default="", help="target: address to serve on (default all)")
     parser.add_argument("--target_ip", default="127.0.0.1", help="initiator: the target's address")
     parser.add_argument("--port", type=int, default=5555)
+    parser.add_argument("--tcp_store", default="", metavar="HOST:PORT", help="rendezvous without etcd: the same line on both "
+                        "sides; who owns HOST and comes first is the target")
     parser.add_argument("--announce", action="store_true", help="target: print `port N` when it serves")
     parser.add_argument("--target_gpu_id", type=int, default=None, help="CUDA ordinal at the target (default --gpu_id)")
 
@@ -32,7 +37,7 @@ class LocalTarget:
     """The target as a second process of this host, running the same script."""
 
     def __init__(self, options):
-        skip = {"--mode", "--ip", "--target_ip", "--port", "--output", "--plot", "--format", "--etcd_endpoints"}
+        skip = {"--mode", "--ip", "--target_ip", "--port", "--output", "--plot", "--format", "--etcd_endpoints", "--tcp_store"}
         words, passed, i = options.argv, [], 0
         while i < len(words):  # the flags of this run, less those of the role and the report
             name = words[i].split("=")[0].replace("-", "_").replace("__", "--", 1)
@@ -73,14 +78,15 @@ def serve_target(options, server_class):
     return server.asked
 
 
-def connect_sockets(agent, options, port):
-    """Exchanges metadata with the target's listener; Failure after the join limit."""
+def connect_sockets(agent, options, port, limit_s):
+    """Exchanges metadata with the target's listener; Failure after `limit_s`."""
     _, target = names(options)
-    deadline, next_try = time.monotonic() + JOIN_LIMIT_S, 0.0
+    deadline, next_try = time.monotonic() + limit_s, 0.0
     while not agent.check_remote_metadata(target):
         now = time.monotonic()
         if now > deadline:
-            raise Failure(f"no target at {options.target_ip}:{port} within {JOIN_LIMIT_S} s")
+            raise Failure(f"no target could be reached at {options.target_ip}:{port} within {limit_s} s; warnings above give the "
+                          "reason, if it answered")
         if now >= next_try:
             agent.fetch_remote_metadata(target, options.target_ip, port)
             next_try = now + 1.0
@@ -150,6 +156,60 @@ def join_etcd(options):
         leave_etcd(etcd, role)
         raise
     return role, agent, partner, etcd
+
+
+def _send_blob(connection, blob):
+    connection.sendall(len(blob).to_bytes(8, "little") + blob)
+
+
+def _receive_blob(connection):
+    with connection.makefile("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        blob = stream.read(size) if 0 < size <= _MAX_METADATA else b""
+    if not blob or len(blob) != size:
+        raise Failure("the partner at --tcp_store ended, or is none of ours")
+    return blob
+
+
+def _first_or_second(options):
+    """A listening socket when this process is the first at the address, else a connection to who is."""
+    host, _, port = options.tcp_store.rpartition(":")
+    if not host or not port.isdigit():
+        raise Failure(f"--tcp_store {options.tcp_store}: HOST:PORT is wanted")
+    deadline = time.monotonic() + JOIN_LIMIT_S
+    while True:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that is listened on is refused all the same
+        try:
+            listener.bind((host, int(port)))
+            listener.listen(1)
+            return listener, None
+        except OSError:  # taken, or the address of another host
+            listener.close()
+        try:
+            return None, socket.create_connection((host, int(port)), timeout=JOIN_LIMIT_S)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Failure(f"nobody at --tcp_store {options.tcp_store} within {JOIN_LIMIT_S} s: {error}") from None
+            time.sleep(0.1)
+
+
+def join_tcp(options):
+    """Who comes first is the target. Returns (role, agent, partner's name)."""
+    initiator, target = names(options)
+    listener, connection = _first_or_second(options)
+    with listener or connection:
+        agent = make_agent(target if listener else initiator, options)
+        if listener:
+            listener.settimeout(JOIN_LIMIT_S)
+            try:
+                connection = listener.accept()[0]
+            except TimeoutError:
+                raise Failure(f"no initiator came to --tcp_store {options.tcp_store} within {JOIN_LIMIT_S} s") from None
+        with connection:
+            connection.settimeout(JOIN_LIMIT_S)
+            _send_blob(connection, agent.get_agent_metadata())
+            return "target" if listener else "initiator", agent, agent.add_remote_agent(_receive_blob(connection)).decode()
 
 
 def leave_etcd(etcd, role):

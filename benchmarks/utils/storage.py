@@ -48,6 +48,33 @@ class StorageLane(AgentLane):
                                 pattern(self.bytes, self.options.pattern, TARGET_FILL, salt))
 
 
+class PlainLane(StorageLane):
+    """The same pieces by pread and pwrite: what --baseline measures."""
+
+    def register(self):
+        self.view = memoryview(self.near.array)[self.near_offset:self.near_offset + self.bytes]
+
+    def deregister(self):
+        self.view = None
+
+    def open(self):
+        write = self.options.operation == "WRITE"
+        self.calls = [(os.pwritev if write else os.preadv, self.view[i * self.size:(i + 1) * self.size], self.start + i * self.size)
+                      for i in range(self.options.batch_size)]
+
+    def close(self):
+        self.calls = []
+
+    def post(self):
+        for call, piece, place in self.calls:
+            if call(self.store.fd, [piece], place) != len(piece):
+                raise Failure(f"{self.store.path}: a short read or write at offset {place}")
+        return True
+
+    def path(self):
+        return "pread/pwrite"
+
+
 class FileStore:
     """One file: created if absent, made longer as needed, never shorter, removed at the end only if it was created here."""
 
@@ -106,19 +133,31 @@ class FileBenchmark(Benchmark):
     @classmethod
     def add_flags(cls, parser):
         parser.add_argument("--file_path", required=True, help="file to use; created if absent, never shortened")
+        parser.add_argument("--baseline", action="store_true", help="plain pread and pwrite in place of the backend")
         parser.add_argument("--num_files", type=int, default=1, help="files FILE, FILE.1, ...: lanes are spread over them")
 
     def set_up(self):
         options = self.options
         self.stores = []
         self.set_parameters()
-        self.agent = make_agent("initiator", options)
-        for i in range(options.num_files):
-            self.stores.append(FileStore(options.file_path + (f".{i}" if i else ""), options.storage_enable_direct))
+        if options.baseline:
+            if options.initiator_mem != "DRAM":
+                raise Failure("--baseline: pread and pwrite move host memory only")
+            options.backend, self.agent = "pread/pwrite", None
+        else:
+            self.agent = make_agent("initiator", options)
+        for path in self.paths():
+            self.stores.append(FileStore(path, options.storage_enable_direct))
+        if options.baseline:
+            return
         self.registered = self.agent.register_memory([(0, 0, store.fd, store.path) for store in self.stores], "FILE")
 
     def set_parameters(self):
         """Turns the script's flags into options.backend_params."""
+
+    def paths(self):
+        options = self.options
+        return [options.file_path + (f".{i}" if i else "") for i in range(options.num_files)]
 
     def make_lanes(self, size):
         options = self.options
@@ -129,7 +168,7 @@ class FileBenchmark(Benchmark):
         for index in range(count):
             store, start = self.stores[index % len(self.stores)], index // len(self.stores) * step
             store.reserve(start + step)
-            lanes.append(StorageLane(self.agent, options, size, self.near, index * step, store, start))
+            lanes.append((PlainLane if options.baseline else StorageLane)(self.agent, options, size, self.near, index * step, store, start))
         depth = options.pipeline_depth
         return [lanes[i:i + depth] for i in range(0, count, depth)]
 
