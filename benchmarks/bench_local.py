@@ -170,6 +170,19 @@ def host_copies(figures):
             figures.append(Figure(f"READ against WRITE, {name}", slow / quick, "slower/faster", 1.05, 1.02))
     third_process(figures, pair, 100_000, 4 << 10)
     pair.close()
+    shared_copies(figures, floors)
+
+
+def shared_copies(figures, floors):
+    """The same into memory that its owner shares: mapped here, so that nothing but memcpy runs."""
+    pair = Pair("DRAM", BYTES, shared=True)
+    for name, count, piece, unit, neighbour, _, _, repetitions in COPIES:
+        for operation in ("WRITE", "READ"):
+            pair.prove(operation, count, piece)
+            seconds, path = min(pair.best(operation, count, piece, repetitions) for _ in range(ROUNDS))
+            figures.append(Figure(f"{operation} {name}, shared", seconds * SCALE[unit], unit, None, None,
+                                  {neighbour.split()[0]: floors[neighbour] * SCALE[unit]}, note=path))
+    pair.close()
 
 
 def third_process(figures, pair, count, piece, device=0):

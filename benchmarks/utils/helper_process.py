@@ -87,7 +87,7 @@ class _Helper:
     def hello(self):
         return {"pid": os.getpid()}
 
-    def allocate(self, kind, size, device=0, vmm=False, piece=None, torch=False):
+    def allocate(self, kind, size, device=0, vmm=False, piece=None, torch=False, shared=False):
         from utils.memory import DeviceBuffer, HostBuffer, TorchBuffer
 
         if self.registered is not None:
@@ -96,7 +96,7 @@ class _Helper:
         if torch:
             self.buffer = TorchBuffer(size, device)
         else:
-            self.buffer = DeviceBuffer(size, device, vmm, piece) if kind == "VRAM" else HostBuffer(size)
+            self.buffer = DeviceBuffer(size, device, vmm, piece) if kind == "VRAM" else HostBuffer(size, shared)
         self.registered = self.agent.register_memory([(self.buffer.address, size, device, "")], kind)
         return {"address": self.buffer.address}
 

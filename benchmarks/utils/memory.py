@@ -1,6 +1,7 @@
 """Buffers of the benchmarks: host memory, GPU memory through the CUDA driver, patterns that show offset errors."""
 
 import ctypes
+import fcntl
 import importlib.util
 import mmap
 import os
@@ -28,13 +29,20 @@ def first_difference(seen, wanted):
 
 
 class HostBuffer:
-    """Touched, page-aligned host memory. `address`, `size`, `device` describe it to an agent."""
+    """Touched, page-aligned host memory: private pages, as malloc, numpy and torch have them, or (`shared`) a memory file that
+    cannot shrink. `address`, `size`, `device` describe it to an agent."""
 
     kind, device = "DRAM", 0
 
-    def __init__(self, size):
-        # Private pages, as malloc, numpy and torch have them.
-        self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def __init__(self, size, shared=False):
+        if shared:
+            self._file = os.memfd_create("buffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self._file, max(size, 1))
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            self._map = mmap.mmap(self._file, max(size, 1), flags=mmap.MAP_SHARED)
+        else:
+            self._file = None
+            self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.array = numpy.frombuffer(self._map, dtype=numpy.uint8, count=size)
         self.array[:] = 0
         self.address, self.size = self.array.ctypes.data, size
@@ -47,6 +55,9 @@ class HostBuffer:
 
     def close(self):
         self.array = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 class Cuda:

@@ -57,6 +57,7 @@ class SameHostBackend final : public Backend, private Notifier, private CostMode
   std::shared_ptr<PeerTable> peers_;
   std::shared_ptr<CopyThreads> threads_;
   std::shared_ptr<HugePages> pages_;  // null: off
+  SharedMemory shared_;
   std::atomic<bool> pages_started_{false};
   std::string address_, host_;
   std::atomic<bool> slept_{false};
@@ -72,6 +73,7 @@ Result<std::unique_ptr<Backend>> SameHostBackend::open(BackendConfig config) {
   if (::getrandom(&incarnation, sizeof incarnation, 0) != sizeof incarnation)
     return fail(errno_error("getrandom", errno));
   NIXL_ASSIGN(backend->pages_, HugePages::open(config.params));
+  NIXL_ASSIGN(backend->shared_, SharedMemory::open());
   NIXL_ASSIGN(backend->mailbox_, Mailbox::open(incarnation, config.self.name));
   NIXL_ASSIGN(backend->peers_, PeerTable::open(config.events, backend->mailbox_->socket()));
   backend->slots_ = std::make_shared<SlotTable>(backend->mailbox_);
@@ -115,7 +117,9 @@ Result<std::unique_ptr<LocalRegion>> SameHostBackend::add_region(const Region& r
   }
   NIXL_ASSIGN(const auto slot, slots_->take());
   HugeRange pages(region.kind == MemKind::kDram ? pages_ : nullptr, region.address, region.length);
-  return std::make_unique<OwnRegion>(slots_, slot.first, slot.second, std::move(exported), std::move(pages));
+  auto own = std::make_unique<OwnRegion>(slots_, slot.first, slot.second, std::move(exported), std::move(pages));
+  if (region.kind == MemKind::kDram) own->shared = shared_.find(region);
+  return own;
 }
 
 Result<std::string> SameHostBackend::export_region(const LocalRegion& region) {
@@ -124,6 +128,7 @@ Result<std::string> SameHostBackend::export_region(const LocalRegion& region) {
   out.put(own.slot());
   out.put(own.generation());
   if (own.vram()) out.put_raw(own.vram()->key());
+  if (own.shared) own.shared->encode(out);
   return out.take();
 }
 
@@ -134,7 +139,7 @@ Result<std::unique_ptr<RemoteRegion>> SameHostBackend::import_region(Connection&
   NIXL_ASSIGN(const std::uint32_t slot, in.get<std::uint32_t>());
   NIXL_ASSIGN(const std::uint64_t generation, in.get<std::uint64_t>());
   const bool is_vram = region.kind == MemKind::kVram;
-  if (slot >= kNumSlots || generation == 0 || (in.left() != 0) != is_vram)
+  if (slot >= kNumSlots || generation == 0 || (is_vram && in.left() == 0))
     return fail(Code::kMismatch, "a same-host key for %s with slot %u (below %u wanted) and %zu more bytes",
                 name(region.kind), slot, kNumSlots, in.left());
   std::unique_ptr<VramMapping> mapping;
@@ -142,7 +147,13 @@ Result<std::unique_ptr<RemoteRegion>> SameHostBackend::import_region(Connection&
     NIXL_ASSIGN(Vram* const gpu, vram());
     NIXL_ASSIGN(mapping, gpu->map_region(connection.process(), region, key.substr(in.offset())));
   }
-  return std::make_unique<FarRegion>(connection, slot, generation, std::move(mapping));
+  std::unique_ptr<SharedMapping> shared;
+  if (!is_vram && in.left() != 0) {
+    NIXL_ASSIGN(shared, shared_.map(connection.process(), region, in));
+    if (in.left() != 0)
+      return fail(Code::kMismatch, "a same-host key for %s with %zu bytes too many", name(region.kind), in.left());
+  }
+  return std::make_unique<FarRegion>(connection, slot, generation, std::move(mapping), std::move(shared));
 }
 
 Result<std::string> SameHostBackend::export_connection() {

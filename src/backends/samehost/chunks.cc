@@ -70,7 +70,7 @@ std::vector<Position> cut(const Plan& plan) {
   return starts;
 }
 
-void gather(const Plan& plan, Position from, Position to, Pieces& out) noexcept {
+void gather(const Plan& plan, Position from, Position to, Pieces& out, const std::uint64_t* deltas) noexcept {
   out.count = out.num_regions = 0;
   const bool runs = plan.has_runs();
   for (std::size_t row = from.row; row < plan.num_rows() && row <= to.row; ++row) {
@@ -81,12 +81,13 @@ void gather(const Plan& plan, Position from, Position to, Pieces& out) noexcept 
     if (length == 0 || (first >= last && !ends_inside)) continue;
     if (out.num_regions == 0 || out.regions[out.num_regions - 1] != plan.remote_region[row])
       out.regions[out.num_regions++] = plan.remote_region[row];
+    const std::uint64_t delta = deltas ? deltas[plan.remote_region[row]] : 0;
     for (std::uint64_t block = first; block < last + ends_inside; ++block) {
       const std::uint64_t begin = row == from.row && block == from.block ? from.offset : 0;
       const std::uint64_t end = ends_inside && block == last ? to.offset : length;
       const std::uint64_t local_step = runs ? block * plan.local_stride[row] : 0;
       const std::uint64_t remote_step = runs ? block * plan.remote_stride[row] : 0;
-      add(out, plan.local_address[row] + local_step + begin, plan.remote_address[row] + remote_step + begin,
+      add(out, plan.local_address[row] + local_step + begin, plan.remote_address[row] + delta + remote_step + begin,
           end - begin);
     }
   }

@@ -31,6 +31,7 @@ struct Pieces {
   std::array<std::uint32_t, kMaxPieces> regions;
   std::size_t count = 0, num_regions = 0;
 };
-void gather(const Plan& plan, Position from, Position to, Pieces& out) noexcept;
+// `deltas`, if not null: for each remote region, what is added to its addresses.
+void gather(const Plan& plan, Position from, Position to, Pieces& out, const std::uint64_t* deltas = nullptr) noexcept;
 
 }  // namespace nixl::core::samehost

@@ -207,8 +207,11 @@ OwnRegion::~OwnRegion() {
 }
 
 FarRegion::FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation,
-                     std::unique_ptr<VramMapping> vram)
-    : slot_(&peer.process().segment().slot(slot)), generation_(generation), vram_(std::move(vram)) {}
+                     std::unique_ptr<VramMapping> vram, std::unique_ptr<SharedMapping> shared)
+    : slot_(&peer.process().segment().slot(slot)),
+      generation_(generation),
+      vram_(std::move(vram)),
+      shared_(std::move(shared)) {}
 
 FarRegion::~FarRegion() = default;
 

@@ -11,6 +11,7 @@
 #include "backends/samehost/huge_pages.h"
 #include "backends/samehost/mailbox.h"
 #include "backends/samehost/peer.h"
+#include "backends/samehost/shared_memory.h"
 #include "contract/backend.h"
 
 namespace nixl::core::samehost {
@@ -88,6 +89,7 @@ class OwnRegion final : public LocalRegion {
   const VramExport* vram() const noexcept { return vram_.get(); }  // null: DRAM
   std::uint32_t slot() const noexcept { return slot_; }
   std::uint64_t generation() const noexcept { return generation_; }
+  std::optional<SharedExport> shared;  // DRAM that peers can map
 
  private:
   std::shared_ptr<SlotTable> slots_;
@@ -113,9 +115,11 @@ class SlotTable {
 
 class FarRegion final : public RemoteRegion {
  public:
-  FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation, std::unique_ptr<VramMapping> vram);
+  FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation, std::unique_ptr<VramMapping> vram,
+            std::unique_ptr<SharedMapping> shared);
   ~FarRegion() override;
-  const VramMapping* vram() const noexcept { return vram_.get(); }  // null: DRAM
+  const VramMapping* vram() const noexcept { return vram_.get(); }        // null: DRAM
+  const SharedMapping* shared() const noexcept { return shared_.get(); }  // null: not mapped here
   // false once the owner has deregistered it.
   bool registered() const noexcept { return slot_->load(std::memory_order_acquire) == generation_; }
 
@@ -123,6 +127,7 @@ class FarRegion final : public RemoteRegion {
   std::atomic<std::uint64_t>* slot_;
   std::uint64_t generation_;
   std::unique_ptr<VramMapping> vram_;
+  std::unique_ptr<SharedMapping> shared_;
 };
 
 }  // namespace nixl::core::samehost

@@ -405,7 +405,8 @@ TEST(a_stopped_peer_does_not_hold_up_copies) {
 TEST(deregistered_and_freed_memory_is_refused) {
   char* const theirs = shared_bytes();
   std::vector<char> mine(kBytes, 'r');
-  for (const auto& [how, bytes] : {std::pair{'d', kBytes}, {'u', kBytes}, {'d', std::size_t{64}}, {'u', std::size_t{64}}}) {
+  for (const auto& [how, bytes] :
+       {std::pair{'d', kBytes}, {'u', kBytes}, {'d', std::size_t{64}}, {'u', std::size_t{64}}}) {
     std::memset(theirs, 0, kBytes);
     Target target(theirs);
     Side side("initiator");

@@ -1,5 +1,7 @@
 #include "backends/samehost/transfer.h"
 
+#include <cstring>
+
 namespace nixl::core::samehost {
 
 void Ending::set_message(std::optional<std::string_view> message) {
@@ -28,14 +30,30 @@ Result<void> Ending::finish() {
 CopyJob::CopyJob(Plan plan, std::vector<Position> starts, std::shared_ptr<Mailbox> mailbox)
     : TransferJob(starts.empty() ? 0 : static_cast<std::uint32_t>(starts.size() - 1), plan, std::move(mailbox)),
       plan_(std::move(plan)),
-      starts_(std::move(starts)) {}
+      starts_(std::move(starts)) {
+  for (const RemoteRegion* const region : plan_.remote_regions) {
+    const SharedMapping* const shared = static_cast<const FarRegion*>(region)->shared();
+    if (!shared) {
+      deltas_.clear();
+      break;
+    }
+    deltas_.push_back(shared->delta());
+  }
+}
 
 Result<void> CopyJob::copy_chunk(std::uint32_t index) {
   PeerConnection& peer = ending.peer();
-  if (peer.lost()) NIXL_TRY(peer.check_alive());
+  if (peer.lost() || mapped()) NIXL_TRY(peer.check_alive());
   Pieces pieces;
-  gather(plan_, starts_[index], starts_[index + 1], pieces);
+  gather(plan_, starts_[index], starts_[index + 1], pieces, mapped() ? deltas_.data() : nullptr);
   for (std::size_t i = 0; i < pieces.num_regions; ++i) NIXL_TRY(ending.check_registered(pieces.regions[i]));
+  if (mapped()) {
+    const bool write = plan_.op == Op::kWrite;
+    for (std::size_t i = 0; i < pieces.count; ++i)
+      std::memcpy(write ? pieces.remote[i].iov_base : pieces.local[i].iov_base,
+                  write ? pieces.local[i].iov_base : pieces.remote[i].iov_base, pieces.local[i].iov_len);
+    return {};
+  }
   auto copied =
       peer.process().copy(plan_.op, {pieces.local.data(), pieces.count}, {pieces.remote.data(), pieces.count});
   if (!copied && copied.error().code == Code::kPeerLost) NIXL_TRY(peer.check_alive(true));
@@ -82,7 +100,7 @@ std::unique_ptr<Transfer> make_copy(Plan plan, std::shared_ptr<Mailbox> mailbox,
   const bool small = starts.size() <= 2;
   if (!small && !threads) threads = CopyThreads::shared();
   auto job = std::make_shared<CopyJob>(std::move(plan), std::move(starts), std::move(mailbox));
-  return std::make_unique<JobTransfer>(job->plan(), job, small ? nullptr : threads, "cma");
+  return std::make_unique<JobTransfer>(job->plan(), job, small ? nullptr : threads, job->mapped() ? "shm" : "cma");
 }
 
 }  // namespace nixl::core::samehost

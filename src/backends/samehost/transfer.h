@@ -48,11 +48,13 @@ class CopyJob final : public TransferJob {
  public:
   CopyJob(Plan plan, std::vector<Position> starts, std::shared_ptr<Mailbox> mailbox);
   const Plan& plan() const noexcept { return plan_; }
+  bool mapped() const noexcept { return !deltas_.empty(); }
 
  private:
   Result<void> copy_chunk(std::uint32_t index) override;
 
   const Plan plan_;
+  std::vector<std::uint64_t> deltas_;  // of the remote regions when all of them are mapped here
   const std::vector<Position> starts_;
 };
 
