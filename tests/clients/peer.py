@@ -28,3 +28,27 @@ class Peer:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def serve_tensors(channel, name):
+    """The half of an owner: registers three tensors of 1000 floats filled with 1, 2, 3 and answers with its metadata and their
+    descriptors, packed. Passes on its notifications as (sender, message). On "renew" it deregisters them, registers others filled with
+    11, 12, 13 and answers again; ends at any other word."""
+    import torch
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    one = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+    offset, regs = 0, None
+    while True:
+        if regs is not None:
+            one.deregister_memory(regs)
+        tensors = [torch.full((1000,), float(offset + i + 1)) for i in range(3)]
+        regs = one.register_memory(tensors)
+        channel.send((one.get_agent_metadata(), one.get_serialized_descs(one.get_xfer_descs(tensors))))
+        while not channel.poll(0.001):
+            for sender, messages in one.update_notifs().items():
+                while messages:
+                    channel.send((sender, messages.pop(0)))
+        if channel.recv() != "renew":
+            return
+        offset += 10
