@@ -113,8 +113,8 @@ def rebalance_experts(tokens_per_expert, num_physical_experts, num_local_physica
 
     physical = [_with_holes(_place(row, local * num_active, groups, nodes, num_active), active, local) for row in loads.tolist()]
     most = num_physical_experts - num_logical + 1
-    to_physical = torch.full((num_layers, num_logical, most), -1, dtype=torch.int64)
-    count = torch.zeros((num_layers, num_logical), dtype=torch.int64)
+    to_physical = torch.full((num_layers, num_logical, most), -1, dtype=torch.int64, device="cpu")
+    count = torch.zeros((num_layers, num_logical), dtype=torch.int64, device="cpu")
     for layer, row in enumerate(physical):
         for place, expert in enumerate(row):
             if active[place // local]:

@@ -86,7 +86,7 @@ class Placement:
         self.num_ranks = num_ranks
         self.local = local or -(-(LOGICAL + REDUNDANT) // num_ranks)
         if loads is None:
-            loads = torch.ones(1, LAYERS, LOGICAL)
+            loads = torch.ones((1, LAYERS, LOGICAL), device="cpu")
         self.logical_of, self.places, self.counts = eplb.rebalance_experts(loads, self.local * num_ranks, self.local, 1, num_nodes, algorithm)
 
     def physical(self, layer, ids, first_token=0):

@@ -141,3 +141,17 @@ def test_choice_of_algorithm():
     assert compute_algorithm("elasticity_aware", None, 1) is Algorithm.elasticity_aware
     with pytest.raises(KeyError):
         compute_algorithm("best", 1, 1)
+
+
+def test_defaults_of_torch_do_not_matter():
+    """Engines set the default device and dtype of a process; tables lie where the loads lie."""
+    loads = torch.arange(24, dtype=torch.float32).view(2, 3, 4)
+    expected = rebalance_experts(loads, 8, 2, 1, 1, Algorithm.elasticity_aware)
+    torch.set_default_device("meta")  # what is allocated without a device has no values
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tables = rebalance_experts(loads, 8, 2, 1, 1, Algorithm.elasticity_aware)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(table, wanted) for table, wanted in zip(tables, expected))

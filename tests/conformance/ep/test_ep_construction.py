@@ -402,6 +402,36 @@ def test_get_dispatch_layout(opened, ranks, per_rank, n, topk, dtype):
             assert tensor.dtype == kind and tensor.numpy().tolist() == array.tolist()
 
 
+def test_default_device_does_not_matter(opened):
+    """EP-3. On the device "meta" tensors have no values: nothing may be allocated without naming a device."""
+    ids, tokens = torch.tensor([[0, 3], [2, -1], [3, 1]]), torch.randn((3, 512)).to(torch.bfloat16)
+    weights, mask = torch.rand((3, 2)), torch.empty(2, dtype=torch.int32)
+    torch.set_default_device("meta")
+    try:
+        buffer = opened()
+        buffer.update_memory_buffers(2, 4, Buffer.get_rdma_size_hint(8, 512, 2, 8))
+        for payload in ({"use_fp8": False}, {}, {"round_scale": True, "use_ue8m0": True}):
+            for mode in ({}, {"async_finish": True}, {"return_recv_hook": True}):
+                recv, count, handle, _, hook = buffer.dispatch(tokens, ids, 8, 8, **payload, **mode)
+                if hook is not None:
+                    hook()
+                rows = recv[0] if isinstance(recv, tuple) else recv
+                assert {t.device.type for t in (rows, count, *handle[:2])} == {"cpu"} and count.sum() == 5
+                x = rows.to(torch.bfloat16).contiguous()
+                out, _, hook = buffer.combine(x, ids, weights, handle, **mode)
+                if hook is not None:
+                    hook()
+                assert out.device.type == "cpu" and out.dtype == torch.bfloat16
+        layout = buffer.get_dispatch_layout(ids, 8)
+        assert layout[0].tolist() == [3, 0] and layout[2].device.type == layout[3].device.type == "cpu"
+        buffer.query_mask_buffer(mask)
+        assert buffer.active_ranks() == ([0], [0]) and mask.tolist() == [0, -1]
+        views = buffer.get_next_combine_buffer(handle), buffer.fault_tensor(), buffer.get_local_buffer_tensor(torch.int8)
+        assert {view.device.type for view in views} == {"cpu"}
+    finally:
+        torch.set_default_device(None)
+
+
 def test_of_a_previous_event_only_the_event_is_read(opened):
     waited = []
 
