@@ -121,9 +121,14 @@ class Etcd final : public Store, private StoreWatcher {
 
   Result<void> publish(std::string_view key, std::string_view value) override {
     const std::lock_guard lock(publish_mutex_);
-    NIXL_TRY(put(key, value));
-    if (config_.lease_ns > 0) published_.insert_or_assign(std::string(key), std::string(value));
-    return {};
+    if (config_.lease_ns == 0) return put(key, value);
+    published_.insert_or_assign(std::string(key), std::string(value));
+    auto done = put(key, value);
+    if (!done) {  // put again until it succeeds, or it is withdrawn
+      owes_ = true;
+      start_thread();
+    }
+    return done;
   }
 
   Result<std::string> fetch(std::string_view key, Deadline deadline) override {
@@ -220,15 +225,28 @@ class Etcd final : public Store, private StoreWatcher {
     return range;
   }
 
-  // publish_mutex_ held.
+  // publish_mutex_ held. A lease that has run out unnoticed (we were stopped, or the server) is replaced.
   Result<void> put(std::string_view key, std::string_view value) {
     std::string body = "{\"key\":" + coded(key) + ",\"value\":" + coded(value);
-    if (config_.lease_ns > 0) {
-      if (lease_.empty()) NIXL_TRY(grant());
-      body += ",\"lease\":\"" + lease_ + "\"";
+    if (config_.lease_ns == 0) {
+      NIXL_TRY(ask("/v3/kv/put", body + "}", own_deadline()));
+      return {};
     }
-    NIXL_TRY(ask("/v3/kv/put", body + "}", own_deadline()));
+    const bool old_lease = !lease_.empty();
+    if (!old_lease) NIXL_TRY(grant());
+    auto done = ask("/v3/kv/put", body + ",\"lease\":\"" + lease_ + "\"}", own_deadline());
+    if (!done && old_lease && done.error().reason.find("lease not found") != std::string::npos) {
+      lease_lost();
+      NIXL_TRY(grant());
+      done = ask("/v3/kv/put", body + ",\"lease\":\"" + lease_ + "\"}", own_deadline());
+    }
+    if (!done) return fail(std::move(done).error());
     return {};
+  }
+  void lease_lost() {
+    lease_.clear();
+    owes_ = true;  // the keys went with it
+    start_thread();
   }
   Result<void> grant() {
     const std::int64_t seconds = std::max<std::int64_t>(1, (config_.lease_ns + kSecond - 1) / kSecond);
@@ -238,19 +256,18 @@ class Etcd final : public Store, private StoreWatcher {
     start_thread();
     return {};
   }
-  // Renews the lease; one that ran out meanwhile (we were stopped, or the server) is replaced and its keys put again.
+  // Renews the lease, and puts what the server lacks because it was away or the lease ran out.
   void renew() {
     const std::lock_guard lock(publish_mutex_);
-    if (lease_.empty()) return;
-    const auto answer = ask("/v3/lease/keepalive", "{\"ID\":\"" + lease_ + "\"}", own_deadline());
-    if (!answer) return;  // unreachable: the next round tries again
-    if (parse_int((*answer)["result"]["TTL"].text()).value_or(0) > 0) return;
-    lease_.clear();
+    if (!lease_.empty()) {
+      const auto answer = ask("/v3/lease/keepalive", "{\"ID\":\"" + lease_ + "\"}", own_deadline());
+      if (!answer) return;  // unreachable: the next round tries again
+      if (parse_int((*answer)["result"]["TTL"].text()).value_or(0) <= 0) lease_lost();
+    }
+    if (!owes_) return;
     for (const auto& [key, value] : published_)
-      if (const auto put_again = put(key, value); !put_again) {
-        NIXL_WARN("%s", put_again.error().reason.c_str());
-        return;
-      }
+      if (!put(key, value)) return;
+    owes_ = false;
   }
 
   void start_thread() {
@@ -306,7 +323,8 @@ class Etcd final : public Store, private StoreWatcher {
   std::atomic<std::size_t> current_{0};
   std::mutex publish_mutex_;
   std::string lease_;
-  std::map<std::string, std::string> published_;
+  std::map<std::string, std::string> published_;  // with the lease
+  bool owes_ = false;                             // the server may lack some of them
   std::mutex mutex_;
   std::condition_variable wake_, resumed_;
   std::list<Watch*> broken_;
@@ -378,9 +396,11 @@ void Watch::take(std::string_view data) {
   if (pending_.size() > kMaxLine) return start_over();
   std::size_t begin = 0;
   for (std::size_t end; (end = pending_.find('\n', begin)) != std::string::npos; begin = end + 1)
-    if (const auto taken = take_line(std::string_view(pending_).substr(begin, end - begin)); !taken)
-      NIXL_WARN("etcd at %s, watch of \"%s\": %s", store_.config_.endpoint.c_str(), prefix_.c_str(),
+    if (const auto taken = take_line(std::string_view(pending_).substr(begin, end - begin)); !taken) {
+      NIXL_WARN("etcd at %s, watch of \"%s\" starts over: %s", store_.config_.endpoint.c_str(), prefix_.c_str(),
                 taken.error().reason.c_str());
+      return start_over();  // what the line told is found by comparing
+    }
   pending_.erase(0, begin);
 }
 

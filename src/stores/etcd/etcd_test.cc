@@ -10,14 +10,25 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "base/fd.h"
+#include "base/log.h"
 #include "check.h"
+#include "fuzz.h"
+#include "http/client.h"
+#include "http/json.h"
+#include "http/text.h"
+#include "net/local.h"
+#include "net/stream.h"
+#include "net/tcp.h"
+#include "net/wait.h"
 
 using namespace nixl::core;
 
@@ -199,6 +210,93 @@ TEST(watch_and_lease_survive_a_restart_of_the_server) {
   CHECK_OK(plain->publish("r/new", "2"));
   told.wait_for("+r/new=2 ");
   CHECK_EQ(*CHECK_OK(plain->fetch("r/mine", Deadline::after(10'000 * kMs))), "1");
+}
+
+// As when this process, or the server, has been stopped for longer than the lease.
+TEST(a_lease_that_ran_out_is_replaced_by_whoever_publishes_next) {
+  auto store = server().open(60'000 * kMs);  // no renewal comes to its help
+  CHECK_OK(store->publish("lost/a", "1"));
+  const auto client = std::move(*CHECK_OK(http::Client::open({})));
+  const auto ask = [&](const char* path, std::string body) {
+    http::Call call;
+    call.method = "POST";
+    call.url = server().url() + path;
+    call.text_body = std::move(body);
+    call.deadline = Deadline::after(5'000 * kMs);
+    const http::Outcome outcome = client->perform(std::move(call));
+    CHECK(!outcome.failed && outcome.reply.ok());
+    return *CHECK_OK(http::Json::parse(outcome.reply.text));
+  };
+  const auto kept = ask("/v3/kv/range", "{\"key\":\"" + http::base64_encode("lost/a") + "\"}");
+  const std::string lease = kept["kvs"].items().at(0)["lease"].text();
+  ask("/v3/lease/revoke", "{\"ID\":\"" + lease + "\"}");
+  const auto gone = store->fetch("lost/a", Deadline::passed_already());
+  CHECK(!gone && gone.error().code == Code::kTimeout);
+  CHECK_OK(store->publish("lost/b", "2"));
+  CHECK_EQ(*CHECK_OK(store->fetch("lost/b", Deadline::passed_already())), "2");
+}
+
+TEST(what_was_published_to_a_dead_server_is_there_when_it_is_back) {
+  auto store = server().open(1'000 * kMs), other = server().open();
+  server().stop(SIGKILL);
+  const auto refused = store->publish("debt/a", "1");
+  CHECK(!refused && refused.error().code == Code::kIo);
+  CHECK(!store->publish("debt/b", "2"));
+  (void)store->withdraw("debt/b");
+  server().start();
+  CHECK_EQ(*CHECK_OK(other->fetch("debt/a", Deadline::after(20'000 * kMs))), "1");
+  CHECK(!other->fetch("debt/b", Deadline::passed_already()));
+}
+
+// A server that answers damaged JSON: results in time, a watch that says nothing wild, and an end.
+TEST(damaged_answers_do_no_harm) {
+  set_log_level(LogLevel::kFatal);
+  Fd listener = std::move(*CHECK_OK(net::listen_tcp({"127.0.0.1", 0})));
+  const std::uint16_t port = CHECK_OK(net::local_endpoint(listener.get()))->port;
+  std::atomic<bool> stop{false};
+  const std::string kv = "{\"key\":\"" + http::base64_encode("k") + "\",\"value\":\"" + http::base64_encode("v") +
+                         "\",\"mod_revision\":\"7\"}";
+  const std::string good = "{\"header\":{\"revision\":\"9\"},\"ID\":\"77\",\"kvs\":[" + kv +
+                           "],\"result\":{\"TTL\":\"5\",\"events\":[{\"type\":\"DELETE\",\"kv\":" + kv +
+                           "},{\"kv\":" + kv + "}]}}\n";
+  const auto talk = [&](const Fd& guest, check::Fuzz& fuzz) {
+    std::string input;
+    while (!stop && net::wait_for(guest.get(), POLLIN, Deadline::after(100 * kMs), "a request") &&
+           net::receive_available(guest.get(), input)) {
+      const std::string body = fuzz.one_in(4) ? good : fuzz.changed(good);
+      const std::string head = "HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n";
+      if (!net::send_all(guest.get(), (fuzz.one_in(20) ? fuzz.changed(head) : head) + body, Deadline::after(100 * kMs)))
+        return;
+    }
+  };
+  std::vector<std::thread> servers;
+  for (int i = 0; i < 4; ++i)
+    servers.emplace_back([&, i] {
+      check::Fuzz fuzz;
+      fuzz.random.discard(static_cast<unsigned long long>(i) * 1000);
+      while (!stop)
+        if (auto guest = net::accept_connection(listener.get()))
+          talk(*guest, fuzz);
+        else
+          (void)net::wait_for(listener.get(), POLLIN, Deadline::after(20 * kMs), "a caller");
+    });
+  StoreConfig config;
+  config.endpoint = "http://127.0.0.1:" + std::to_string(port);
+  config.timeout_ns = 200 * kMs;
+  config.lease_ns = 1'000 * kMs;
+  auto store = std::move(*CHECK_OK(store_etcd().open(std::move(config))));
+  for (const Deadline end = Deadline::after(3'000 * kMs); !end.passed();) {
+    const Nanoseconds start = now_ns();
+    auto watch = store->watcher()->watch("k", [](const StoreEvent& event) { CHECK(event.key.size() < 1000); });
+    (void)store->publish("k", "v");
+    (void)store->fetch("k", Deadline::after(20 * kMs));
+    (void)store->withdraw_prefix("k");
+    CHECK(now_ns() - start < 10'000 * kMs);
+  }
+  stop = true;
+  store.reset();
+  for (std::thread& thread : servers) thread.join();
+  set_log_level(LogLevel::kWarn);
 }
 
 TEST(endpoints) {
