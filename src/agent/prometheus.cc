@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <sstream>
 #include <thread>
@@ -185,7 +186,7 @@ class SharedPages final : public TelemetrySink {
     for (const auto& file : std::filesystem::directory_iterator(place_.directory, error)) {
       struct stat about {};
       if (file.path().extension() != ".prom" || stat(file.path().c_str(), &about) != 0) continue;
-      if (std::time(nullptr) - about.st_mtime > place_.stale_s) {
+      if (is_stale(file.path().filename(), about.st_mtim)) {
         unlink(file.path().c_str());
         continue;
       }
@@ -198,6 +199,23 @@ class SharedPages final : public TelemetrySink {
   }
 
  private:
+  // By how long it has not changed, so that a clock that jumps makes nobody look dead; only of a file never seen before its own
+  // time counts. On the server's thread.
+  bool is_stale(const std::string& name, const timespec& written) {
+    const Nanoseconds stale_ns = place_.stale_s * 1'000'000'000, now = now_ns();
+    const auto [entry, is_new] = seen_.try_emplace(name);
+    Seen& seen = entry->second;
+    if (is_new) {
+      const std::int64_t age_s = std::clamp<std::int64_t>(std::time(nullptr) - written.tv_sec, 0, place_.stale_s + 1);
+      seen = {written, now - age_s * 1'000'000'000};
+    } else if (written.tv_sec != seen.written.tv_sec || written.tv_nsec != seen.written.tv_nsec) {
+      seen = {written, now};
+    }
+    if (now - seen.since <= stale_ns) return false;
+    seen_.erase(entry);
+    return true;
+  }
+
   void loop() {
     const Nanoseconds sign_of_life = std::max<std::int64_t>(place_.stale_s * 1'000'000'000 / 3, 1);
     Nanoseconds written = now_ns();
@@ -226,9 +244,15 @@ class SharedPages final : public TelemetrySink {
     return {};
   }
 
+  struct Seen {
+    timespec written;
+    Nanoseconds since;
+  };
+
   std::mutex mutex_, write_mutex_;
   MetricsPage page_;
   const Place place_;
+  std::map<std::string, Seen> seen_;
   std::atomic<bool> changed_{false}, stopping_{false};
   std::unique_ptr<net::Wakeup> wakeup_;
   std::thread thread_;

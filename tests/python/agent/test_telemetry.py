@@ -250,6 +250,10 @@ def test_one_prometheus_page_of_many_processes(monkeypatch, tmp_path):
         assert scrape(port)[mine] == 1
         one.transfer(h)
         assert scrape(port)[mine] == 2
+        for jump in (-3600, 3600):  # the clock jumps between a process's writing and the scrape
+            for page in (tmp_path / "pages").glob(f"{child.pid}-*.prom"):
+                os.utime(page, (time.time() + jump, time.time() + jump))
+            assert scrape(port)[theirs] == 2
         child.stdin.close()
         assert child.wait(30) == 0
         assert scrape(port)[theirs] == 2  # its last figures can still be read
