@@ -6,6 +6,7 @@
 
 #include "backends/azure_blob/azure.h"
 #include "check.h"
+#include "fuzz.h"
 #include "http/text.h"
 
 using namespace nixl::core;
@@ -67,6 +68,20 @@ TEST(configuration) {
   const AzureConfig sas = *CHECK_OK(read_config({}));
   CHECK(sas.container == "e" && sas.account_url == "https://h/x" && sas.sas == "sv=1&sig=secret");
   clear_environment();
+}
+
+TEST(damaged_configuration_is_refused_or_read_and_no_more) {
+  clear_environment();
+  const std::string string =
+      std::string("DefaultEndpointsProtocol=http;AccountName=acc;AccountKey=") + kKey + ";EndpointSuffix=example.org";
+  check::fuzz(string, [](const std::string& text) {
+    const auto config = read_config({{"container_name", "c"}, {"connection_string", text}});
+    if (config) (void)Azure(*config).get("key", 0, 1);
+  });
+  check::fuzz("https://h.example/x?sv=2021&sig=%41%zz", [](const std::string& text) {
+    const auto config = read_config({{"container_name", "c"}, {"account_url", text}});
+    if (config) (void)Azure(*config).get("key", 0, 1);
+  });
 }
 
 TEST(requests) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "check.h"
+#include "fuzz.h"
 
 using namespace nixl::core;
 
@@ -141,6 +142,15 @@ TEST(kernel_block_device) {
     CHECK(has(rig.run(Op::kRead, 8 << 20, back), "beyond its 8388608 bytes"));
   }
   CHECK(std::system(("losetup -d " + std::string(device)).c_str()) == 0);
+}
+
+TEST(damaged_configuration_is_refused_or_read_and_no_more) {
+  TempFile file(1 << 20);
+  check::fuzz("version=1\n# comment\n7 F W N " + file.path + " sec=0x3\n8 F R Y " + file.path + " sec=0x0\n",
+              [](const std::string& text) {
+                const auto opened = try_open(text);
+                if (!opened) CHECK(!opened.error().reason.empty());
+              });
 }
 
 int main(int argc, char** argv) {

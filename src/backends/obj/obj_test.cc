@@ -13,6 +13,7 @@
 #include "base/env.h"
 #include "base/sha256.h"
 #include "check.h"
+#include "fuzz.h"
 #include "http/text.h"
 
 using namespace nixl::core;
@@ -280,6 +281,21 @@ TEST(transfers) {
   CHECK_OK(write->submit(std::nullopt));
   for (const Deadline limit = Deadline::after(10'000'000'000); !write->cancel();) CHECK(!limit.passed());
   CHECK(!write->poll() && write->poll().error().code == Code::kCancelled);
+}
+
+TEST(damaged_profiles_are_read_and_no_more) {
+  char path[] = "/tmp/nixl_profile_XXXXXX";
+  const int file = ::mkstemp(path);
+  check::fuzz("[default]\naws_access_key_id = AK\n; comment\n[profile other]\naws_secret_access_key=x=y\n",
+              [&](const std::string& text) {
+                CHECK_EQ(::pwrite(file, text.data(), text.size(), 0), static_cast<ssize_t>(text.size()));
+                CHECK_EQ(::ftruncate(file, static_cast<off_t>(text.size())), 0);
+                for (const char* profile : {"default", "profile other"})
+                  for (const auto& [key, value] : s3::profile_section(path, profile))
+                    CHECK(key.size() + value.size() < text.size());
+              });
+  ::close(file);
+  ::unlink(path);
 }
 
 int main(int argc, char** argv) {
