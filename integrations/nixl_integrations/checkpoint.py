@@ -23,6 +23,7 @@ FORMAT = 1
 AUTO = ("GDS", "GDS_MT", "POSIX")
 _ALIGN = 4096  # of larger tensors in files, so that direct paths need no bounce
 _GROUP_BYTES = 64 << 20  # bytes between two reports of progress
+_LONGEST_INDEX = 1 << 30
 log = logging.getLogger("nixl.checkpoint")
 
 
@@ -119,7 +120,23 @@ def _matching(known, name, tensor, path):
         raise CheckpointError(f"{path}: no tensor {name!r}; it holds {', '.join(sorted(known)[:5])}, ...")
     if entry["dtype"] != str(tensor.dtype) or entry["shape"] != list(tensor.shape):
         raise CheckpointError(f"{path}: tensor {name!r} is {entry['dtype']} {entry['shape']}, wanted {tensor.dtype} {list(tensor.shape)}")
+    if entry["bytes"] != _size(tensor) or entry["offset"] < 0:  # these say what is read to where
+        raise CheckpointError(f"{path}: tensor {name!r} lies at offset {entry['offset']} with {entry['bytes']} bytes in the index, "
+                              f"it has {_size(tensor)}")
     return entry
+
+
+def _checked(index):
+    """The index with the fields that a reader uses, of the right kinds; TypeError and KeyError say what is wrong."""
+    if index["format"] != FORMAT:
+        raise CheckpointError(f"format {index['format']}, this program reads {FORMAT}")
+    for entry in index["tensors"]:
+        for field, kind in (("name", str), ("dtype", str), ("shape", list), ("offset", int), ("bytes", int)):
+            if type(entry[field]) is not kind:
+                raise TypeError(f"{field} of a tensor is {entry[field]!r}")
+        if type(entry.get("crc32", 0)) is not int:
+            raise TypeError(f"crc32 of a tensor is {entry['crc32']!r}")
+    return index
 
 
 def _plain(tensor, target):
@@ -142,6 +159,13 @@ def _choose(backend):
             return name
         log.info("checkpoint: %s is not used: %s", name, report.get(name, {}).get("reason", "unknown"))
     raise CheckpointError("no storage backend is usable here; see nixl.plugin_report()")
+
+
+def _length(text, path):
+    """What stands before an index that is an object: sixteen digits."""
+    if not text.isdigit() or int(text) > _LONGEST_INDEX:
+        raise CheckpointError(f"{path} is no index of a checkpoint: it begins with {text!r}")
+    return int(text)
 
 
 class _Target:
@@ -271,7 +295,7 @@ class _Target:
             with self._object(self.index_path):
                 head = numpy.zeros(16, numpy.uint8)
                 self._move_bytes("READ", head, 0)
-                body = numpy.zeros(int(head.tobytes()), numpy.uint8)
+                body = numpy.zeros(_length(head.tobytes(), self.index_path), numpy.uint8)
                 self._move_bytes("READ", body, 16)
                 text = body.tobytes()
         else:
@@ -281,11 +305,10 @@ class _Target:
             except FileNotFoundError:
                 raise missing from None
         try:
-            index = json.loads(text)
-            if index["format"] != FORMAT:
-                raise CheckpointError(f"{self.index_path}: format {index['format']}, this program reads {FORMAT}")
-            return index
-        except (ValueError, KeyError, TypeError) as error:
+            return _checked(json.loads(text))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.index_path}: {error}") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.index_path} is no index of a checkpoint: {error}") from None
 
     def _move_bytes(self, operation, array, offset):

@@ -17,6 +17,7 @@ Not thread-safe: one thread an endpoint, which calls poll() or wait() often enou
 
 import base64
 import json
+import logging
 import math
 import time
 import zlib
@@ -24,6 +25,8 @@ import zlib
 import numpy
 
 from nixl_integrations.memory_view import MemoryView
+
+log = logging.getLogger("nixl.kv_transfer")
 
 
 class KVTransferError(Exception):
@@ -190,6 +193,15 @@ class _Endpoint:
             peer.release(self.agent)
             self.agent.remove_remote_agent(name)
 
+    def poll_messages(self):
+        """Reads what the other sides have told. A message that makes no sense is dropped with a warning; the others count."""
+        for name, messages in self.agent.get_new_notifs().items():
+            for message in messages:
+                try:
+                    self._take(name, message)
+                except (ValueError, KeyError, TypeError) as error:
+                    log.warning("message of %d bytes from '%s' is dropped: %s", len(message), name, error)
+
     def close(self):
         for name in list(self.peers):
             self.disconnect(name)
@@ -289,18 +301,16 @@ class KVSender(_Endpoint):
         self.chunk_bytes = chunk_bytes
         self._opened = {}  # request -> {receiver: (block ids, tokens)}
 
-    def poll_messages(self):
-        """Reads what receivers have announced and finished."""
-        for name, messages in self.agent.get_new_notifs().items():
-            for message in messages:
-                if message.startswith(b"kvopen:"):
-                    head, _, body = message[len(b"kvopen:"):].partition(b"\n")
-                    about = json.loads(head)
-                    ids = numpy.frombuffer(body, dtype=numpy.int64)
-                    if zlib.crc32(body) == about["crc"]:
-                        self._opened.setdefault(about["request"], {})[name] = (ids, about["tokens"])
-                elif message.startswith(b"kvread:"):
-                    self.on_read(name, message[len(b"kvread:"):].decode())
+    def _take(self, name, message):
+        if message.startswith(b"kvopen:"):
+            head, _, body = message[len(b"kvopen:"):].partition(b"\n")
+            about = json.loads(head)
+            ids, tokens = numpy.frombuffer(body, dtype=numpy.int64), about["tokens"]
+            if zlib.crc32(body) != about["crc"] or type(tokens) is not int or tokens < 0:
+                raise ValueError("it is damaged")
+            self._opened.setdefault(about["request"], {})[name] = (ids, tokens)
+        elif message.startswith(b"kvread:"):
+            self.on_read(name, message[len(b"kvread:"):].decode())
 
     def on_read(self, receiver, request_id):
         """A receiver has pulled a request: its blocks may be used again. For sub-classes."""
@@ -378,15 +388,16 @@ class KVReceiver(_Endpoint):
         for peer in self.sharing():
             self.agent.send_notif(peer.name, b"kvopen:" + head + b"\n" + body)
 
-    def poll_messages(self):
-        for name, messages in self.agent.get_new_notifs().items():
-            for message in messages:
-                if message.startswith(b"kv:"):
-                    request, chunk, chunks = message[3:].decode().rsplit(":", 2)
-                    seen = self._arrived.setdefault(request, {}).setdefault(name, [set(), int(chunks)])
-                    seen[0].add(int(chunk))
-                elif message.startswith(b"kvfail:"):
-                    self._failed.add(message[len(b"kvfail:"):].decode())
+    def _take(self, name, message):
+        if message.startswith(b"kv:"):
+            request, chunk, chunks = message[3:].decode().rsplit(":", 2)
+            chunk, chunks = int(chunk), int(chunks)
+            if not 0 <= chunk < chunks:
+                raise ValueError(f"chunk {chunk} of {chunks}")
+            seen = self._arrived.setdefault(request, {}).setdefault(name, [set(), chunks])
+            seen[0].add(chunk)
+        elif message.startswith(b"kvfail:"):
+            self._failed.add(message[len(b"kvfail:"):].decode())
 
     def progress(self, request_id):
         """(chunks arrived, chunks known of), over all senders."""

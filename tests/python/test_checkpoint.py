@@ -1,6 +1,7 @@
 """The checkpoint module: every dtype and layout back bit for bit, and nothing half done after an error."""
 
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -116,6 +117,34 @@ def test_damage_and_mismatch_are_told(tmp_path):
         f.write('{"format": 99}')
     with pytest.raises(checkpoint.CheckpointError, match="format 99"):
         checkpoint.load(model, tmp_path / "m")
+
+
+def test_a_damaged_index_is_told_or_harmless(tmp_path):
+    """Random changes of the index: an error of its own kind, or the right bytes; never another exception, never wrong bytes."""
+    model = {"a": torch.rand(1000), "b": torch.arange(10), "c": torch.zeros(0)}
+    checkpoint.save(model, tmp_path / "m")
+    index, points, told = tmp_path / "m.json", random.Random(11), 0
+    good = index.read_bytes()
+    for _ in range(150):
+        bad = bytearray(good)
+        for _ in range(points.randint(1, 3)):
+            at = points.randrange(len(bad))
+            way = points.randrange(3)
+            if way == 0:
+                bad[at] = points.choice(b'0123456789"{}[]:,-.eEtfn') if points.random() < 0.8 else points.randrange(256)
+            elif way == 1:
+                del bad[at : at + points.randint(1, 4)]
+            else:
+                bad[at:at] = points.choice([b"-", b"9999999999999999999", b"[" * 50, b"null", b'"', b"0", b"1e400"])
+        index.write_bytes(bad)
+        into = blank(model)
+        try:
+            checkpoint.load(into, tmp_path / "m")
+        except (checkpoint.CheckpointError, nixl.nixlError):
+            told += 1
+        else:
+            assert same(model, into), bytes(bad)
+    assert told > 50
 
 
 def test_truncated_data(tmp_path):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import time
@@ -199,6 +200,34 @@ def test_a_hundred_thousand_blocks_in_one_process():
     assert list(receiver.wait("big", 60)) == list(theirs)
     assert numpy.array_equal(target[0][:, theirs], source[0][:, ours])
     assert pool.num_free == blocks
+    for end in (sender, receiver):
+        end.close()
+
+
+def test_damaged_messages_do_no_harm():
+    """Nonsense from an agent that both sides know, among the real messages: the request is carried out all the same."""
+    source, target = make_layers(8, 1, 1, 2, 4), make_layers(8, 1, 1, 2, 4)
+    for layer in source:
+        layer[...] = numpy.random.default_rng(0).integers(0, 1 << 16, layer.shape, dtype=numpy.uint16)
+    sender, receiver = KVSender(make_agent("p"), KVCache(source)), KVReceiver(make_agent("d"), KVCache(target))
+    sender.connect(receiver.card())
+    receiver.connect(sender.card())
+    points = random.Random(3)
+    good = [b'kvopen:{"request": "x", "tokens": 16, "crc": 0}\n' + bytes(64), b"kvread:x", b"kv:x:0:1", b"kvfail:x"]
+    for turn in range(400):
+        bad = bytearray(points.choice(good))
+        for _ in range(points.randint(0, 4)):
+            at = points.randrange(len(bad))
+            bad[at : at + points.randint(0, 2)] = points.choice([b"", b"\xff", b"-", b"9" * 30, b":", b"{", b"[]", bytes([points.randrange(256)])])
+        speaker, hearer = (sender, receiver) if turn % 2 else (receiver, sender)
+        speaker.agent.send_notif(hearer.agent.name, bytes(bad or b"?"))
+        if turn % 100 == 99:
+            request = f"good {turn}"
+            ids = numpy.random.default_rng(turn).permutation(8)
+            receiver.open(request, ids, 16)
+            sender.push(numpy.arange(8), request).wait(30)
+            assert list(receiver.wait(request, 30)) == list(ids)
+            assert numpy.array_equal(target[0][:, ids], source[0])
     for end in (sender, receiver):
         end.close()
 

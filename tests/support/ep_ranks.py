@@ -174,6 +174,17 @@ class RankGroup:
     def run(self, function, *args, ranks=None, timeout: float = 60, **kwargs) -> dict[int, Any]:
         return self.start(function, *args, ranks=ranks, **kwargs).wait(timeout)
 
+    def waited_for_cores(self, ranks) -> float:
+        """Seconds that the main threads of `ranks` could have run so far and had no core, all together, by the kernel's account.
+
+        A rank is late by its own such time, and by that of the ranks it waits for: limits on a shared machine grow by it.
+        """
+        waited = 0
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                waited += int(pathlib.Path(f"/proc/{self._processes[rank].pid}/schedstat").read_text().split()[1])
+        return waited / 1e9
+
     def signal(self, rank: int, number: int) -> float:
         """Sends a signal; returns the time (monotonic) right after."""
         os.kill(self._processes[rank].pid, number)

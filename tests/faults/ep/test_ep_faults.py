@@ -60,6 +60,7 @@ def start_serving(group: RankGroup, victims, present=RANKS, **keywords):
         group.progress[rank] = 0
     group.ending[0] = group.ending[1] = 0
     alive = [rank for rank in present if rank not in victims]
+    group.without_core = group.waited_for_cores(alive)
     keywords["leader"] = (alive or list(present))[0]
     return group.start(serve, None, ranks=alive, **keywords), group.start(serve, None, ranks=list(victims), **keywords)
 
@@ -74,12 +75,12 @@ def end_serving(group: RankGroup, *pending, past: int = 0) -> list[dict[int, Ser
 
 def check_survivors(group, results: dict[int, Service], victims, when: float) -> list[float]:
     """No wrong value, exactly the victims named; returns the detection times in seconds."""
-    times = []
+    times, limit = [], group.timeout_ms / 1000 + SLACK_S + group.waited_for_cores(results) - group.without_core
     for rank, seen in results.items():
         assert not seen.problems, "\n".join(seen.problems)
         assert seen.named == set(victims), f"rank {rank} named {seen.named} of victims {set(victims)}"
         times.append(seen.told_at - when)
-        assert times[-1] < group.timeout_ms / 1000 + SLACK_S, f"rank {rank} was told after {times[-1]:.3f} s"
+        assert times[-1] < limit, f"rank {rank} was told after {times[-1]:.3f} s of {limit:.3f}"
     return times
 
 
@@ -194,6 +195,7 @@ def test_killed_between_operations(group, request):
     """Nothing is under way when the rank dies; the next operation masks it."""
     group.kill(3)
     begun = time.monotonic()
+    group.without_core = group.waited_for_cores(others(3))
     check_survivors(group, group.run(serve, 2, ranks=[0, 1, 2]), [3], begun)
     rejoin(group, request.node.name, [3])
 
@@ -268,12 +270,23 @@ def try_connect(rank, ranks):
         return str(error)
 
 
+def connect_until_there(rank, ranks):
+    """As clients do who do not know when it comes: its process may take longer to start than one connect may last."""
+    deadline = time.monotonic() + 50
+    while (outcome := try_connect(rank, ranks)) is not True:
+        assert time.monotonic() < deadline, outcome
+
+
 def drop(rank, ranks):
     rank.state["buffer"].disconnect_ranks(list(ranks))
 
 
 def limit_connects(rank, milliseconds):
     os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"] = str(milliseconds)
+
+
+def unlimit_connects(rank):
+    os.environ.pop("NIXL_EP_CONNECT_TIMEOUT_MS", None)
 
 
 @pytest.fixture
@@ -306,8 +319,9 @@ def test_killed_while_connecting(connecting, request):
             assert not seen.problems and not seen.named, seen
         connecting.respawn(3)
         connecting.run(limit_connects, 2000, ranks=[3])
+    connecting.run(unlimit_connects, ranks=[3])
     joining = connecting.start(open_service, request.node.name, ranks=[3])
-    assert connecting.run(try_connect, [3], ranks=[0, 1, 2]) == {0: True, 1: True, 2: True}
+    connecting.run(connect_until_there, [3], ranks=[0, 1, 2])
     joining.wait()
     check_whole(connecting)
 
@@ -341,9 +355,9 @@ def test_what_lies_under_the_key_of_a_dead_rank(connecting, request, left):
         assert result is not True and "3" in result, result
     connecting.run(plant, tag, keys, values, "kept/", ranks=[0])
     connecting.respawn(3)
-    accepting = connecting.start(try_connect, [3], ranks=[0, 1, 2])
+    accepting = connecting.start(connect_until_there, [3], ranks=[0, 1, 2])
     connecting.run(open_service, tag, ranks=[3])
-    assert accepting.wait() == {0: True, 1: True, 2: True}
+    accepting.wait()
     check_whole(connecting)
 
 
