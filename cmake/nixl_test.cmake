@@ -19,6 +19,9 @@ function(nixl_test NAME)
   target_link_libraries(${NAME} PRIVATE ${ARG_LINK} Threads::Threads)
   add_test(NAME ${NAME} COMMAND ${ARG_LAUNCH} $<TARGET_FILE:${NAME}>)
   set_tests_properties(${NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} SKIP_RETURN_CODE 77)
+  if(NIXL_SANITIZE MATCHES "thread")  # a forked child may have threads of its own
+    set_property(TEST ${NAME} APPEND PROPERTY ENVIRONMENT "TSAN_OPTIONS=die_after_fork=0")
+  endif()
 endfunction()
 
 # nixl_use_stand_in(TEST): gives the test program STAND_IN, the path of a library under cuFile's and CUDA's names that works on
