@@ -93,9 +93,9 @@ class Fuzz {
 };
 
 template <typename Read>
-void fuzz(const std::string& good, Read&& read) {
+void fuzz(const std::string& good, Read&& read, int num_rounds = 20'000) {
   for (std::size_t cut = 0; cut < good.size(); ++cut) read(good.substr(0, cut));
-  for (Fuzz rounds; rounds.more();) read(rounds.changed(good));
+  for (Fuzz rounds(num_rounds); rounds.more();) read(rounds.changed(good));
 }
 
 }  // namespace check

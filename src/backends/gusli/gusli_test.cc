@@ -146,11 +146,13 @@ TEST(kernel_block_device) {
 
 TEST(damaged_configuration_is_refused_or_read_and_no_more) {
   TempFile file(1 << 20);
-  check::fuzz("version=1\n# comment\n7 F W N " + file.path + " sec=0x3\n8 F R Y " + file.path + " sec=0x0\n",
-              [](const std::string& text) {
-                const auto opened = try_open(text);
-                if (!opened) CHECK(!opened.error().reason.empty());
-              });
+  check::fuzz(
+      "version=1\n# comment\n7 F W N " + file.path + " sec=0x3\n8 F R Y " + file.path + " sec=0x0\n",
+      [](const std::string& text) {
+        const auto opened = try_open(text);
+        if (!opened) CHECK(!opened.error().reason.empty());
+      },
+      1'000);  // each starts and ends a thread
 }
 
 int main(int argc, char** argv) {

@@ -93,7 +93,7 @@ void rounds_with_a_scribbler(Combine mode, bool with_weights) {
   TestRank& reader = *group[0];
   TestRank& peer = *group[1];
   const Memories memory(peer);
-  check::Fuzz fuzz(2'000);
+  check::Fuzz fuzz(700);
   int heard = 0, masked = 0;
   for (std::uint32_t round = 0; fuzz.more(); ++round) {
     Overwritten overwritten;

@@ -11,7 +11,7 @@ from agents import agent, done, until
 
 SIZE = 1 << 16
 PEER = textwrap.dedent("""
-    import mmap, sys
+    import ctypes, mmap, sys
     import numpy as np
     from nixl._api import nixl_agent, nixl_agent_config
     one = nixl_agent("twin", nixl_agent_config(backends=["UCX"]))
@@ -39,9 +39,11 @@ PEER = textwrap.dedent("""
             regs = one.register_memory([memory])
             say("registered")
         elif verb == "unmap":
-            del memory
-            mapping.close()
-            say("gone")
+            # Nothing else may come to lie there meanwhile: an inaccessible page range takes its place.
+            libc = ctypes.CDLL(None)
+            libc.mmap.argtypes, libc.mmap.restype = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long], ctypes.c_void_p
+            private_anonymous_fixed = 0x02 | 0x20 | 0x10
+            say("gone" if libc.mmap(memory.ctypes.data, size, 0, private_anonymous_fixed, -1, 0) == memory.ctypes.data else "failed")
     """)
 
 
