@@ -4,17 +4,20 @@
 #include <dlfcn.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <thread>
+#include <vector>
 
 #include "backends/ucx/entry.h"
 #include "backends/ucx/inbox.h"
 #include "backends/ucx/messages.h"
 #include "backends/ucx/options.h"
+#include "base/clock.h"
 #include "check.h"
 #include "fuzz.h"
 
@@ -41,6 +44,32 @@ std::string value_in_ucx(const Params& params, const std::string& key) {
   const std::size_t at = shown.find(start);
   CHECK(at != std::string::npos);
   return shown.substr(at + start.size(), shown.find('\n', at) - at - start.size());
+}
+
+// What the very first opening of the library in this process did.
+struct Opening {
+  bool environment_kept = false;
+  Nanoseconds took = 0;
+} first_opening;
+
+void open_first() {
+  const auto variables = [] {
+    std::vector<std::string> list;
+    for (char** entry = environ; *entry; ++entry) list.emplace_back(*entry);
+    return list;
+  };
+  const auto before = variables();
+  char** const place = environ;
+  const Nanoseconds start = now_ns();
+  (void)open_api();
+  first_opening.took = now_ns() - start;
+  first_opening.environment_kept = environ == place && variables() == before;
+}
+
+TEST(opening_is_quick_and_leaves_the_environment_as_it_was) {
+  CHECK(first_opening.environment_kept);
+  if (!std::getenv("UCX_MEM_EVENTS") && !std::getenv("UCX_MEM_BISTRO_GRACE_DURATION"))
+    CHECK(first_opening.took < 390'000'000);  // eight patches of 50 ms take 400 at least
 }
 
 TEST(device_names_get_ports) {
@@ -334,6 +363,7 @@ TEST(many_threads_share_one_backend) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  open_first();
   const Probe probe = backends_of_ucx()[0].probe();
   if (!probe.viable) SKIP(probe.reason.c_str());
   return check::run_tests(argc, argv);
