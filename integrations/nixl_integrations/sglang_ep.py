@@ -46,17 +46,29 @@ def _low_latency_only(mode):
 
 # ---- arguments
 
+def _flag(parser, *names, **about):
+    """Adds a flag; where the parser has one of that name, only the choices that it lacks."""
+    known = next((action for action in parser._actions if set(names) & set(action.option_strings)), None)
+    if known is None:
+        parser.add_argument(*names, **about)
+    elif known.choices is not None:
+        known.choices = [*known.choices, *(one for one in about.get("choices", ()) if one not in known.choices)]
+
+
 def add_cli_args(parser):
-    """Adds the flags that concern NIXL EP to an argparse parser."""
-    parser.add_argument("--moe-a2a-backend", choices=[one.value for one in MoeA2ABackend], default="none",
-                        help="how tokens reach experts on other ranks")
-    parser.add_argument("--elastic-ep-backend", choices=["none", "mooncake", "nixl"], default=None,
-                        help="what notices lost ranks; may differ from --moe-a2a-backend")
-    parser.add_argument("--eplb-algorithm", choices=["auto", "deepseek", "deepseek_hierarchical", *ELASTIC_ALGORITHMS], default="auto",
-                        help="placement of expert replicas")
-    parser.add_argument("--deepep-mode", choices=[one.value for one in DeepEPMode], default="auto")
-    parser.add_argument("--enable-eplb", action="store_true")
-    parser.add_argument("--ep-num-redundant-experts", type=int, default=0)
+    """Adds the flags that concern NIXL EP to an argparse parser; those that it has already stay."""
+    _flag(parser, "--moe-a2a-backend", choices=[one.value for one in MoeA2ABackend], default="none",
+          help="how tokens reach experts on other ranks")
+    _flag(parser, "--elastic-ep-backend", choices=["none", "mooncake", "nixl"], default=None,
+          help="what notices lost ranks; may differ from --moe-a2a-backend")
+    _flag(parser, "--eplb-algorithm", choices=["auto", "deepseek", "deepseek_hierarchical", *ELASTIC_ALGORITHMS], default="auto",
+          help="placement of expert replicas")
+    _flag(parser, "--deepep-mode", choices=[one.value for one in DeepEPMode], default="auto")
+    _flag(parser, "--enable-eplb", action="store_true")
+    _flag(parser, "--ep-num-redundant-experts", type=int, default=0)
+    for short, name in (("tp", "tensor"), ("dp", "data"), ("pp", "pipeline"), ("ep", "expert")):
+        _flag(parser, f"--{name}-parallel-size", f"--{short}-size", f"--{short}", dest=f"{short}_size", type=int, default=1)
+    _flag(parser, "--enable-dp-attention", action="store_true")
     return parser
 
 

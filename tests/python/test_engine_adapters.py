@@ -385,6 +385,24 @@ def test_sglang_arguments(monkeypatch, caplog):
         sglang_ep.NixlEPDispatcher(Group(0, 1), 4, 4, HIDDEN)
 
 
+def test_sglang_command_line():
+    """The whole line of the document, on a parser of our own and on one that has the engine's flags already."""
+    line = ("--moe-a2a-backend nixl --elastic-ep-backend nixl --eplb-algorithm elasticity_aware_hierarchical --deepep-mode low_latency "
+            "--enable-eplb --ep-num-redundant-experts 24 --tp 8 --dp 8 --enable-dp-attention").split()
+    engine = argparse.ArgumentParser()
+    engine.add_argument("--tensor-parallel-size", "--tp-size", "--tp", dest="tp_size", type=int, default=1)
+    engine.add_argument("--moe-a2a-backend", choices=["none", "deepep"], default="none")
+    for parser in (argparse.ArgumentParser(), engine):
+        args = sglang_ep.resolve_server_args(sglang_ep.add_cli_args(parser).parse_args(line))
+        assert (args.tp_size, args.dp_size, args.ep_size, args.pp_size, args.enable_dp_attention) == (8, 8, 8, 1, True)
+        assert (args.moe_a2a_backend, args.elastic_ep_backend, args.ep_num_redundant_experts) == ("nixl", "nixl", 24)
+        assert args.eplb_algorithm == "elasticity_aware_hierarchical" and args.enable_eplb
+        defaults = sglang_ep.resolve_server_args(sglang_ep.add_cli_args(parser).parse_args([]))
+        assert (defaults.moe_a2a_backend, defaults.tp_size, defaults.ep_size, defaults.eplb_algorithm) == ("none", 1, 1, "auto")
+    with pytest.raises(SystemExit):
+        engine.parse_args(["--moe-a2a-backend", "carrier-pigeon"])
+
+
 # ---- the store
 
 def test_global_store(monkeypatch):
