@@ -65,7 +65,7 @@ __global__ void change_peers(const __grid_constant__ ChangeOp a) {
   const std::uint64_t next = lock_state(*a.state);
 #pragma unroll 1
   for (int i = 0; i < a.count; ++i) apply_change(a, a.changes[i], next);
-  unlock_state(*a.state);
+  unlock_state(*a.state, a.all_ranks);
 }
 
 __global__ void query_peers(const __grid_constant__ QueryOp a) {
@@ -82,7 +82,7 @@ __global__ void query_peers(const __grid_constant__ QueryOp a) {
 // all passed their last store to a peer (`sent`), and the pause is a hundred times what a store takes to leave; (3) who was
 // looking at the peer's control memory has looked (look_at).
 __global__ void await_idle(const __grid_constant__ IdleOp a) {
-  const std::uint64_t begun = (load_strong(&a.state->ticket) & ~kLocked) / kTicket;
+  const std::uint64_t begun = operations_begun(load_strong(&a.state->tickets[0].word));
   const std::uint64_t limit = wall_ns() + a.limit_ns;
   bool ended = false, unseen = false;
 #pragma unroll 1

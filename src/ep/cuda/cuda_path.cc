@@ -32,6 +32,8 @@ constexpr Nanoseconds kCloseGrace = 1'000'000'000;  // for operations under way 
 
 constexpr int kMaxExperts = 8192;         // a table of them lies in shared memory
 constexpr std::int64_t kSmallBatch = 16;  // up to here rows travel unsummed: one hop instead of two
+constexpr int kFewRows = 2;               // the same for this many rows of a token: hardly more bytes
+constexpr std::int64_t kFewSums = 64;     // up to here short pieces of sums
 
 // 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.
 Result<int> lanes_from_environment() {
@@ -121,6 +123,7 @@ Result<void> CudaPath::allocate() {
   auto initial = std::make_unique<State>();
   std::memset(static_cast<void*>(initial.get()), 0, sizeof(State));
   for (auto& versions : initial->peers) versions[0] = versions[1] = PeerVersion{};
+  for (PeerCells& cells : initial->newest) cells = cells_of(PeerVersion{}, 0);
   PeerVersion& own = initial->peers[options_.rank][0];
   own.from = 0;
   own.data = data_.data();
@@ -128,6 +131,7 @@ Result<void> CudaPath::allocate() {
   own.status = PeerStatus::kActive;
   own.incarnation = options_.incarnation;
   own.sent = own.expected = 1;
+  initial->newest[options_.rank] = cells_of(own, 0);
   NIXL_TRY(cuda_check(cudaMemcpy(state_, initial.get(), sizeof(State), cudaMemcpyHostToDevice),
                       "write the state of a rank"));
   NIXL_TRY(cuda_check(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(gpu::HostPage),
@@ -148,8 +152,9 @@ Result<void> CudaPath::allocate() {
   NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
                       "shared memory of a block"));
   num_blocks_ = options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors;
-  for (const void* kernel : {gpu::dispatch_kernel(lanes_), gpu::combine_kernel(lanes_, true),
-                             gpu::combine_kernel(lanes_, false), gpu::barrier_kernel()}) {
+  for (const void* kernel :
+       {gpu::dispatch_kernel(lanes_), gpu::combine_sums_kernel(lanes_, true), gpu::combine_sums_kernel(lanes_, false),
+        gpu::combine_rows_kernel(lanes_, true), gpu::combine_rows_kernel(lanes_, false), gpu::barrier_kernel()}) {
     cudaFuncAttributes found;
     NIXL_TRY(cuda_check(cudaFuncGetAttributes(&found, kernel), "kernels for this GPU (sm_90 and newer are built)"));
     NIXL_TRY(cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -207,6 +212,7 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
   op.incarnation = options_.incarnation;
   op.rank = options_.rank;
   op.ranks = num_ranks;
+  op.all_ranks = capacity_.num_ranks;
   op.experts = capacity_.experts_per_rank;
   op.experts_inverse = gpu::inverse_of(op.experts);
   op.phase = static_cast<int>(phase);
@@ -217,7 +223,10 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
 // Short pieces where latency counts, long ones where the link is full; both sides choose from the same numbers.
 Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words,
                                     int meta_words) const {
-  const int first = tokens <= kSmallBatch ? 2 : tokens <= 64 ? 4 : tokens <= 128 ? std::min(7, wanted_per) : wanted_per;
+  const int first = tokens <= kSmallBatch ? std::min(2, wanted_per)
+                    : tokens <= 64        ? std::min(4, wanted_per)
+                    : tokens <= 128       ? std::min(7, wanted_per)
+                                          : wanted_per;
   for (int per : {first, wanted_per}) {
     const RowShape shape = make_row_shape(row_bytes, per, chunk_words, meta_words, lanes_);
     if (shape.row_bytes * tokens + 16 * kMaxTopk * tokens <= layout_.slot_bytes) return shape;
@@ -294,11 +303,14 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   a.hidden = static_cast<int>(args.hidden);
   const bool weighted = args.sends_only && args.recv_weights;
   a.exact = options_.combine == Combine::kExact || (args.sends_only && !weighted);
-  const bool summed = !a.exact && (weighted || (!args.sends_only && args.max_tokens > kSmallBatch));
-  NIXL_ASSIGN(a.shape, shape_of(2 * args.hidden, args.max_tokens, gpu::kCombinePiece, 0, 0));
+  const bool few_rows = args.max_tokens <= kSmallBatch || args.topk <= kFewRows;
+  const bool summed = !a.exact && (weighted || (!args.sends_only && !few_rows));
+  const bool few = args.max_tokens <= (summed ? kFewSums : kSmallBatch);
+  NIXL_ASSIGN(a.shape,
+              shape_of(2 * args.hidden, args.max_tokens, summed ? gpu::sums_piece(few) : gpu::kRowsPiece, 0, 0));
   const std::int64_t all_rows = args.max_tokens * args.topk * a.shape.row_bytes;
   a.rows = summed ? gpu::Rows::kSummed : all_rows <= layout_.slot_bytes ? gpu::Rows::kInSlot : gpu::Rows::kByPlace;
-  a.split = !summed && args.max_tokens <= kSmallBatch ? 4 : 1;
+  a.split = summed || args.max_tokens > kSmallBatch ? 1 : args.max_tokens > 4 ? 2 : 4;
   a.entries = args.max_tokens * a.shape.row_bytes;
   const std::int64_t cells = args.max_tokens * ((args.topk + 2) / 3) * 16;
   if (summed && a.entries + cells > layout_.slot_bytes)
@@ -323,7 +335,9 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   const auto shared = gpu::make_combine_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  NIXL_TRY(launch_operation(gpu::combine_kernel(lanes_, summed), grid, gpu::kThreads, shared.total, &a, args.stream));
+  const void* kernel = summed ? gpu::combine_sums_kernel(lanes_, few) : gpu::combine_rows_kernel(lanes_, few);
+  const int threads = summed ? gpu::kSumsThreads : gpu::rows_threads(few);
+  NIXL_TRY(launch_operation(kernel, grid, threads, shared.total, &a, args.stream));
   sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kCombine, args.records}) : std::nullopt;
   return {};
 }
@@ -430,14 +444,17 @@ Result<void> CudaPath::let_operations_end(Deadline end) {
   (void)cudaGetLastError();  // not ready is no error
   for (;;) {
     struct {
-      unsigned long long ticket, sent;
+      gpu::Ticket tickets[gpu::kTicketWords];
+      unsigned long long sent;
     } now;
-    static_assert(offsetof(State, sent) == offsetof(State, ticket) + sizeof(now.ticket));
-    NIXL_TRY(cuda_check(cudaMemcpyAsync(&now, &state_->ticket, sizeof(now), cudaMemcpyDeviceToHost, stream_),
+    static_assert(offsetof(State, tickets) == 0 && offsetof(State, sent) == offsetof(decltype(now), sent));
+    NIXL_TRY(cuda_check(cudaMemcpyAsync(&now, state_, sizeof(now), cudaMemcpyDeviceToHost, stream_),
                         "read how far operations are"));
     NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "read how far operations are"));
-    const unsigned long long begun = (now.ticket & ~gpu::kLocked) + gpu::kTicket - 1;
-    if (now.sent / gpu::kTicket >= begun / gpu::kTicket || end.passed()) return {};
+    std::uint64_t begun = 0;
+    for (const gpu::Ticket& ticket : now.tickets)
+      begun = std::max(begun, gpu::operations_begun(ticket.word + gpu::kTicket - 1));
+    if (now.sent / gpu::kTicket >= begun || end.passed()) return {};
     pause();
   }
 }

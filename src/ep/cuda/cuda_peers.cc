@@ -20,10 +20,11 @@ Result<Export> CudaPath::export_memory() {
   if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory to export yet", options_.rank);
   const DeviceScope scope(device_);
   unsigned long long ticket = 0;
-  NIXL_TRY(cuda_check(cudaMemcpyAsync(&ticket, &state_->ticket, sizeof(ticket), cudaMemcpyDeviceToHost, stream_),
-                      "read the number of operations"));
+  NIXL_TRY(
+      cuda_check(cudaMemcpyAsync(&ticket, &state_->tickets[0].word, sizeof(ticket), cudaMemcpyDeviceToHost, stream_),
+                 "read the number of operations"));
   NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "read the number of operations"));
-  first_count_ = first_count((ticket & ~gpu::kLocked) / gpu::kTicket);
+  first_count_ = first_count(gpu::operations_begun(ticket));
   ByteWriter out;
   out.put(kExportMagic);
   out.put(static_cast<std::uint32_t>(lanes_));
@@ -201,6 +202,7 @@ Result<void> CudaPath::change_peers(std::span<const PeerChange> changes, cudaStr
     op.state = state_;
     op.control = control_.data();
     op.words = words_;
+    op.all_ranks = capacity_.num_ranks;
     op.count = static_cast<int>(std::min<std::size_t>(gpu::kChangesInLaunch, changes.size() - begin));
     std::copy_n(changes.begin() + static_cast<std::ptrdiff_t>(begin), op.count, op.changes);
     NIXL_TRY(launch(gpu::change_kernel(), 1, 1, 0, &op, stream));

@@ -12,7 +12,10 @@ namespace {
 
 constexpr int kSendThreads = kSenders * 32;
 constexpr int kRestThreads = kThreads - kSendThreads;
-enum Barrier { kAll, kSending, kResting, kBasesKnown };
+constexpr int kCountFirst = kSendThreads + 32,
+              kCountThreads = kRestThreads - 32;  // beside the warp that begins the operation
+constexpr int kEarlyPiece = 2;                    // most chunks of a piece where few are under way
+enum Barrier { kAll, kSending, kResting, kCounting };
 
 struct Shared {
   Block* block;
@@ -50,16 +53,32 @@ __device__ __forceinline__ uint4 load_chunk(const DispatchOp& a, const std::uint
   return done.bytes;
 }
 
-// The sending warps bring one token into the payload's form.
-__device__ void stage_token(const DispatchOp& a, const Shared& s, int token, std::uint8_t* stage) {
+// The sending warps bring one token into the payload's form, two chunks a warp at a time.
+__device__ __forceinline__ void stage_token(const DispatchOp& a, const Shared& s, int token, std::uint8_t* stage) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
+  auto* chunks = reinterpret_cast<uint4*>(stage);
   auto* scales = reinterpret_cast<std::uint32_t*>(stage + a.shape.chunks * kChunkBytes);
-#pragma unroll 2
-  for (int chunk = warp; chunk < a.shape.chunks; chunk += kSenders) {
-    std::uint32_t word = 0;
-    reinterpret_cast<uint4*>(stage + chunk * kChunkBytes)[lane] = load_chunk(a, row, chunk, lane, &word);
-    if (lane < a.chunk_words) scales[chunk * a.chunk_words + lane] = word;
+#pragma unroll 1
+  for (int first = warp; first < a.shape.chunks; first += 2 * kSenders) {
+    const int second = first + kSenders;
+    const bool two = second < a.shape.chunks;
+    if (a.payload == kPayloadBf16) {
+      const uint4 one = load_bf16(row, first, a.hidden, lane), other = load_bf16(row, second, a.hidden, lane);
+      chunks[first * 32 + lane] = one;
+      if (two) chunks[second * 32 + lane] = other;
+      continue;
+    }
+    const Unquantized one = load_channels(row, first, a.hidden, lane);
+    const Unquantized other = load_channels(row, second, a.hidden, lane);  // zeros past the row's end
+    const auto store = [&](int chunk, const Unquantized& in) {
+      const Quantized done = quantize(in, a.payload != kPayloadFp8);
+      chunks[chunk * 32 + lane] = done.bytes;
+      const std::uint32_t word = scale_word(done.scale, a.payload, lane);
+      if (lane < a.chunk_words) scales[chunk * a.chunk_words + lane] = word;
+    };
+    store(first, one);
+    if (two) store(second, other);
   }
 }
 
@@ -88,8 +107,8 @@ __device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s,
 
 // One piece of a staged token to one rank. One warp.
 template <int kLanes>
-__device__ void push_piece(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage, int rank,
-                           int message, int piece) {
+__device__ __forceinline__ void push_piece(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage,
+                                           int rank, int message, int piece) {
   using Line = Lines<kLanes>;
   const int lane = threadIdx.x % 32;
   const Peer& peer = s.peers[rank];
@@ -126,30 +145,31 @@ __device__ void push_piece(const DispatchOp& a, const Shared& s, int token, cons
   __syncwarp();
 }
 
+// A staged token to every rank that holds one of its experts. Warps of all blocks that share the token take (rank, piece) in turns.
 template <int kLanes>
-__device__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage, Share share) {
+__device__ __forceinline__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage,
+                                           Share share) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
   const int local = (token - s.block->first_token) * topk + lane;
   const int message = lane < topk ? s.routes.message[local] : -1;
   const int rank = message >= 0 ? rank_of_expert(a.op, s.routes.expert[local]) : 0;
   unsigned left = __ballot_sync(~0u, message >= 0 && rank != a.op.rank && s.peers[rank].active);
 #pragma unroll 1
-  for (int unit = 0; left; left &= left - 1) {
-    const int place = __ffs(left) - 1;
-    const int to = __shfl_sync(~0u, rank, place), number = __shfl_sync(~0u, message, place);
+  for (int piece = share.part * kSenders + warp;; piece += share.parts * kSenders) {
 #pragma unroll 1
-    for (int piece = 0; piece < a.shape.pieces; ++piece, ++unit)
-      if (unit % kSenders == warp && static_cast<unsigned>(unit / kSenders) % static_cast<unsigned>(share.parts) ==
-                                         static_cast<unsigned>(share.part))
-        push_piece<kLanes>(a, s, token, stage, to, number, piece);
+    for (; left && piece >= a.shape.pieces; piece -= a.shape.pieces) left &= left - 1;
+    if (!left) return;
+    const int place = __ffs(left) - 1;
+    push_piece<kLanes>(a, s, token, stage, __shfl_sync(~0u, rank, place), __shfl_sync(~0u, message, place), piece);
   }
 }
 
-// The counts of all of this rank's tokens, and its header, to every rank. The sending warps of the last block.
-__device__ void send_counts(const DispatchOp& a, const Shared& s) {
+// The counts of all of this rank's tokens, and its header, to every rank. `threads` of one block from `first` on.
+__device__ __forceinline__ void send_counts(const DispatchOp& a, const Shared& s, int first, int threads) {
   const Op& op = a.op;
+  const int tid = static_cast<int>(threadIdx.x) - first;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < op.ranks * op.words.cells; i += kSendThreads) {
+  for (int i = tid; i < op.ranks * op.words.cells; i += threads) {
     const int rank = i / op.words.cells, cell = i % op.words.cells;
     const Peer& peer = s.peers[rank];
     if (!peer.active) continue;
@@ -164,7 +184,7 @@ __device__ void send_counts(const DispatchOp& a, const Shared& s) {
                make_uint4(w[0], w[1], w[2], peer.tag_out));
   }
 #pragma unroll 1
-  for (int rank = threadIdx.x; rank < op.ranks; rank += kSendThreads)
+  for (int rank = tid; rank < op.ranks; rank += threads)
     if (s.peers[rank].active) send_header(op, *s.block, s.peers[rank], rank == op.rank ? 0 : s.routes.per_rank[rank]);
 }
 
@@ -222,6 +242,7 @@ __device__ void receive_counts(const DispatchOp& a, const Shared& s, int first, 
     s.block->cursor = 0;
   }
   sync_some(name, threads);
+  if (tid == 0) set_flag(s.block->counted);
 }
 
 // What the caller learns about counts; `threads` as above, of one block. A repair adds to the statistics what changed.
@@ -299,31 +320,49 @@ __device__ __forceinline__ void write_rows(const DispatchOp& a, const Target& ta
   }
 }
 
-// One piece of one message: waits for its lines, writes them wherever the row belongs. One warp.
-template <int kLanes>
-__device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, int message, int piece) {
+// A piece of a message: item i of the grid is (message, source, piece), sources in turn.
+struct Item {
+  int rank, message, piece;
+  __device__ __forceinline__ Item(const DispatchOp& a, unsigned item) {
+    const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces, ordinal = item / pieces;
+    piece = static_cast<int>(item - ordinal * pieces);
+    message = static_cast<int>(ordinal / others);
+    rank = a.op.rank + 1 + static_cast<int>(ordinal - message * others);
+    if (rank >= a.op.ranks) rank -= a.op.ranks;
+  }
+  __device__ __forceinline__ bool exists(const Shared& s) const {
+    return s.peers[rank].active && message < s.peers[rank].messages;
+  }
+};
+
+// Waits for the lines of a piece: chunks into `data`, the words of the tail into this warp's scratch. False: it does not come.
+// kEarly: how many messages come may not be known yet. One warp.
+template <int kLanes, int kChunks, bool kEarly>
+__device__ __forceinline__ bool await_piece(const DispatchOp& a, const Shared& s, const Item& item,
+                                            uint4 (&data)[kChunks]) {
   using Line = Lines<kLanes>;
   const int lane = threadIdx.x % 32;
-  Peer& peer = s.peers[rank];
-  const std::uint8_t* from = peer.local + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
-  const int chunks = a.shape.chunks_of(piece), first = piece * a.shape.per;
+  Peer& peer = s.peers[item.rank];
+  const std::uint8_t* from =
+      peer.local + std::int64_t{item.message} * a.shape.row_bytes + item.piece * a.shape.piece_bytes;
+  const int chunks = a.shape.chunks_of(item.piece);
   const std::uint32_t tag = peer.tag_in;
-  const bool eager = a.shape.per <= 2;  // few pieces are under way: look at everything at once
-  uint4 data[kDispatchPiece];
+  const bool eager = kEarly || a.shape.per <= kEarlyPiece;  // few pieces are under way: look at everything at once
   Patience patience;
   unsigned polls = 0;
   if (!eager) {
     const std::uint8_t* last = from + a.shape.piece_bytes - 4;
 #pragma unroll 1
-    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, rank, polls, patience))
+    while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, item.rank, polls, patience))
       __nanosleep(20);
   }
+  bool counted = !kEarly;
 #pragma unroll 1
   for (;;) {  // tails are sent last, so when they are here the rest mostly is
     bool fresh = true;
     if (eager) {
 #pragma unroll
-      for (int c = 0; c < kDispatchPiece; ++c)
+      for (int c = 0; c < kChunks; ++c)
         if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
     }
 #pragma unroll 1
@@ -339,102 +378,144 @@ __device__ void receive_piece(const DispatchOp& a, const Shared& s, int rank, in
     }
     if (__all_sync(~0u, fresh)) {
 #pragma unroll
-      for (int c = 0; c < kDispatchPiece; ++c)
+      for (int c = 0; c < kChunks; ++c)
         if (c < chunks && !eager) data[c] = Line::load(from + c * kChunkBytes, lane);
 #pragma unroll
-      for (int c = 0; c < kDispatchPiece; ++c)
+      for (int c = 0; c < kChunks; ++c)
         if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
-      if (__all_sync(~0u, fresh)) break;
+      if (__all_sync(~0u, fresh)) return true;
     }
-    if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
-      if (lane == 0) fail_peer(a.op, *s.block, peer, rank);
-      return;
+    if (kEarly && !counted) {
+      counted = flag_set(s.block->counted);
+      if (!counted) continue;
+    }
+    if (kEarly && !item.exists(s)) return false;
+    if (!warp_patient(a.op, *s.block, item.rank, polls, patience)) {
+      if (lane == 0) fail_peer(a.op, *s.block, peer, item.rank);
+      return false;
     }
   }
+}
+// Writes an awaited piece wherever its row belongs. One warp.
+template <int kLanes, int kChunks>
+__device__ __forceinline__ void place_piece(const DispatchOp& a, const Shared& s, const Item& item,
+                                            uint4 (&data)[kChunks]) {
+  using Line = Lines<kLanes>;
+  const int lane = threadIdx.x % 32, chunks = a.shape.chunks_of(item.piece), first = item.piece * a.shape.per;
   __syncwarp();
 #pragma unroll
-  for (int c = 0; c < kDispatchPiece; ++c)
+  for (int c = 0; c < kChunks; ++c)
     if (c < chunks && Line::holds_tag(lane)) data[c].w = s.scratch[c * Line::kDisplaced + lane / kLanes];
   const std::uint32_t* scales = s.scratch + chunks * Line::kDisplaced;
   const int num_scales = chunks * a.chunk_words;
   const std::uint32_t* meta = scales + num_scales;
   const int entry_words = a.with_weights ? 3 : 2;
   const int token = meta[0], entries = meta[1];
+  auto* record = reinterpret_cast<int2*>(a.records + a.record.message_of(item.rank, a.route.max_tokens, item.message));
+  if (item.piece == 0 && lane == 0) record[0] = make_int2(token, entries);
   Target target;
   if (lane < entries) {
     const std::uint32_t* entry = meta + 2 + lane * entry_words;
     const int expert = static_cast<int>(entry[0] & 0xffff), place = static_cast<int>(entry[0] >> 16);
-    target = target_of(a, expert, s.base[rank * a.op.experts + expert] + static_cast<int>(entry[1]));
-    if (piece == 0) {
+    target = target_of(a, expert, s.base[item.rank * a.op.experts + expert] + static_cast<int>(entry[1]));
+    if (item.piece == 0) {
       write_row_info(a, target, token, place, a.with_weights ? entry[2] : 0);
-      auto* record = reinterpret_cast<int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message));
-      if (lane == 0) record[0] = make_int2(token, entries);
       record[1 + lane] = make_int2(target.row, place);
     }
   }
   write_rows(a, target, __ballot_sync(~0u, lane < entries), first, chunks, data, lane < num_scales ? scales[lane] : 0);
-  if (entries == 0 && piece == 0 && lane == 0)
-    *reinterpret_cast<int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message)) = make_int2(token, 0);
   __syncwarp();
 }
 
-// Entries that stay on this rank never touch a line: their token is read again, straight to its places. Also records where the
-// rows of own tokens will come from. Warps [0, warps).
-__device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, int part, int parts) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
+// The entries of an own token, one a lane, once it is known where each source's rows begin.
+struct OwnEntries {
+  int rank;          // of the entry; -1: none
+  bool comes, mine;  // it was delivered; its row is on the own rank
+  Target row;        // of mine
+};
+__device__ __forceinline__ OwnEntries own_entries(const DispatchOp& a, const Shared& s, int token) {
+  const int lane = threadIdx.x % 32, local = (token - s.block->first_token) * a.route.topk + lane;
+  const int id = lane < a.route.topk ? s.routes.expert[local] : -1;
+  const int index = lane < a.route.topk ? s.routes.index[local] : -1;
+  OwnEntries own;
+  own.rank = id >= 0 ? rank_of_expert(a.op, id) : -1;
+  own.mine = index >= 0 && own.rank == a.op.rank;
+  own.comes = index >= 0 && (own.mine || s.peers[own.rank].active);
+  if (own.mine) {
+    const int expert = id - a.op.rank * a.op.experts;
+    own.row = target_of(a, expert, s.base[a.op.rank * a.op.experts + expert] + index);
+  }
+  return own;
+}
+// Records where the rows of own tokens will come from, for the combines of this dispatch. One warp.
+__device__ __forceinline__ void write_routes(const DispatchOp& a, const Shared& s) {
+  const int lane = threadIdx.x % 32, topk = a.route.topk;
+  const unsigned before = (1u << lane) - 1;
 #pragma unroll 1
   for (int token = s.block->first_token; token < s.block->end_token; ++token) {
-    const int local = (token - s.block->first_token) * topk + lane;
-    const int id = lane < topk ? s.routes.expert[local] : -1;
-    const int index = lane < topk ? s.routes.index[local] : -1;
-    const int rank = id >= 0 ? rank_of_expert(a.op, id) : -1;
-    const bool mine = index >= 0 && rank == a.op.rank;
-    Target own;
-    if (mine) {
-      const int expert = id - a.op.rank * a.op.experts;
-      own = target_of(a, expert, s.base[a.op.rank * a.op.experts + expert] + index);
+    const OwnEntries own = own_entries(a, s, token);
+    const int local = (token - s.block->first_token) * topk;
+    const unsigned to_rank = __match_any_sync(~0u, own.rank), same = to_rank & __ballot_sync(~0u, own.comes);
+    const int message = lane < topk ? s.routes.message[local + __ffs(to_rank) - 1] : -1;
+    const int order = own.comes ? own.rank : a.op.ranks;  // what does not come is last
+    int turn = 0;
+#pragma unroll 1
+    for (int other = 0; other < topk; ++other) {
+      const int theirs = __shfl_sync(~0u, order, other);
+      turn += theirs < order || (theirs == order && other < lane);
     }
-    if (warp == 0 && part == 0) {
-      const unsigned same = __match_any_sync(~0u, rank);
-      const std::int64_t entry = std::int64_t{token} * topk + lane;
-      if (lane < topk) {
-        const int message = index >= 0 && s.peers[rank].active ? s.routes.message[local - lane + __ffs(same) - 1] : -1;
-        reinterpret_cast<int*>(a.records + a.record.routes)[entry] = mine ? own.row : message;
-      }
-      if (mine) write_row_info(a, own, token, lane, a.with_weights ? bits_of(a.weights[entry]) : 0);
-    }
-    const unsigned all = __ballot_sync(~0u, mine);
+    if (lane >= topk) continue;
+    const std::int64_t first = std::int64_t{token} * topk;
+    const int route = !own.comes ? -1 : own.mine ? own.row.row : message;
+    reinterpret_cast<int2*>(a.records + a.record.routes)[first + lane] = make_int2(route, __popc(same & before));
+    (a.records + a.record.turns)[first + turn] = static_cast<std::uint8_t>(lane);
+    if (own.mine) write_row_info(a, own.row, token, lane, a.with_weights ? bits_of(a.weights[first + lane]) : 0);
+  }
+}
+// Entries that stay on this rank never touch a line: their token goes straight to its places, from the stage if it is still
+// there (tokens from `staged` on), else it is read again. The block's first `warps` warps, part `part` of `parts` blocks.
+__device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, int part, int parts,
+                                          int staged) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int token = s.block->first_token; token < s.block->end_token; ++token) {
+    const OwnEntries own = own_entries(a, s, token);
+    const unsigned all = __ballot_sync(~0u, own.mine);
     if (!all) continue;
     const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
+    const std::uint8_t* stage = s.stage + (token - s.block->first_token) % 2 * s.stage_bytes;
+    const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes);
+    // The first warps are those that wait for a piece first.
 #pragma unroll 1
-    for (int chunk = warp + part * warps; chunk < a.shape.chunks; chunk += warps * parts) {
+    for (int chunk = (warps - 1 - warp) * parts + part; chunk < a.shape.chunks; chunk += warps * parts) {
       std::uint32_t scale = 0;
-      const uint4 data[1] = {load_chunk(a, row, chunk, lane, &scale)};
-      write_rows(a, own, all, chunk, 1, data, scale);
+      uint4 data[1];
+      if (token < staged) {
+        data[0] = load_chunk(a, row, chunk, lane, &scale);
+      } else {
+        data[0] = reinterpret_cast<const uint4*>(stage + chunk * kChunkBytes)[lane];
+        if (lane < a.chunk_words) scale = scales[chunk * a.chunk_words + lane];
+      }
+      write_rows(a, own.row, all, chunk, 1, data, scale);
     }
   }
 }
 
-// Takes pieces of messages until none is left: item i of the grid is (message, source, piece), sources in turn. One warp at a
-// time; `begin` and `stride` spread the items over blocks.
+// Takes pieces of messages until none is left, from the block's `turn`-th on. One warp at a time; `begin` and `stride` spread
+// the items over blocks.
 template <int kLanes>
-__device__ void receive_messages(const DispatchOp& a, const Shared& s, int begin, int stride) {
-  const int lane = threadIdx.x % 32;
-  const unsigned others = a.op.ranks - 1;
-  const unsigned items = static_cast<unsigned>(s.block->most_messages) * others * a.shape.pieces;
+__device__ void receive_messages(const DispatchOp& a, const Shared& s, int turn, int begin, int stride) {
+  const unsigned items = static_cast<unsigned>(s.block->most_messages) * (a.op.ranks - 1) * a.shape.pieces;
 #pragma unroll 1
   for (;;) {
-    int turn = 0;
-    if (lane == 0) turn = atomicAdd(&s.block->cursor, 1);
-    const unsigned item = begin + static_cast<unsigned>(__shfl_sync(~0u, turn, 0)) * stride;
-    if (item >= items) return;
-    const unsigned pieces = a.shape.pieces, ordinal = item / pieces;
-    const int piece = static_cast<int>(item - ordinal * pieces);
-    const int message = static_cast<int>(ordinal / others);
-    const int which = static_cast<int>(ordinal - message * others);
-    int rank = a.op.rank + 1 + which;
-    if (rank >= a.op.ranks) rank -= a.op.ranks;
-    if (s.peers[rank].active && message < s.peers[rank].messages) receive_piece<kLanes>(a, s, rank, message, piece);
+    int next = 0;
+    if (threadIdx.x % 32 == 0) next = atomicAdd(&s.block->cursor, 1);
+    const unsigned number = begin + static_cast<unsigned>(turn + __shfl_sync(~0u, next, 0)) * stride;
+    if (number >= items) return;
+    const Item item(a, number);
+    uint4 data[kDispatchPiece];
+    if (item.exists(s) && await_piece<kLanes, kDispatchPiece, false>(a, s, item, data))
+      place_piece<kLanes>(a, s, item, data);
   }
 }
 
@@ -443,10 +524,10 @@ template <int kLanes>
 __device__ __noinline__ void repair(const DispatchOp& a, const Shared s) {
   receive_counts(a, s, 0, kThreads, kAll);
   write_ranges(a, s, 0, kThreads, true);
-  receive_messages<kLanes>(a, s, 0, 1);
+  receive_messages<kLanes>(a, s, 0, 0, 1);
   __syncthreads();
   const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
-  if (threadIdx.x < kSendThreads) count_before(a.op, a.route, s.routes, 0, 0, kSendThreads, kSending);
+  clear_counts(a.op, s.routes, 0, kThreads);
 #pragma unroll 1
   for (int token = 0; token < a.route.num_tokens; token += span) {
     const int end = token + span < a.route.num_tokens ? token + span : a.route.num_tokens;
@@ -457,7 +538,8 @@ __device__ __noinline__ void repair(const DispatchOp& a, const Shared s) {
     }
     if (threadIdx.x < 32) count_own(a.op, a.route, s.routes, token, end, nullptr);
     __syncthreads();
-    place_own(a, s, kWarps, 0, 1);
+    if (threadIdx.x < 32) write_routes(a, s);
+    place_own(a, s, kWarps, 0, 1, end);
   }
 }
 
@@ -469,30 +551,50 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   using namespace gpu;
   extern __shared__ __align__(128) std::uint8_t memory[];
   Shared s = carve(a, memory);
-  wait_for_predecessor();
   const int warp = threadIdx.x / 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
   const int most_ranks = a.op.ranks - 1 < a.route.topk ? a.op.ranks - 1 : a.route.topk;
   const Share share =
       share_of_tokens(a.route.num_tokens, static_cast<unsigned>(most_ranks * a.shape.pieces + kSenders - 1) / kSenders);
   const int begin = share.begin, end = share.end;
+  // One block counts all tokens and tells the counts before rows fill the links: one that has no token where there is such a one.
+  const bool counts = sends && blockIdx.x == (share.parts > 1 ? gridDim.x - 1 : 0);
+  if (warp > kSenders) {
+    clear_counts(a.op, s.routes, kCountFirst, kCountThreads);
+    sync_some(kCounting, kCountThreads);
+  }
+  wait_for_predecessor();
   if (warp < kSenders) {
     if (sends && begin < end) stage_token(a, s, begin, s.stage);
   } else if (warp == kSenders) {
     if (threadIdx.x % 32 == 0) {
       s.block->first_token = begin;
       s.block->end_token = end;
+      s.block->counted = 0;
     }
     begin_operation(a.op, *s.block, s.peers);
+    if (counts) arrive_some(kResting, kRestThreads);
   } else {
-    count_before(a.op, a.route, s.routes, begin, kSendThreads + 32, kRestThreads - 32, kResting);
-    if (warp == kSenders + 1)
-      count_own(a.op, a.route, s.routes, begin, end, blockIdx.x == gridDim.x - 1 || begin < end ? a.op.page : nullptr);
+    if (counts) {
+      count_before(a.op, a.route, s.routes, a.route.num_tokens, kCountFirst, kCountThreads, kCounting);
+      sync_some(kResting, kRestThreads);  // the peers are known
+      send_counts(a, s, kCountFirst, kCountThreads);
+    }
+    if (counts && begin < end) {
+      sync_some(kCounting, kCountThreads);
+      clear_counts(a.op, s.routes, kCountFirst, kCountThreads);
+      sync_some(kCounting, kCountThreads);
+    }
+    if (begin < end) {
+      count_before(a.op, a.route, s.routes, begin, kCountFirst, kCountThreads, kCounting);
+      if (warp == kSenders + 1) count_own(a.op, a.route, s.routes, begin, end, a.op.page);
+    }
   }
   __syncthreads();
+  // Where few pieces are under way, a sending warp waits for one of them before it is known how many there are.
+  const bool early = a.shape.per <= kEarlyPiece && a.op.ranks > 1;
   if (warp < kSenders) {
     if (sends) {
-      if (blockIdx.x == gridDim.x - 1) send_counts(a, s);
 #pragma unroll 1
       for (int token = begin; token < end; ++token) {
         std::uint8_t* stage = s.stage + (token - begin) % 2 * s.stage_bytes;
@@ -504,16 +606,24 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
       }
     }
     if (receives) {
-      sync_some(kBasesKnown, kThreads);
-      place_own(a, s, kSenders, share.part, share.parts);
+      const unsigned number = blockIdx.x + warp * gridDim.x;
+      const bool looks =
+          early && number < static_cast<unsigned>(a.route.max_tokens * (a.op.ranks - 1) * a.shape.pieces);
+      const Item item(a, looks ? number : 0);
+      uint4 data[kEarlyPiece];
+      const bool here = looks && await_piece<kLanes, kEarlyPiece, true>(a, s, item, data);
+#pragma unroll 1
+      while (!flag_set(s.block->counted)) __nanosleep(20);
+      if (here) place_piece<kLanes>(a, s, item, data);
+      place_own(a, s, kSenders, share.part, share.parts, sends ? end - 2 : end);
     }
   } else if (receives) {
     receive_counts(a, s, kSendThreads, kRestThreads, kResting);
-    arrive_some(kBasesKnown, kThreads);
     if (blockIdx.x == 0) write_ranges(a, s, kSendThreads, kRestThreads, false);
+    if (warp == kWarps - 1 && share.part == 0) write_routes(a, s);
   }
   if (!receives) return finish_sending(a.op);
-  receive_messages<kLanes>(a, s, blockIdx.x, gridDim.x);
+  receive_messages<kLanes>(a, s, early ? kSenders : 0, blockIdx.x, gridDim.x);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes>(a, s);
 }
 

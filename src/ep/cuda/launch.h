@@ -32,25 +32,24 @@ NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid
   return at;
 }
 
+inline constexpr int kOwnEntryBytes = 20;  // of OwnEntry in device/combine.cuh
 struct CombineShared {
-  std::int64_t peers = 0, rank = 0, route = 0, weight = 0, turns = 0, total = 0;
+  std::int64_t peers = 0, own = 0, total = 0;
 };
 NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   CombineShared at;
   Walk walk;
   const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
   at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
-  at.rank = walk.take(4 * own * a.route.topk, 16);
-  at.route = walk.take(4 * own * a.route.topk, 16);
-  at.weight = walk.take(4 * own * a.route.topk, 16);
-  at.turns = walk.take(4 * 32 * kWarps, 16);
+  at.own = walk.take(kOwnEntryBytes * own * a.route.topk, 16);
   at.total = walk.total(16);
   return at;
 }
 
 // lanes: 1 or 8 (ep/layout/push.h). Each takes its Op struct by value.
 const void* dispatch_kernel(int lanes);
-const void* combine_kernel(int lanes, bool summed);
+const void* combine_sums_kernel(int lanes, bool few);
+const void* combine_rows_kernel(int lanes, bool few);
 const void* barrier_kernel();
 
 // What a change of peers does, for the ranks listed in pinned host memory.
@@ -68,6 +67,7 @@ struct ChangeOp {
   State* state = nullptr;
   std::uint8_t* control = nullptr;
   PushControl words;
+  int all_ranks = 0;
   int count = 0;
   PeerChange changes[kChangesInLaunch];
 };

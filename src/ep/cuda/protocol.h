@@ -12,15 +12,41 @@ namespace nixl::core::ep::gpu {
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kDispatchPiece = 8;  // most chunks of a piece, which a warp holds in registers
-inline constexpr int kCombinePiece = 5;   // the same, with the sums beside them
-inline constexpr int kSenders = 8;        // warps that send first; the others receive from the start
+// Of a combine with sums on the way: most chunks of a piece, and of how many rows a warp holds a piece at once, beside the sum.
+inline constexpr int kSumsThreads = 384;
+constexpr int sums_piece(bool few) {
+  return few ? 2 : 4;
+}
+constexpr int sums_ahead(bool few) {
+  return few ? 4 : 2;
+}
+// Of a combine of rows as they are: fewer threads, more registers each, most of all for few tokens.
+constexpr int rows_threads(bool few) {
+  return few ? 256 : 384;
+}
+inline constexpr int kRowsPiece = 4;  // most chunks of a piece there
+inline constexpr int kSenders = 8;    // warps that send first; the others receive from the start
 
-// Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket, whatever
-// their number, so the first ticket of the next operation follows without anybody resetting anything.
-inline constexpr std::uint64_t kTicket = 1 << 16;
+// Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket to each word,
+// whatever their number, so the first ticket of the next operation follows without anybody resetting anything. Several words, since
+// a hundred blocks that add to one would wait for each other. Above the count lies the epoch, which every change of peers advances,
+// and the lock.
+inline constexpr std::uint64_t kTicket = 1 << 12;
+inline constexpr unsigned kTicketWords = 32;
+struct alignas(64) Ticket {
+  unsigned long long word;
+};
+inline constexpr int kEpochShift = 55;
+inline constexpr std::uint32_t kEpochs = 256;
 inline constexpr std::uint64_t kLocked = 1ull << 63;
+NIXL_HD constexpr std::uint64_t operations_begun(std::uint64_t ticket) {
+  return (ticket & ((1ull << kEpochShift) - 1)) / kTicket;
+}
+NIXL_HD constexpr std::uint32_t epoch_of(std::uint64_t ticket) {
+  return static_cast<std::uint32_t>(ticket >> kEpochShift) % kEpochs;
+}
 struct State {
-  unsigned long long ticket;
+  Ticket tickets[kTicketWords];
   unsigned long long sent;               // the same, at the end of blocks that wrote to peers
   unsigned long long done;               // the same, at the end of receiving blocks
   unsigned long long redo;               // last operation + 1 that was repaired
@@ -29,6 +55,7 @@ struct State {
   unsigned long long failed[kMaxRanks];  // operation + 1 in which this source failed
   std::int32_t fault_view[kMaxRanks];
   PeerVersion peers[kMaxRanks][2];
+  PeerCells newest[kMaxRanks];  // of these, with the epoch they were written in
 };
 
 struct FaultRecord {
@@ -65,6 +92,7 @@ struct Op {
   std::uint32_t incarnation = 0;
   int rank = 0;
   int ranks = 0;                      // of the call
+  int all_ranks = 0;                  // that there is room for
   int experts = 0;                    // of a rank
   std::uint32_t experts_inverse = 0;  // rounded up 2^32 / experts; 0 stands for 1 expert
   int phase = 0;                      // nixl::ep::Phase

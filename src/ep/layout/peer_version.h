@@ -23,6 +23,38 @@ struct alignas(64) PeerVersion {
 };
 static_assert(sizeof(PeerVersion) == 64);
 
+// The same in four cells of 16 bytes, each of which is read and written whole and carries the epoch in which it was written. So
+// they can be read before it is known which epoch it is: a mixture shows.
+struct alignas(16) PeerCell {
+  std::uint32_t low, high, epoch, word;
+};
+struct PeerCells {
+  PeerCell cells[4];
+  NIXL_HD constexpr bool of(std::uint32_t epoch) const {
+    return cells[0].epoch == epoch && cells[1].epoch == epoch && cells[2].epoch == epoch && cells[3].epoch == epoch;
+  }
+};
+NIXL_HD inline PeerCells cells_of(const PeerVersion& version, std::uint32_t epoch) {
+  const auto cell = [epoch](std::uint64_t wide, std::uint32_t word) {
+    return PeerCell{static_cast<std::uint32_t>(wide), static_cast<std::uint32_t>(wide >> 32), epoch, word};
+  };
+  return {{cell(reinterpret_cast<std::uint64_t>(version.data), static_cast<std::uint32_t>(version.status)),
+           cell(reinterpret_cast<std::uint64_t>(version.control), version.incarnation),
+           cell(version.from, version.sent), cell(version.expected, 0)}};
+}
+NIXL_HD inline PeerVersion version_of(const PeerCells& from) {
+  const auto wide = [&](int i) { return std::uint64_t{from.cells[i].high} << 32 | from.cells[i].low; };
+  PeerVersion version;
+  version.from = wide(2);
+  version.data = reinterpret_cast<std::uint8_t*>(wide(0));
+  version.control = reinterpret_cast<std::uint8_t*>(wide(1));
+  version.status = static_cast<PeerStatus>(from.cells[0].word);
+  version.incarnation = from.cells[1].word;
+  version.sent = from.cells[2].word;
+  version.expected = from.cells[3].low;
+  return version;
+}
+
 // What a rank writes into a peer's control memory in every operation, in the slot of its count.
 struct PushHeader {
   std::uint32_t incarnation = 0;  // of the sender

@@ -328,6 +328,28 @@ TEST(no_count_returns_when_ranks_reconnect) {
   }
 }
 
+TEST(cells_carry_a_version_whole_and_a_mixture_of_epochs_shows) {
+  PeerVersion version;
+  version.from = 0x123456789abcdef0;
+  version.data = reinterpret_cast<std::uint8_t*>(0x7f0011223344);
+  version.control = reinterpret_cast<std::uint8_t*>(0x7f5566778899);
+  version.status = PeerStatus::kMasked;
+  version.incarnation = 0xdeadbeef;
+  version.sent = 0xfffffffe;
+  version.expected = 17;
+  const PeerCells cells = cells_of(version, 200);
+  const PeerVersion read = version_of(cells);
+  CHECK(read.from == version.from && read.data == version.data && read.control == version.control);
+  CHECK(read.status == version.status && read.incarnation == version.incarnation);
+  CHECK(read.sent == version.sent && read.expected == version.expected);
+  CHECK(cells.of(200) && !cells.of(201));
+  for (int i = 0; i < 4; ++i) {
+    PeerCells mixture = cells;
+    mixture.cells[i] = cells_of(PeerVersion{}, 201).cells[i];
+    CHECK(!mixture.of(200) && !mixture.of(201));
+  }
+}
+
 TEST(a_caller_who_masks_in_the_middle_is_no_fault_of_the_peer) {
   PeerVersion then;
   then.from = 3;

@@ -86,9 +86,11 @@ NIXL_HD constexpr PushLayout make_push_layout(std::int64_t num_bytes, std::int64
 //   counts    int32 [ranks]: messages of each source
 //   messages  [ranks][max_tokens]: {token at the source, entries}, then {row, place in the top-k} of every entry by place;
 //             row counts over all local experts' rows of the output
-//   routes    int32 [max_tokens][topk] of own tokens: the message that carries this entry, or on the own rank its row; -1: none
+//   routes    [max_tokens][topk] of own tokens: {the message that carries this entry, or on the own rank its row; -1: none,
+//             number of the entry among the message's}
+//   turns     uint8 [max_tokens][topk]: the places of a token by rank, then place; those that nothing comes from are last
 struct RecordLayout {
-  std::int64_t counts = 0, messages = 0, routes = 0, total = 0;
+  std::int64_t counts = 0, messages = 0, routes = 0, turns = 0, total = 0;
   int message_bytes = 0;
   NIXL_HD constexpr std::int64_t message_of(int source, std::int64_t max_tokens, std::int64_t message) const {
     return messages + (source * max_tokens + message) * message_bytes;
@@ -100,7 +102,8 @@ NIXL_HD constexpr RecordLayout make_record_layout(std::int64_t max_tokens, int t
   Walk walk;
   layout.counts = walk.take(4 * std::int64_t{num_ranks}, 16);
   layout.messages = walk.take(num_ranks * max_tokens * layout.message_bytes, 16);
-  layout.routes = walk.take(4 * max_tokens * topk, 16);
+  layout.routes = walk.take(8 * max_tokens * topk, 16);
+  layout.turns = walk.take(max_tokens * topk, 16);
   layout.total = walk.total(16);
   return layout;
 }

@@ -54,6 +54,22 @@ __device__ __forceinline__ void arrive_some(int name, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// A word of shared memory by which one thread of a block tells the others that what it and those it has met in a barrier
+// wrote may be read.
+__device__ __forceinline__ void set_flag(int& flag) {
+  asm volatile("st.release.cta.shared.u32 [%0],%1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(&flag))),
+               "r"(1)
+               : "memory");
+}
+__device__ __forceinline__ bool flag_set(const int& flag) {
+  int v;
+  asm volatile("ld.acquire.cta.shared.u32 %0,[%1];"
+               : "=r"(v)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&flag)))
+               : "memory");
+  return __all_sync(~0u, v);
+}
+
 template <int kLanes>
 struct Lines {
   static constexpr int kPerChunk = lines_in_chunk(kLanes);

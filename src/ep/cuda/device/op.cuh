@@ -34,6 +34,7 @@ struct Block {
   std::uint64_t fault_op;  // as the operation found it
   int cursor;              // next item of this block
   int most_messages;
+  int counted;  // whether the messages of peers are known
   int first_token, end_token;
 };
 
@@ -66,21 +67,46 @@ __device__ __forceinline__ PushHeader load_header(const Op& op, int rank, std::u
   return {cell.x, cell.y, cell.z, cell.w};
 }
 
-// Changes of peers happen while no operation is between its first and its last ticket.
+// Changes of peers happen while no operation is between its first and its last ticket. Who locks the first word tries the others.
+__device__ inline bool lock_word(Ticket& ticket, std::uint64_t& begun, bool first) {
+  const unsigned long long seen = load_strong(&ticket.word);
+  if (seen % kTicket != 0 || (seen & kLocked) || (!first && operations_begun(seen) != begun)) return false;
+  begun = operations_begun(seen);
+  return atomicCAS(&ticket.word, seen, seen | kLocked) == seen;
+}
 __device__ inline std::uint64_t lock_state(State& state) {
 #pragma unroll 1
   for (;;) {
-    const unsigned long long seen = load_strong(&state.ticket);
-    if (seen % kTicket == 0 && !(seen & kLocked) && atomicCAS(&state.ticket, seen, seen | kLocked) == seen) {
+    std::uint64_t begun = 0;
+    unsigned locked = 0;
+#pragma unroll 1
+    while (locked < kTicketWords && lock_word(state.tickets[locked], begun, locked == 0)) ++locked;
+    if (locked == kTicketWords) {
       __threadfence();
-      return seen / kTicket;
+      return begun;
     }
+#pragma unroll 1
+    while (locked > 0) atomicAnd(&state.tickets[--locked].word, ~kLocked);
     __nanosleep(200);
   }
 }
-__device__ inline void unlock_state(State& state) {
+// Shows the newest versions to the operations to come, in a new epoch.
+__device__ inline void unlock_state(State& state, int all_ranks) {
+  const std::uint32_t before = epoch_of(load_strong(&state.tickets[0].word)), epoch = (before + 1) % kEpochs;
+#pragma unroll 1
+  for (int rank = 0; rank < all_ranks; ++rank) {
+    const PeerCells newest = cells_of(version_at(state.peers[rank], ~0ull - 1), epoch);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const PeerCell& cell = newest.cells[i];
+      store_cell(&state.newest[rank].cells[i], make_uint4(cell.low, cell.high, cell.epoch, cell.word));
+    }
+  }
   __threadfence();
-  atomicAnd(&state.ticket, ~kLocked);
+  const unsigned long long above = kLocked | static_cast<unsigned long long>(before) << kEpochShift;
+  const unsigned long long change = (static_cast<unsigned long long>(epoch) << kEpochShift) - above;
+#pragma unroll 1
+  for (Ticket& ticket : state.tickets) atomicAdd(&ticket.word, change);
 }
 // The newest version, advanced to operation `next`.
 __device__ inline PeerVersion latest_version(const PeerVersion (&versions)[2], std::uint64_t next) {
@@ -98,9 +124,9 @@ __device__ inline void write_version(PeerVersion (&versions)[2], const PeerVersi
   atomicExch(from, version.from);
 }
 
-// Fills in `peer` for operation `number`.
-__device__ inline void see_peer(const Op& op, std::uint64_t number, int rank, Peer& peer) {
-  const PeerVersion now = version_at(op.state->peers[rank], number);
+// Fills in `peer` for operation `number` from the version that holds for it.
+__device__ __forceinline__ void see_peer(const Op& op, std::uint64_t number, int rank, const PeerVersion& now,
+                                         Peer& peer) {
   const auto past = static_cast<std::uint32_t>(number - now.from);
   peer.active = now.status == PeerStatus::kActive;
   peer.incarnation = now.incarnation;
@@ -128,44 +154,74 @@ __device__ __forceinline__ unsigned long long share_of_block() {
   constexpr auto all = static_cast<unsigned>(kTicket);
   return all / gridDim.x + (blockIdx.x == 0 ? all % gridDim.x : 0);
 }
-__device__ __forceinline__ unsigned long long draw_ticket(unsigned long long* at, unsigned long long share) {
+__device__ __forceinline__ Ticket& ticket_of_block(State& state) {
+  return state.tickets[blockIdx.x % kTicketWords];
+}
+// Adds the block's part to its word, and what a grid of few blocks owes to words that no block draws from.
+__device__ __forceinline__ unsigned long long draw_ticket(State& state) {
+  const unsigned word = blockIdx.x % kTicketWords, drawing = (gridDim.x - word + kTicketWords - 1) / kTicketWords;
+  constexpr auto all = static_cast<unsigned>(kTicket);
+  const unsigned long long part = all / drawing + (blockIdx.x < kTicketWords ? all % drawing : 0);
   unsigned long long before;
-  asm volatile("atom.add.relaxed.gpu.global.u64 %0,[%1],%2;" : "=l"(before) : "l"(at), "l"(share) : "memory");
+  asm volatile("atom.add.relaxed.gpu.global.u64 %0,[%1],%2;"
+               : "=l"(before)
+               : "l"(&state.tickets[word].word), "l"(part)
+               : "memory");
+#pragma unroll 1
+  for (unsigned other = blockIdx.x + gridDim.x; other < kTicketWords; other += gridDim.x)
+    asm volatile("red.add.relaxed.gpu.global.u64 [%0],%1;" ::"l"(&state.tickets[other].word), "l"(kTicket) : "memory");
   return before;
 }
 // Nobody waits for it, and nothing is ordered by it: who needs what lies before adds a pause (finish_operation).
 __device__ __forceinline__ void add_share(unsigned long long* at) {
   asm volatile("red.add.relaxed.gpu.global.u64 [%0],%1;" ::"l"(at), "l"(share_of_block()) : "memory");
 }
-// Draws this block's ticket and looks at the peers; one warp.
+__device__ __forceinline__ PeerCells load_newest(const State& state, int rank) {
+  PeerCells newest;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint4 cell = load_cell(&state.newest[rank].cells[i]);
+    newest.cells[i] = {cell.x, cell.y, cell.z, cell.w};
+  }
+  return newest;
+}
+// Draws this block's ticket and looks at the peers, both at once: what is shown of them holds if it is of the ticket's epoch, else
+// the versions are looked through. One warp.
 // `parities`: also finds out what the parity of each peer's operation is, from its header of the one before; kUnknownParity
 // where there is none.
 __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, bool parities = false) {
   const int lane = threadIdx.x % 32;
-  uint4 even = {}, odd = {};  // headers of the lane's first rank, under way while the ticket is
+  const bool sends = op.parts & kSends;
+  unsigned long long ticket = 0;
+  if (lane == 0) ticket = sends ? draw_ticket(*op.state) : load_strong(&ticket_of_block(*op.state).word);
+  PeerCells newest = {};
+  if (lane < op.ranks) newest = load_newest(*op.state, lane);
+  uint4 even = {}, odd = {};  // headers of the lane's first rank
   if (parities && lane < op.ranks) {
     even = load_cell(op.control + op.words.header_of(lane, 0));
     odd = load_cell(op.control + op.words.header_of(lane, 1));
   }
-  std::uint64_t number = 0;
+  unsigned long long fault_op = 0;
+  if (lane == 0)
+    asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(fault_op) : "l"(&op.state->fault_op) : "memory");
+  ticket = __shfl_sync(~0u, ticket, 0);
+  const std::uint64_t number = operations_begun(ticket) - (sends ? 0 : 1);
   if (lane == 0) {
     block.cursor = 0;
     block.failed = 0;
-    unsigned long long fault_op;
-    asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(fault_op) : "l"(&op.state->fault_op) : "memory");
-    unsigned long long seen =
-        op.parts & kSends ? draw_ticket(&op.state->ticket, share_of_block()) : load_strong(&op.state->ticket);
     block.fault_op = fault_op;
-    number = (seen & ~kLocked) / kTicket - (op.parts & kSends ? 0 : 1);
-    if (op.parts & kSends)
-#pragma unroll 1
-      while (seen & kLocked) seen = load_strong(&op.state->ticket);
     block.number = number;
   }
-  number = __shfl_sync(~0u, number, 0);
+  const bool locked = sends && (ticket & kLocked);
+  if (locked)
+#pragma unroll 1
+    while (load_strong(&ticket_of_block(*op.state).word) & kLocked)
+      ;
 #pragma unroll 1
   for (int rank = lane; rank < op.ranks; rank += 32) {
-    see_peer(op, number, rank, peers[rank]);
+    if (rank >= 32) newest = load_newest(*op.state, rank);
+    const bool holds = sends && !locked && newest.of(epoch_of(ticket));
+    see_peer(op, number, rank, holds ? version_of(newest) : version_at(op.state->peers[rank], number), peers[rank]);
     if (!parities) continue;
     const Peer& peer = peers[rank];
     const int slot = flag_slot(peer.expected - 1);
@@ -326,7 +382,7 @@ static __device__ __noinline__ void report_failed(const Op& op, const Block& blo
     *reinterpret_cast<volatile unsigned long long*>(&op.page->faults) = index + 1;
   }
   state.fault_op = block.number + 1;
-  unlock_state(state);
+  unlock_state(state, op.all_ranks);
 }
 
 // End of a block that only sends, all threads.

@@ -22,17 +22,20 @@ __device__ __forceinline__ int load_id(const RouteArgs& route, int at, int num_e
   return high < 0 ? -1 : high > 0 || low >= num_experts || low < 0 ? num_experts : low;
 }
 
-// Zeroes the counts and counts tokens [0, end). `threads` of the block from `first` on; barrier `name` is theirs.
-__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end,
-                                             int first_thread, int threads, int name) {
-  constexpr int kAhead = 4;  // loads under way together
-  const int tid = static_cast<int>(threadIdx.x) - first_thread, lane = tid % 32, warps = threads / 32;
-  const int num_experts = op.ranks * op.experts;
+// `threads` of the block from `first` on.
+__device__ __forceinline__ void clear_counts(const Op& op, const Routes& routes, int first, int threads) {
+  const int tid = static_cast<int>(threadIdx.x) - first;
 #pragma unroll 1
-  for (int i = tid; i < num_experts; i += threads) routes.per_expert[i] = 0;
+  for (int i = tid; i < op.ranks * op.experts; i += threads) routes.per_expert[i] = 0;
 #pragma unroll 1
   for (int i = tid; i < op.ranks; i += threads) routes.per_rank[i] = 0;
-  sync_some(name, threads);
+}
+// Adds tokens [0, end) to the counts. `threads` of the block from `first` on; barrier `name` is theirs.
+__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end,
+                                             int first_thread, int threads, int name) {
+  constexpr int kAhead = 8;  // loads under way together
+  const int tid = static_cast<int>(threadIdx.x) - first_thread, lane = tid % 32, warps = threads / 32;
+  const int num_experts = op.ranks * op.experts;
   // A warp takes as many whole tokens at a time as it has lanes for.
   const int together = 32u / static_cast<unsigned>(route.topk);
   const int token_of_lane = static_cast<unsigned>(lane) / static_cast<unsigned>(route.topk);
@@ -48,6 +51,7 @@ __device__ __forceinline__ void count_before(const Op& op, const RouteArgs& rout
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
+      if (first + u * warps * together >= end) break;
       const bool valid = ids[u] >= 0 && ids[u] < num_experts;
       const int rank = rank_of_expert(op, ids[u]);
       const unsigned same = __match_any_sync(~0u, valid ? rank << 5 | token_of_lane : -1 - lane);
