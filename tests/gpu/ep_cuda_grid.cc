@@ -13,6 +13,7 @@ namespace {
 constexpr int kHiddens[] = {2048, 4096, 5120, 6144, 7168};
 constexpr int kExperts[] = {8, 16, 128, 256, 384};
 constexpr int kTopks[] = {1, 2, 4, 6, 8};
+constexpr int kChain = 20;
 constexpr int kVisits = 2;        // of each cell, each with memory of its own
 constexpr double kSpread = 0.01;  // noise is not taken for less
 
@@ -65,7 +66,7 @@ void visit_cell(Mesh& mesh, Cell& shared) {
   d.wait_cost = nullptr;
   const CombineArgs a = t.combine();
   const auto worst_time = [&](const std::function<void()>& step) {
-    return mesh.worst(time_chain(mesh, t.stream, step));
+    return mesh.worst(time_chain(mesh, t.stream, kChain, step));
   };
   const double dispatch = worst_time([&] { OK(path->dispatch(d)); });
   const double combine = worst_time([&] { OK(path->combine(a)); });
@@ -168,7 +169,7 @@ int main(int argc, char** argv) {
   const auto failed = run_in_turn(
       kVisits * count, ranks, found, [&](Mesh& mesh, int i) { visit_cell(mesh, cells[i % count]); }, 280);
   print_table(cells, count);
-  std::fprintf(stderr, "Replayed: %s.\n", kReplayMethod);
+  std::fprintf(stderr, "Replayed: %s.\n", replay_method(kChain).c_str());
   for (int i : failed)
     if (i < count)
       std::fprintf(stderr, "FAILED hidden %d, %d experts, top-k %d\n", cells[i].hidden, cells[i].experts,

@@ -4,23 +4,25 @@
 
 namespace gpu_test {
 
-constexpr int kChain = 20, kWarmUps = 4, kReplays = 15;
-inline constexpr const char* kReplayMethod =
-    "graphs of 20 steps, replayed 15 times after 4 warm-ups, ranks released together before each replay; CUDA events; "
-    "a rank's "
-    "figure is its median, shown is the worst rank";
+constexpr int kWarmUps = 4, kReplays = 15;
+inline std::string replay_method(int chain) {
+  return "graphs of " + std::to_string(chain) + " steps, replayed " + std::to_string(kReplays) + " times after " +
+         std::to_string(kWarmUps) +
+         " warm-ups, ranks released together before each replay; CUDA events; a rank's figure is its median, shown is "
+         "the worst rank";
+}
 
 inline double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
 }
 
-// Microseconds of a step, this rank's median.
-inline double time_chain(Mesh& mesh, cudaStream_t stream, const std::function<void()>& step) {
+// Microseconds of a step in a graph of `chain` steps, this rank's median.
+inline double time_chain(Mesh& mesh, cudaStream_t stream, int chain, const std::function<void()>& step) {
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < kChain; ++i) step();
+  for (int i = 0; i < chain; ++i) step();
   CUDA_OK(cudaStreamEndCapture(stream, &graph));
   CUDA_OK(cudaGraphInstantiate(&exec, graph, 0));
   cudaEvent_t begin, end;
@@ -35,7 +37,7 @@ inline double time_chain(Mesh& mesh, cudaStream_t stream, const std::function<vo
     CUDA_OK(cudaStreamSynchronize(stream));
     float ms = 0;
     CUDA_OK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= kWarmUps) us.push_back(ms * 1000 / kChain);
+    if (i >= kWarmUps) us.push_back(ms * 1000 / chain);
   }
   CUDA_OK(cudaGraphExecDestroy(exec));
   CUDA_OK(cudaGraphDestroy(graph));
