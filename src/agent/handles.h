@@ -1,6 +1,7 @@
-// Numbers for objects: what crosses to callers who cannot hold a pointer. A number carries its kind and is not used
-// twice, so a stale one, or one of another kind, is recognised. All functions may be called from any threads.
+// Numbers for objects: what crosses to callers who cannot hold a pointer. A number carries its kind and its table and is not
+// used twice, so a stale one, and one of another kind or agent, is recognised. All functions may be called from any threads.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -11,7 +12,7 @@ namespace nixl::core {
 
 enum class HandleKind : std::uint64_t { kList = 1, kRequest = 2 };
 
-// kind (upper 4 bits), round of the place (28), place + 1 (32)
+// kind (upper 4 bits), table (8), round of the place (24), place + 1 (28)
 template <typename T, HandleKind kKind>
 class Handles {
  public:
@@ -27,7 +28,7 @@ class Handles {
     }
     Cell& cell = cells_[place];
     cell.object = std::move(object);
-    return static_cast<std::uint64_t>(kKind) << 60 | static_cast<std::uint64_t>(cell.round) << 32 | (place + 1);
+    return tag_ << kTagShift | static_cast<std::uint64_t>(cell.round) << kRoundShift | (place + 1);
   }
   std::shared_ptr<T> get(std::uint64_t handle) const {
     const std::shared_lock lock(mutex_);
@@ -39,7 +40,7 @@ class Handles {
     auto* cell = const_cast<Cell*>(find(handle));
     if (!cell) return nullptr;
     cell->round = (cell->round + 1) & kRoundMask;
-    free_.push_back(static_cast<std::uint32_t>(handle) - 1);
+    free_.push_back(static_cast<std::uint32_t>(handle & kPlaceMask) - 1);
     return std::move(cell->object);
   }
   std::vector<std::shared_ptr<T>> all() const {
@@ -56,13 +57,19 @@ class Handles {
     std::uint32_t round = 1;
   };
   const Cell* find(std::uint64_t handle) const {
-    const std::uint64_t place = handle & 0xffffffff;
+    const std::uint64_t place = handle & kPlaceMask;
     if (place == 0 || place > cells_.size()) return nullptr;
     const Cell& cell = cells_[place - 1];
-    const bool mine = handle >> 60 == static_cast<std::uint64_t>(kKind) && (handle >> 32 & kRoundMask) == cell.round;
+    const bool mine = handle >> kTagShift == tag_ && (handle >> kRoundShift & kRoundMask) == cell.round;
     return cell.object && mine ? &cell : nullptr;
   }
-  static constexpr std::uint32_t kRoundMask = (1u << 28) - 1;
+  static std::uint64_t next_tag() {
+    static std::atomic<std::uint32_t> tables{0};
+    return static_cast<std::uint64_t>(kKind) << 8 | (tables.fetch_add(1, std::memory_order_relaxed) & 255);
+  }
+  static constexpr int kTagShift = 52, kRoundShift = 28;
+  static constexpr std::uint32_t kRoundMask = (1u << 24) - 1, kPlaceMask = (1u << 28) - 1;
+  const std::uint64_t tag_ = next_tag();
   mutable std::shared_mutex mutex_;
   std::vector<Cell> cells_;
   std::vector<std::uint32_t> free_;

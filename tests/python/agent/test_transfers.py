@@ -192,6 +192,29 @@ def test_handles_are_of_one_kind(pair):
     assert a.transfer(h) in ("DONE", "PROC")
 
 
+def test_handles_are_of_one_agent(pair):
+    """The first request of one agent is not taken for the first request of another, and moves nothing of it."""
+    a, b = pair
+    handles, lists = [], []
+    for one in pair:
+        side = one.get_xfer_descs([(one.memory.ctypes.data, 64, 0)], "DRAM")
+        other = one.get_xfer_descs([(one.memory.ctypes.data + 64, 64, 0)], "DRAM")
+        one.memory[:64] = 77
+        handles.append(one.initialize_xfer("WRITE", side, other, one.name))
+        lists.append((one.prep_xfer_dlist("", side), one.prep_xfer_dlist(one.name, other)))
+    for call in (b.transfer, b.check_xfer_state, b.query_xfer_backend, b.cancel_xfer):
+        with pytest.raises(nixl.nixlInvalidParamError):
+            call(handles[0])
+    with pytest.raises(nixl.nixlInvalidParamError):
+        b.make_prepped_xfer("WRITE", lists[0][0], [0], lists[1][1], [0])
+    with pytest.raises(nixl.nixlInvalidParamError):
+        b.make_prepped_xfer("WRITE", lists[1][0], [0], lists[0][1], [0])
+    assert (b.memory[64:128] != 77).all() and (a.memory[64:128] != 77).all()
+    a.transfer(handles[0])
+    done(a, handles[0])
+    assert (a.memory[64:128] == 77).all() and (b.memory[64:128] != 77).all()
+
+
 def test_deregistration(pair):
     a, _ = pair
     again = a.register_memory([a.memory])
