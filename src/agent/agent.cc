@@ -520,11 +520,6 @@ Result<void> Agent::release_request(std::uint64_t handle) {
   return {};
 }
 
-Result<TransferTimes> Agent::times(std::uint64_t handle) const {
-  NIXL_ASSIGN(const auto found, request(handle));
-  return found->times();
-}
-
 // ---- notifications
 
 Result<void> Agent::send_to(Peer& to, std::string_view message, const std::vector<Slot*>& allowed) {

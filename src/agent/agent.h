@@ -66,7 +66,6 @@ class Agent {
                                      std::optional<std::string> message, BackendIds backends);
   Result<std::shared_ptr<Request>> request(std::uint64_t handle) const;  // kInvalidArgument when unknown
   Result<void> release_request(std::uint64_t handle);                    // unknown: nothing to do
-  Result<TransferTimes> times(std::uint64_t handle) const;
   bool telemetry_on() const noexcept { return telemetry_ != nullptr; }
 
   Result<void> send_notification(const std::string& agent, std::string_view message, BackendIds backends);

@@ -31,7 +31,6 @@ class Usage {
   // Both answer true to exactly one caller: the one who must now destroy.
   bool release() noexcept { return word_.fetch_sub(1, std::memory_order_acq_rel) == (kRetired | 1); }
   bool retire() noexcept { return word_.fetch_or(kRetired, std::memory_order_acq_rel) == 0; }
-  bool retired() const noexcept { return word_.load(std::memory_order_acquire) & kRetired; }
 
  private:
   static constexpr std::uint64_t kRetired = 1ull << 63;

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "base/recycled.h"
@@ -36,7 +35,6 @@ struct Plan {
 
   std::uint64_t num_blocks = 0;   // sum of count
   std::uint64_t total_bytes = 0;  // sum of count * length
-  std::string custom_param;       // free text of the caller for this backend; usually empty
 
   std::size_t num_rows() const noexcept { return length.size(); }
   bool has_runs() const noexcept { return !count.empty(); }

@@ -142,7 +142,7 @@ TEST(json) {
   for (std::size_t size = 0; size < good.size(); ++size) CHECK(!Json::parse(good.substr(0, size)));
   for (const char* bad : {"{} x", "[1,]", "{1:2}", "\"\\q\"", "\"\\u12g4\""}) CHECK(!Json::parse(bad));
   CHECK(!Json::parse(std::string(100000, '[')));
-  CHECK_EQ(Json::parse(json_quote("a\"\\\n"))->text(), "a\"\\\n");
+  CHECK_EQ(Json::parse(R"("a\"\\\n")")->text(), "a\"\\\n");
 }
 
 TEST(damaged_texts_are_refused_or_read_and_no_more) {

@@ -1,7 +1,5 @@
 #include "http/json.h"
 
-#include <cstdio>
-
 namespace nixl::core::http {
 namespace {
 
@@ -143,23 +141,6 @@ const Json& Json::operator[](std::string_view name) const noexcept {
   static const Json kNone;
   const auto at = members_.find(name);
   return at == members_.end() ? kNone : at->second;
-}
-
-std::string json_quote(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      char code[8];
-      std::snprintf(code, sizeof code, "\\u%04x", c);
-      out += code;
-    } else {
-      out += c;
-    }
-  }
-  return out + "\"";
 }
 
 }  // namespace nixl::core::http

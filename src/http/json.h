@@ -28,6 +28,4 @@ class Json {
   std::map<std::string, Json, std::less<>> members_;
 };
 
-std::string json_quote(std::string_view text);
-
 }  // namespace nixl::core::http

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <charconv>
 #include <thread>
 
 #include "base/env.h"
@@ -420,21 +419,9 @@ void UcxBackend::wake() noexcept {
 
 // ---- transfers ----
 
-Result<std::size_t> UcxBackend::choose_worker(const Plan& plan) {
-  if (engines_ > 0) {
-    const std::uint64_t device =
-        plan.local_regions.empty() ? 0 : static_cast<const Registered*>(plan.local_regions.front())->device();
-    return static_cast<std::size_t>(device);
-  }
-  const std::size_t at = plan.custom_param.find("worker_id=");
-  if (at == std::string::npos) return round_robin_.fetch_add(1, std::memory_order_relaxed) % desks_.size();
-  const std::string_view text = std::string_view(plan.custom_param).substr(at + 10);
-  std::size_t index = 0;
-  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), index);
-  if (parsed.ec != std::errc() || index >= desks_.size())
-    return fail(Code::kInvalidArgument, "custom parameter '%s': worker_id from 0 to %zu is possible",
-                plan.custom_param.c_str(), desks_.size() - 1);
-  return index;
+std::size_t UcxBackend::choose_worker(const Plan& plan) {
+  if (engines_ == 0) return round_robin_.fetch_add(1, std::memory_order_relaxed) % desks_.size();
+  return plan.local_regions.empty() ? 0 : static_cast<const Registered*>(plan.local_regions.front())->device();
 }
 
 Result<std::unique_ptr<Transfer>> UcxBackend::prepare(Plan plan) {
@@ -442,7 +429,7 @@ Result<std::unique_ptr<Transfer>> UcxBackend::prepare(Plan plan) {
     return fail(Code::kInvalidArgument, "UCX moves DRAM and, with a working driver, VRAM; not %s to %s",
                 name(plan.local_kind), name(plan.remote_kind));
   merge_neighbours(plan);
-  NIXL_ASSIGN(const std::size_t index, choose_worker(plan));
+  const std::size_t index = choose_worker(plan);
   auto& connection = static_cast<UcxConnection&>(*plan.peer);
   Link& link = connection.link(index);
   const bool device_memory = plan.local_kind == MemKind::kVram || plan.remote_kind == MemKind::kVram;

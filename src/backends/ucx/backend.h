@@ -96,7 +96,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   UcxBackend() = default;
   Result<void> start(int num_workers);
   Result<void> make_descriptors();
-  Result<std::size_t> choose_worker(const Plan& plan);
+  std::size_t choose_worker(const Plan& plan);
   Result<void> check_device(const Region& region) const;
   void release_region(Exposed& region);
   void close_connection(UcxConnection& connection);

@@ -18,11 +18,6 @@ class ReadService final : public Job {
   void start_locked();
   bool ended() const noexcept { return ended_; }
   Link& link() const noexcept { return *link_; }
-  bool reads(const Exposed& region) const noexcept {
-    for (const auto& used : regions_)
-      if (used.get() == &region) return true;
-    return false;
-  }
 
   bool advance_locked() override;
   void completed_locked(ucs_status_t status) override;

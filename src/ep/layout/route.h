@@ -19,13 +19,6 @@ NIXL_HD constexpr Lead lead_of(std::int64_t id, std::int64_t experts_in_call) {
   return id < 0 ? Lead::kSkip : id < experts_in_call ? Lead::kExpert : Lead::kOutside;
 }
 
-NIXL_HD constexpr int rank_of(std::int64_t id, int experts_per_rank) {
-  return static_cast<int>(id / experts_per_rank);
-}
-NIXL_HD constexpr int local_of(std::int64_t id, int experts_per_rank) {
-  return static_cast<int>(id % experts_per_rank);
-}
-
 // One (token, place in the top-k) of a source, in 32 bits. Comparing entries compares token, then place.
 using Entry = std::uint32_t;
 NIXL_HD constexpr Entry make_entry(std::int64_t token, int place) {
