@@ -48,7 +48,7 @@ enum class Payload : int {
   kFp8Ue8m0 = 3,  // the same, stored as biased exponent bytes, four to an int32
 };
 
-enum class Phase : int { kDispatch = 0, kCombine = 1, kBarrier = 2, kConnect = 3 };
+enum class Phase : int { kDispatch = 0, kCombine = 1, kBarrier = 2 };
 
 // A peer that did not keep a deadline, or whose flag did not fit. `operation` counts this rank's operations.
 struct Fault {
@@ -195,7 +195,7 @@ class NIXL_EXPORT Buffer {
   int active_rank_bound() const;             // highest active rank + 1
   // Faults since the last call; clears them. Does not wait for the device.
   std::vector<Fault> take_faults();
-  // True once if an operation met an expert id outside [0, R * L) or more rows than fit; text says which. Clears it.
+  // Which operation met an expert id of R * L or above, or more rows than fit, and what it dropped; said once, then "".
   std::string take_input_error();
   // int32 [R_cap] on the device: nonzero = failed in the newest operation.
   View fault_view() const;

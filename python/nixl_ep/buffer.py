@@ -19,7 +19,7 @@ from .utils import EventHandle, EventOverlap
 
 _DEVICES = {"cpu": 0, "cuda": 1}
 _COMBINES = {"exact": 0, "reduced": 1}
-_PHASES = ("dispatch", "combine", "barrier", "connect")
+_PHASES = ("dispatch", "combine", "barrier")
 _WHOLE, _SEND, _RECEIVE = 0, 1, 2
 _LEGACY_STREAM = 1  # CUDA's name for the default stream where 0 would mean none
 

@@ -1,4 +1,4 @@
-// The path between GPUs of one NVLink domain: kernels that push rows into peers' memory (docs/decisions/ep-cuda.md).
+// The path between GPUs of one NVLink domain: kernels that push rows into peers' memory (docs/decisions/0020-ep-cuda-lines.md).
 #pragma once
 #include <atomic>
 #include <map>
