@@ -128,8 +128,6 @@ class FileStore:
 class FileBenchmark(Benchmark):
     """Base of the scripts that move between memory and files."""
 
-    batch_text = ""
-
     @classmethod
     def add_flags(cls, parser):
         parser.add_argument("--file_path", required=True, help="file to use; created if absent, never shortened")

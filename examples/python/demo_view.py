@@ -11,7 +11,6 @@ from demo_rank import BIN_S
 REFRESH_S = 0.2
 LINE_EVERY_S = 2.0  # without a terminal
 BAR = 28
-COLUMNS = 96
 
 
 class LiveView:

@@ -42,7 +42,7 @@ def test_channel():
 
 
 def test_storage(tmp_path):
-    mode = getattr(nixl_thread_sync_t, "NIXL_THREAD_SYNC_STRICT")
+    mode = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
     agent = nixl_agent("store", nixl_agent_config(backends=["POSIX"], sync_mode=mode))
     memory = np.random.default_rng(2).integers(0, 256, 8 * PAGE, np.uint8)
     regs: nixlBind.nixlRegDList = agent.register_memory([(memory.ctypes.data, memory.nbytes, 0, "")], mem_type="DRAM")

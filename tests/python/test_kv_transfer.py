@@ -1,7 +1,6 @@
 """KV-cache transfer between real processes: the example in all its shapes, peers that die, many blocks, blocks returned."""
 
 import multiprocessing
-import os
 import pathlib
 import random
 import subprocess

@@ -8,7 +8,6 @@ import time
 os.environ["NIXL_LOOPBACK"] = "y"
 
 import nixl
-import numpy as np
 import pytest
 from nixl._api import nixl_agent, nixl_agent_config
 

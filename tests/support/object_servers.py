@@ -1,7 +1,7 @@
 """Object servers for tests and benchmarks, each a process of its own on a free port of 127.0.0.1.
 
     with S3Server() as server: ...        moto: behaves like S3, checks no signatures
-    with NginxServer() as server: ...     plain PUT, GET and ranges, quick enough not to be the bottleneck
+    with SinkServer(...) as server: ...   takes and gives any bytes, quick enough not to be the bottleneck
     python3 object_servers.py with-s3 PROGRAM [arguments]      runs a program beside an S3Server
 
 `server.endpoint` is "http://127.0.0.1:PORT". Both end with the `with` block, and with the program that started them.
@@ -60,7 +60,7 @@ class _Server:
                 return
             except OSError:
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.command()[0]} did not answer at {self.endpoint} within 30 s")
+                    raise RuntimeError(f"{self.command()[0]} did not answer at {self.endpoint} within 30 s") from None
                 time.sleep(0.02)
 
     def stop(self, sig=signal.SIGKILL):
@@ -92,48 +92,6 @@ class S3Server(_Server):
         status, text = self.request("PUT", f"/{self.bucket}")
         if status != 200:
             raise RuntimeError(f"moto: bucket {self.bucket} not made: {status} {text[:200]}")
-
-    def params(self):
-        return {"bucket": self.bucket, "endpoint_override": self.endpoint, "access_key": "key", "secret_key": "secret"}
-
-
-class NginxServer(_Server):
-    """Objects under /BUCKET/..., kept in `folder` (give one in memory to measure the client)."""
-
-    def __init__(self, bucket="bucket", root=None):
-        super().__init__()
-        self.bucket = bucket
-        if root:
-            shutil.rmtree(self.folder)
-            self.folder = tempfile.mkdtemp(prefix="nixl_server_", dir=root)
-
-    @staticmethod
-    def missing():
-        """Why it cannot run here, or None."""
-        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-        if not program:
-            return "no nginx program (Debian package nginx-light)"
-        built = subprocess.run([program, "-V"], capture_output=True, text=True).stderr
-        return None if "http_dav_module" in built else "nginx without its WebDAV module"
-
-    def command(self):
-        config = os.path.join(self.folder, "nginx.conf")
-        data = os.path.join(self.folder, "data")
-        os.makedirs(os.path.join(data, self.bucket), exist_ok=True)
-        with open(config, "w") as f:
-            f.write(f"""
-daemon off; master_process off; worker_processes 1; pid {self.folder}/pid; error_log {self.folder}/error error;
-events {{ worker_connections 512; }}
-http {{
-  access_log off; sendfile on; tcp_nodelay on; keepalive_requests 1000000;
-  client_max_body_size 0; client_body_buffer_size 1m; client_body_in_single_buffer on;
-  client_body_temp_path {self.folder}/tmp;
-  server {{ listen 127.0.0.1:{self.port}; root {data};
-    location / {{ dav_methods PUT DELETE; create_full_put_path on; }} }}
-}}
-""")
-        program = shutil.which("nginx") or "/usr/sbin/nginx"
-        return [program, "-p", self.folder, "-c", config]
 
     def params(self):
         return {"bucket": self.bucket, "endpoint_override": self.endpoint, "access_key": "key", "secret_key": "secret"}

@@ -1,11 +1,8 @@
 """The guide's flows as users write them, with real values in the open places (18)."""
-import os
 import subprocess
 import sys
 import textwrap
-import time
 
-import numpy as np
 import pytest
 from agents import need_backend, until
 from nixl._api import nixl_agent, nixl_agent_config

@@ -4,7 +4,7 @@ import threading
 import nixl
 import numpy as np
 import pytest
-from agents import agent, done, introduce, until
+from agents import agent, introduce, until
 from nixl._api import nixl_agent, nixl_agent_config
 
 
