@@ -5,90 +5,23 @@ tokens a rank sends in the call, ``T = R * M``, ``H`` hidden size, ``K`` top-k, 
 at rank ``e // L``.
 """
 import os
-import time
-import weakref
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 from . import _native, layout
+from .agreement import Agreements
 from .config import COMBINE, DISPATCH, Config, recommended
-from .construction import DEFAULT_TIMEOUT_MS, SIGNATURE, Arguments, parse
-from .errors import NixlEpError, require
+from .construction import DEFAULT_TIMEOUT_MS, SIGNATURE, Arguments, choose, integer, parse  # noqa: F401
+from .errors import NixlEpError, native_call, require
+from .results import PHASES, Fault, Handle
+from .runtime import Runtime
 from .stores import StoreOfTorch
-from .tensors import Allocator, address, check, torch
+from .streams import Streams
+from .tensors import Allocator, Ranks, address, check, rank_list, torch
 from .utils import EventHandle, EventOverlap
 
 _DEVICES = {"cpu": 0, "cuda": 1}
 _COMBINES = {"exact": 0, "reduced": 1}
-_PHASES = ("dispatch", "combine", "barrier")
 _WHOLE, _SEND, _RECEIVE = 0, 1, 2
-_LEGACY_STREAM = 1  # CUDA's name for the default stream where 0 would mean none
-
-
-class Fault(NamedTuple):
-    """A peer that did not keep a deadline, or whose flag did not fit.
-
-    operation counts this rank's operations; phase is "dispatch", "combine" or "barrier"; expected and seen are flag words,
-    sender's incarnation << 32 | its count of operations sent here.
-    """
-
-    rank: int
-    operation: int
-    phase: str
-    expected: int
-    seen: int
-
-
-class Handle(tuple):
-    """(src_info int32 [L, T], layout_range int64 [L, R], M, H), as combine needs it.
-
-    src_info holds each row's token index at its source; layout_range[e, r] = first row << 32 | count. When weights travelled
-    with dispatch, `weights` (float32 [L, T]) and `places` (uint8 [L, T]) hold each row's weight and its place in the top-k.
-    `records` (uint8) is what dispatch notes for its combines on CUDA; src_info carries it too, so that a plain tuple of the same
-    tensors serves as a handle.
-    """
-
-    weights: Optional[Any] = None
-    places: Optional[Any] = None
-    records: Optional[Any] = None
-
-
-class _Runtime:
-    """What programs ask the compiled object behind a buffer."""
-
-    def __init__(self, native: Any, buffer: "Buffer") -> None:
-        self.native = native
-        self._buffer = weakref.proxy(buffer)  # no cycle: the memory goes with the last reference
-
-    def is_available(self) -> bool:
-        return self._buffer.group_size > 0
-
-    def get_num_rdma_ranks(self) -> int:
-        return max(self._buffer.group_size // 8, 1)
-
-    def get_rdma_rank(self) -> int:
-        return self._buffer.rank // 8
-
-    def get_root_rdma_rank(self, global_: bool) -> int:
-        return self._buffer.rank % 8 if global_ else 0
-
-    def get_local_device_id(self) -> int:
-        return self._buffer._device_id
-
-    def get_local_ipc_handle(self) -> bytes:
-        return self.native.incarnation().to_bytes(8, "little")
-
-    def get_local_metadata(self) -> bytes:
-        return f"{self._buffer.rank}:{self.native.incarnation()}".encode()
-
-
-def _native_call(call: Callable, *arguments: Any) -> Any:
-    """Calls into the library; its exceptions become NixlEpError."""
-    try:
-        return call(*arguments)
-    except NixlEpError:
-        raise
-    except RuntimeError as error:
-        raise NixlEpError(str(error)) from None
 
 
 class Buffer:
@@ -115,7 +48,7 @@ class Buffer:
     num_sms: int = 20
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.runtime: Optional[_Runtime] = None
+        self.runtime: Optional[Runtime] = None
         self.explicitly_destroy = False
         arguments = parse(args, kwargs)
         self.rank = arguments.rank
@@ -128,16 +61,14 @@ class Buffer:
         self.tcp_store_group = None
         self.num_nvl_bytes = 0
         self.num_rdma_bytes = 0
-        self._device = _choose("device", arguments.device, "NIXL_EP_DEVICE", "cuda", _DEVICES)
+        self._device = choose("device", arguments.device, "NIXL_EP_DEVICE", "cuda", _DEVICES)
         default_combine = "exact" if self._device == "cpu" else "reduced"
-        self._combine = _choose("combine", arguments.combine, "NIXL_EP_COMBINE", default_combine, _COMBINES)
+        self._combine = choose("combine", arguments.combine, "NIXL_EP_COMBINE", default_combine, _COMBINES)
         self._experts_per_rank = 0
         self._device_id = 0
-        self._comm_stream: Optional[Any] = None
-        self._comm_ahead = False  # operations were put on the comm stream that the current one has not waited for
-        self._agreements = 0  # since ranks were last connected
-        self._agreed: List[Tuple[int, StoreOfTorch]] = []  # those whose keys are still in a store
-        self.runtime = _Runtime(self._open(arguments), self)
+        self._agreements = Agreements(self.rank)
+        self.runtime = Runtime(self._open(arguments), self)
+        self._streams = Streams(self._device, self._device_id)
         self._allocator = Allocator("cpu" if self._device == "cpu" else f"cuda:{self._device_id}")
         if arguments.tcp_store_group is not None:
             self.set_tcp_store_group(arguments.tcp_store_group)
@@ -151,7 +82,7 @@ class Buffer:
             self._device_id = torch().cuda.current_device()
         connect_ms = os.environ.get("NIXL_EP_CONNECT_TIMEOUT_MS", "300000")
         require(connect_ms.isdigit(), f"NIXL_EP_CONNECT_TIMEOUT_MS is {connect_ms!r}; milliseconds are needed")
-        return _native_call(_native.Buffer, self.rank, _DEVICES[self._device], _COMBINES[self._combine], self.timeout_ms,
+        return native_call(_native.Buffer, self.rank, _DEVICES[self._device], _COMBINES[self._combine], self.timeout_ms,
                             int(connect_ms), not arguments.disable_ll_nvlink)
 
     def __del__(self) -> None:
@@ -175,7 +106,7 @@ class Buffer:
         require(self.explicitly_destroy, "destroy() needs a buffer made with explicitly_destroy=True")
         native = self._native()
         self.runtime = None
-        _native_call(native.destroy)
+        native_call(native.destroy)
 
     def _native(self) -> Any:
         if self.runtime is None:
@@ -197,7 +128,7 @@ class Buffer:
         native = self._native()
         require(num_nvl_bytes >= 0 and num_nvl_bytes % 128 == 0,
                 f"num_nvl_bytes is {num_nvl_bytes}; a multiple of 128 from 0 is allowed")
-        _native_call(native.update_memory, num_ranks, num_experts_per_rank, num_rdma_bytes)
+        native_call(native.update_memory, num_ranks, num_experts_per_rank, num_rdma_bytes)
         self.group_size = num_ranks
         self.num_rdma_bytes = num_rdma_bytes
         self.num_nvl_bytes = num_nvl_bytes
@@ -207,10 +138,10 @@ class Buffer:
         """The store for coming connects; None: none."""
         native = self._native()
         store = None if tcp_store_group is None else StoreOfTorch(tcp_store_group)
-        _native_call(native.set_store, store)
+        native_call(native.set_store, store)
         self.tcp_store_group = tcp_store_group
 
-    def connect_ranks(self, remote_ranks: Sequence[int], activate: bool = True) -> None:
+    def connect_ranks(self, remote_ranks: Ranks, activate: bool = True) -> None:
         """Connects to the listed ranks; returns when each of them has named this one too.
 
         Own rank and connected ids are passed over. activate=False leaves the new ranks masked, to be committed later with
@@ -223,15 +154,12 @@ class Buffer:
         native = self._ready()
         if not self.low_latency_mode and not activate:
             raise ValueError("connect_ranks(activate=False) needs low_latency_mode=True")
-        if _native_call(native.connect, [int(rank) for rank in remote_ranks], bool(activate)):
-            # Who joined cannot know how often the others have agreed: all count anew.
-            self._agreements, agreed, self._agreed = 0, self._agreed, []
-            for turn, channel in agreed:
-                self._forget_agreement(turn, channel)
+        if native_call(native.connect, rank_list("remote_ranks", remote_ranks), bool(activate)):
+            self._agreements.restart()
 
-    def disconnect_ranks(self, remote_ranks: Sequence[int]) -> None:
+    def disconnect_ranks(self, remote_ranks: Ranks) -> None:
         """Drops connected ranks, dead ones included: masks them, waits for running operations, releases their memory."""
-        _native_call(self._ready().disconnect, [int(rank) for rank in remote_ranks])
+        native_call(self._ready().disconnect, rank_list("remote_ranks", remote_ranks))
 
     # ------------------------------------------------------------------------------------------------------- sizes
 
@@ -244,7 +172,7 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """SMs that operations may use; even."""
+        """SMs for the configurations that get_dispatch_config and get_combine_config recommend; even."""
         require(new_num_sms % 2 == 0, f"the number of SMs is {new_num_sms}; it must be even")
         Buffer.num_sms = new_num_sms
 
@@ -257,7 +185,7 @@ class Buffer:
     def get_low_latency_buffer_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                          num_experts: int) -> int:
         """Bytes for update_memory_buffers that suffice for every later call with up to these tokens and hidden size."""
-        return _native_call(_native.size_hint, num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+        return native_call(_native.size_hint, num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     get_rdma_size_hint = get_low_latency_buffer_size_hint
 
@@ -273,10 +201,7 @@ class Buffer:
 
     def get_comm_stream(self) -> Any:
         """The high-priority torch.cuda.Stream of asynchronous operations, always the same."""
-        require(self._device == "cuda", "get_comm_stream() needs a buffer on CUDA; this one works on the CPU")
-        if self._comm_stream is None:
-            self._comm_stream = torch().cuda.Stream(device=self._device_id, priority=-1)
-        return self._comm_stream
+        return self._streams.comm()
 
     def get_local_buffer_tensor(self, dtype: Any, size: Optional[Sequence[int]] = None, offset: int = 0,
                                 use_rdma_buffer: bool = False) -> Any:
@@ -286,6 +211,7 @@ class Buffer:
         NVLink buffer, so use_rdma_buffer changes nothing. The tensor keeps its memory, also after destroy().
         """
         native = self._ready()
+        require(isinstance(dtype, torch().dtype), f"dtype is {dtype!r}; a torch dtype is needed")
         whole = native.data_bytes()
         item = dtype.itemsize
         count = None
@@ -309,13 +235,10 @@ class Buffer:
 
     # ------------------------------------------------------------------------------------------------------- masks
 
-    def update_mask_buffer(self, rank_to_mask: Union[int, Sequence[int], Any], mask: bool = False) -> None:
+    def update_mask_buffer(self, rank_to_mask: Ranks, mask: bool = False) -> None:
         """Masks (mask=True) or unmasks a rank, a list of ranks, or a tensor of them; takes effect on the current stream."""
         native = self._ready()
-        if hasattr(rank_to_mask, "tolist"):
-            rank_to_mask = rank_to_mask.tolist()
-        ranks = [rank_to_mask] if not isinstance(rank_to_mask, (list, tuple, range)) else rank_to_mask
-        _native_call(native.mask, [int(rank) for rank in ranks], bool(mask), self._change_stream())
+        native_call(native.mask, rank_list("rank_to_mask", rank_to_mask), bool(mask), self._streams.of_change())
 
     def query_mask_buffer(self, mask_status: Any) -> None:
         """Fills an int32 tensor of `capacity` elements: 0 active, 1 masked, -1 never connected. Asynchronous on the current
@@ -324,11 +247,11 @@ class Buffer:
         check("mask_status", mask_status, (torch().int32,), (None,) * getattr(mask_status, "ndim", 1), self._device)
         require(mask_status.numel() == self.group_size,
                 f"mask_status has {mask_status.numel()} elements; {self.group_size}, one a rank, are needed")
-        _native_call(native.query_masks, address(mask_status), self._stream())
+        native_call(native.query_masks, address(mask_status), self._streams.current())
 
     def clean_mask_buffer(self) -> None:
         """Unmasks every connected rank."""
-        _native_call(self._ready().clean_masks, self._change_stream())
+        native_call(self._ready().clean_masks, self._streams.of_change())
 
     def active_ranks(self) -> Tuple[List[int], List[int]]:
         """(ranks active by the API, ranks active on the device now): a timeout changes the second only."""
@@ -339,7 +262,7 @@ class Buffer:
 
     def fault_status(self) -> List[Fault]:
         """Faults since the last call, oldest first; does not wait for the device."""
-        return [Fault(rank, operation, _PHASES[phase], expected, seen)
+        return [Fault(rank, operation, PHASES[phase], expected, seen)
                 for rank, operation, phase, expected, seen in self._ready().take_faults()]
 
     def fault_tensor(self) -> Any:
@@ -354,40 +277,20 @@ class Buffer:
         answer within timeout_ms are masked too. store: a c10d store; keys live under "NIXL_EP/agree/" and are deleted two
         calls later, when nobody can need them any more, or at the next connect.
         """
-        channel = StoreOfTorch(store)
-        _, active = self.active_ranks()
-        mine = set(self._native().connected_ranks()) - set(active)
-        turn, self._agreements = self._agreements, self._agreements + 1
-        self._agreed.append((turn, channel))
-        channel.set(f"NIXL_EP/agree/{turn}/{self.rank}", " ".join(map(str, sorted(mine))).encode() or b"-")
-        if len(self._agreed) > 2:
-            self._forget_agreement(*self._agreed.pop(0))
-        union, waiting = set(mine), set(active) - {self.rank}
-        end = time.monotonic() + self.timeout_ms / 1000
-        while waiting:
-            for rank in [rank for rank in waiting if channel.wait(f"NIXL_EP/agree/{turn}/{rank}", 0)]:
-                answer = channel.get(f"NIXL_EP/agree/{turn}/{rank}").decode()
-                union |= {int(number) for number in answer.split() if number != "-"}
-                waiting.discard(rank)
-            waiting -= union  # whom somebody has masked is not waited for: masks must not make others late
-            if waiting and time.monotonic() >= end:
-                union |= waiting
-                break
-            time.sleep(0.001 if waiting else 0)
-        newly = sorted((union - mine) & set(active) - {self.rank})
+        active = set(self.active_ranks()[1])
+        mine = set(self._native().connected_ranks()) - active
+        union = self._agreements.union(store, mine, active, self.timeout_ms / 1000)
+        newly = sorted((union - mine) & active - {self.rank})
         if newly:
             self.update_mask_buffer(newly, True)
         return sorted(union)
-
-    def _forget_agreement(self, turn: int, channel: StoreOfTorch) -> None:
-        channel.remove(f"NIXL_EP/agree/{turn}/{self.rank}")
 
     def barrier(self) -> None:
         """Meets every unmasked peer on the current stream; one that does not come within timeout_ms is masked.
 
         On CUDA not between an operation's send phase and its hook.
         """
-        _native_call(self._checked().barrier, self._stream())
+        native_call(self._checked().barrier, self._streams.current())
 
     # -------------------------------------------------------------------------------------------------- operations
 
@@ -429,13 +332,15 @@ class Buffer:
             check("topk_weights", topk_weights, (t.float32,), (tokens, topk), self._device)
         require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
         payload = _payload(use_fp8, round_scale, use_ue8m0, hidden)
-        bound, experts = num_max_dispatch_tokens_per_rank, self._experts_per_rank
+        bound = integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
+        experts = self._experts_per_rank
         ranks = self._ranks_of(num_experts)
         require(0 < bound, f"num_max_dispatch_tokens_per_rank is {bound}; it must be positive")
         require(tokens <= bound, f"x has {tokens} tokens; num_max_dispatch_tokens_per_rank is {bound}")
-        needed = _native_call(_native.size_hint, bound, hidden, ranks, self.group_size * experts)
+        needed = native_call(_native.size_hint, bound, hidden, ranks, self.group_size * experts)
         require(needed <= self.num_rdma_bytes,
-                f"{bound} tokens of hidden size {hidden} need {needed} bytes; update_memory_buffers got {self.num_rdma_bytes}")
+                f"{bound} tokens of hidden size {hidden} need {needed} bytes; update_memory_buffers got {self.num_rdma_bytes} "
+                "(get_rdma_size_hint tells how many the largest call needs)")
         if cumulative_local_expert_recv_stats is not None:
             check("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, (t.int32,), (experts,), self._device)
         if dispatch_wait_recv_cost_stats is not None:
@@ -445,7 +350,7 @@ class Buffer:
         args = _native.Dispatch(
             address(x), tokens, hidden, address(topk_idx), topk, topk_idx.element_size(), address(topk_weights), bound, ranks,
             payload, address(cumulative_local_expert_recv_stats), address(dispatch_wait_recv_cost_stats),
-            self._operation_stream(async_finish))
+            self._streams.of_operation(async_finish))
         recv = empty((experts, rows, hidden), t.float8_e4m3fn if payload else t.bfloat16)
         storage = None
         if payload:
@@ -514,7 +419,7 @@ class Buffer:
         args = _native.Combine(
             0 if zero_copy else address(x), tokens, hidden, address(topk_idx), topk, topk_idx.element_size(),
             address(topk_weights), bound, ranks, address(out), address(combine_wait_recv_cost_stats),
-            self._operation_stream(async_finish))
+            self._streams.of_operation(async_finish))
         args.handle(address(src_info), address(layout_range), address(weights), address(places), address(records))
         args.modes(zero_copy, use_logfmt, return_recv_hook)
         keep = (x, topk_idx, topk_weights, handle, weights, places, records, out, combine_wait_recv_cost_stats)
@@ -532,7 +437,7 @@ class Buffer:
         """
         native = self._operation()
         _, _, bound, hidden, ranks = self._check_handle(handle)
-        view = _native_call(native.next_combine_buffer, bound, hidden, ranks, _DEVICES[self._device], self._device_id)
+        view = native_call(native.next_combine_buffer, bound, hidden, ranks, _DEVICES[self._device], self._device_id)
         return torch().from_dlpack(view).view(torch().bfloat16)
 
     def get_dispatch_layout(
@@ -619,61 +524,19 @@ class Buffer:
         check("src_info of the handle", src_info, (t.int32,), (experts, ranks * bound), self._device)
         return src_info, layout_range, bound, hidden, ranks
 
-    def _stream(self) -> int:
-        return torch().cuda.current_stream().cuda_stream if self._device == "cuda" else 0
-
-    def _change_stream(self) -> int:
-        """Like _stream, but never 0, which asks for a change at once, behind no stream: work that the caller has queued in the
-        default stream, replays of graphs for one, comes first."""
-        return self._stream() or (_LEGACY_STREAM if self._device == "cuda" else 0)
-
-    def _operation_stream(self, async_finish: bool) -> int:
-        """Asynchronous operations run on the comm stream after the current one, all others on the current stream, which
-        first waits for what is still running on the comm stream: operations keep their order."""
-        if self._device == "cpu":
-            return 0
-        current = torch().cuda.current_stream()
-        if not async_finish:
-            # Streams inside and outside a graph capture cannot wait for each other.
-            if self._comm_ahead and _capturing(current) == _capturing(self._comm_stream):
-                current.wait_stream(self._comm_stream)
-                self._comm_ahead = False
-            return current.cuda_stream
-        comm = self.get_comm_stream()
-        comm.wait_stream(current)
-        return comm.cuda_stream
-
     def _run(self, call: Callable, args: Any, async_finish: bool, with_hook: bool, keep: tuple):
         if with_hook:
-            _native_call(call, _SEND, args)
+            native_call(call, _SEND, args)
 
             def hook() -> None:
-                _native_call(call, _RECEIVE, args)
+                native_call(call, _RECEIVE, args)
 
             hook.tensors = keep  # they live as long as the hook
             return EventOverlap(), hook
-        _native_call(call, _WHOLE, args)
+        native_call(call, _WHOLE, args)
         if not async_finish:
             return EventOverlap(), None
-        if self._device == "cpu":
-            return EventOverlap(EventHandle(), keep), None
-        with torch().cuda.stream(self.get_comm_stream()):
-            event = EventHandle()
-        self._comm_ahead = True
-        return EventOverlap(event, keep), None
-
-
-def _capturing(stream: Any) -> bool:
-    with torch().cuda.stream(stream):
-        return torch().cuda.is_current_stream_capturing()
-
-
-def _choose(name: str, given: Optional[str], variable: str, default: str, allowed: dict) -> str:
-    value = given if given is not None else os.environ.get(variable) or default
-    if value not in allowed:
-        source = name if given is not None else variable
-        raise ValueError(f"{source} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
-    return value
+        return self._streams.event_of_asynchronous(keep), None
 
 
 def _payload(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -> int:

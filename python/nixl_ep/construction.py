@@ -63,8 +63,8 @@ def parse(positional: tuple, keywords: dict) -> Arguments:
     backend = given.pop("nvlink_backend", None)
     if backend is not None:
         _apply_nvlink_backend(given, backend)
-    given["rank"] = _integer("rank", given.get("rank", 0))
-    given["timeout_ms"] = _integer("timeout_ms", given.get("timeout_ms", DEFAULT_TIMEOUT_MS))
+    given["rank"] = integer("rank", given.get("rank", 0))
+    given["timeout_ms"] = integer("timeout_ms", given.get("timeout_ms", DEFAULT_TIMEOUT_MS))
     arguments = Arguments(**given)
     assert arguments.group is None or arguments.comm is None, "Buffer() takes group or comm, not both"
     assert arguments.timeout_ms >= 0, f"timeout_ms is {arguments.timeout_ms}; 0 or more is allowed"
@@ -80,7 +80,7 @@ def _name_positional(positional: tuple) -> dict:
         if len(positional) > len(order):
             raise TypeError(f"Buffer() takes at most {len(order)} positional arguments here, {len(positional)} were given")
         return dict(zip(order, positional))
-    given = {"rank": _integer("rank", first)}
+    given = {"rank": integer("rank", first)}
     for value in positional[1:]:
         name = {str: "nvlink_backend", bool: "explicitly_destroy"}.get(type(value))
         if name is None or name in given:
@@ -108,8 +108,18 @@ def _apply_nvlink_backend(given: dict, backend: str) -> None:
         os.environ["NIXL_EP_NVLINK_BACKEND_IPC"] = "1" if backend == "ipc" else "0"
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """The value as an int; TypeError naming the argument when it is none."""
     try:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; an integer is needed") from None
+
+
+def choose(name: str, given: Optional[str], variable: str, default: str, allowed: dict) -> str:
+    """The argument, else the environment variable, else the default; ValueError naming what is allowed."""
+    value = given if given is not None else os.environ.get(variable) or default
+    if value not in allowed:
+        source = name if given is not None else variable
+        raise ValueError(f"{source} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    return value

@@ -1,6 +1,7 @@
 """Checks of the caller's tensors, and allocation of the results."""
+import operator
 import sys
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Union
 
 from . import _native
 from .errors import NixlEpError, require
@@ -12,6 +13,19 @@ def torch():
     if module is None:
         import torch as module
     return module
+
+
+Ranks = Union[int, Sequence[int], Any]  # a rank, several, or a tensor of them
+
+
+def rank_list(name: str, ranks: Ranks) -> List[int]:
+    """The ranks as a list; TypeError naming the argument when they are none."""
+    if hasattr(ranks, "tolist"):
+        ranks = ranks.tolist()
+    try:
+        return [operator.index(rank) for rank in ranks] if hasattr(ranks, "__iter__") else [operator.index(ranks)]
+    except TypeError:
+        raise TypeError(f"{name} is {ranks!r}; a rank or a list of ranks is needed, each an integer") from None
 
 
 def address(tensor: Optional[Any]) -> int:
