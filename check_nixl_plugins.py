@@ -46,13 +46,6 @@ def _gds():
     return f"/usr/local/cuda/gds {'exists' if os.path.isdir('/usr/local/cuda/gds') else 'is missing'}; {library}; nvidia-fs {module}"
 
 
-def _other_owners():
-    """Installed distributions, other than ours, that bring a package nixl or nixl_ep of their own."""
-    from importlib import metadata
-    names = {dist.metadata["Name"] for dist in metadata.distributions() if dist.metadata["Name"]}
-    return sorted(name for name in names if name.lower() in ("nixl-cu12", "nixl-cu13", "nixl_cu12", "nixl_cu13", "nixl-ep", "nixl_ep"))
-
-
 def _created(name):
     """None when an agent can create the backend, else the reason."""
     import nixl
@@ -65,11 +58,10 @@ def _created(name):
 
 
 def _line(name, about):
-    works = about["created"]
     letters = "".join(letter if about[key] else "-" for letter, key in (("R", "remote"), ("L", "local"), ("N", "notif")))
     kinds = " ".join(kind.removesuffix("_SEG") for kind in about["mem_types"])
-    state = "available" if works else "available, creation fails" if about["available"] else "not available"
-    return f"{name:<12} {state:<14} {kinds:<16} {letters}  {about['reason']}".rstrip()
+    state = "available" if about["created"] else "available, creation fails" if about["available"] else "not available"
+    return f"{name:<12} {state:<25} {kinds:<14} {letters}  {about['reason']}".rstrip()
 
 
 def main(arguments=None):
@@ -115,6 +107,7 @@ def _listed():
 
 
 def _print(report, nixl, native):
+    from nixl._installed import others as other_distributions
     driver, gpus = _driver()
     modules = sorted(os.path.basename(path) for path in glob.glob(native.plugin_directory() + "/*.so"))
     print(f"nixl {nixl.__version__}, {native.library_directory()}/libnixl.so")
@@ -122,9 +115,9 @@ def _print(report, nixl, native):
     print(f"Python {platform.python_version()}; driver: {driver}; GPUs: {', '.join(gpus) or 'none'}")
     if {"GDS", "GDS_MT"} & report.keys():
         print(f"GDS: {_gds()}")
-    for owner in _other_owners():
+    for owner in other_distributions():
         print(f"warning: the distribution {owner} is installed too and may own the same files; pip uninstall {owner}")
-    print()
+    print("\nR: reaches other agents, L: serves an agent alone, N: carries notifications")
     for name, about in report.items():
         print(_line(name, about))
 

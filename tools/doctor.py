@@ -12,8 +12,6 @@ import shutil
 import subprocess
 import sys
 
-OTHER_DISTRIBUTIONS = ("nixl-cu12", "nixl-cu13", "nixl-ep", "nixl-ep-cu12", "nixl-ep-cu13")
-
 
 def read(path, default="not there"):
     try:
@@ -60,7 +58,12 @@ def packages():
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield name, "from the source tree" if importlib.util.find_spec(name) else "not installed"
-    others = [name for name in OTHER_DISTRIBUTIONS if any(True for _ in importlib.metadata.distributions(name=name))]
+    try:
+        from nixl._installed import others as other_distributions
+
+        others = other_distributions()
+    except Exception:  # nixl cannot be imported: told with the backends
+        others = []
     if others:
         yield "conflict", f"{', '.join(others)} install the same module names; pip uninstall {' '.join(others)}"
 
