@@ -34,14 +34,28 @@ def address(tensor: Optional[Any]) -> int:
 
 def check(name: str, tensor: Any, dtypes: Sequence[Any], shape: Sequence[Optional[int]], device: str) -> None:
     """Raises unless `tensor` is a contiguous tensor of one of the dtypes and of the shape (None: any size)."""
+    if not (isinstance(tensor, torch().Tensor) and tensor.dtype in dtypes and _fits(tensor.shape, shape)
+            and tensor.is_contiguous() and tensor.device.type == device):
+        _refuse(name, tensor, dtypes, shape, device)
+
+
+def _fits(seen: Sequence[int], wanted: Sequence[Optional[int]]) -> bool:
+    if len(seen) != len(wanted):
+        return False
+    for have, want in zip(seen, wanted):
+        if want is not None and want != have:
+            return False
+    return True
+
+
+def _refuse(name: str, tensor: Any, dtypes: Sequence[Any], shape: Sequence[Optional[int]], device: str) -> None:
     if not isinstance(tensor, torch().Tensor):
         raise NixlEpError(f"{name} is {'None' if tensor is None else 'a ' + type(tensor).__name__}; a torch tensor is needed")
     wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
     require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; allowed: {', '.join(str(d) for d in dtypes)}")
-    require(tensor.dim() == len(shape) and all(w is None or w == s for w, s in zip(shape, tensor.shape)),
-            f"{name} has shape {list(tensor.shape)}; {wanted} is needed")
+    require(_fits(tensor.shape, shape), f"{name} has shape {list(tensor.shape)}; {wanted} is needed")
     require(tensor.is_contiguous(), f"{name} has strides {tensor.stride()}; it must be contiguous (call .contiguous())")
-    require(tensor.device.type == device, f"{name} is on {tensor.device}; this buffer works on {device} tensors")
+    raise NixlEpError(f"{name} is on {tensor.device}; this buffer works on {device} tensors")
 
 
 class Allocator:
