@@ -1,4 +1,4 @@
-"""Agents for tests. Backend UCX where the contract names UCX; the reference backend where faults are wanted."""
+"""Agents for tests. Backend UCX where programs name it; the reference backend where faults are wanted."""
 import contextlib
 import os
 import pathlib

@@ -64,7 +64,7 @@ Result<std::unique_ptr<Backend>> open_posix(BackendConfig config) {
     chosen = key;
     engine_config.kind = kind;
   }
-  // These two are brought into their range: so the contract has it.
+  // Programs pass any numbers here: these two are brought into their range, not refused.
   NIXL_ASSIGN(const std::int64_t pool, params.clamped("ios_pool_size", 65536, 64, 65536));
   NIXL_ASSIGN(const std::int64_t depth, params.clamped("kernel_queue_size", 256, 16, 1024));
   engine_config.depth = static_cast<std::uint32_t>(std::min(pool, depth));
