@@ -42,8 +42,11 @@ class nixl_status_t(_enum.IntEnum):
     NIXL_ERR_NO_TELEMETRY = -12
 
 
-for _kind in (nixl_cost_t, nixl_thread_sync_t, nixl_status_t):
-    globals().update(_kind.__members__)
-del _kind
+NIXL_COST_ANALYTICAL_BACKEND = nixl_cost_t.NIXL_COST_ANALYTICAL_BACKEND
+NIXL_THREAD_SYNC_NONE, NIXL_THREAD_SYNC_STRICT, NIXL_THREAD_SYNC_RW = nixl_thread_sync_t
+NIXL_THREAD_SYNC_DEFAULT = nixl_thread_sync_t.NIXL_THREAD_SYNC_DEFAULT
+(NIXL_IN_PROG, NIXL_SUCCESS, NIXL_ERR_NOT_POSTED, NIXL_ERR_INVALID_PARAM, NIXL_ERR_BACKEND, NIXL_ERR_NOT_FOUND, NIXL_ERR_MISMATCH,
+ NIXL_ERR_NOT_ALLOWED, NIXL_ERR_REPOST_ACTIVE, NIXL_ERR_UNKNOWN, NIXL_ERR_NOT_SUPPORTED, NIXL_ERR_REMOTE_DISCONNECT,
+ NIXL_ERR_CANCELED, NIXL_ERR_NO_TELEMETRY) = nixl_status_t
 
 _native.set_classes(nixl_status_t, _from_status)

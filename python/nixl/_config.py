@@ -27,10 +27,21 @@ def _checked_params(params):
 class nixl_agent_config:
     """What an agent is made with; every attribute may be changed until the agent is made.
 
-    backends: names to create at once, ["UCX"] by default. num_threads: worker threads, 0 for the backend's default.
-    backend_params: {backend: {parameter: value}}. use_etcd: True publishes and discovers by itself, False ignores etcd, None uses it
-    for explicit calls when NIXL_ETCD_ENDPOINTS is set. Raises ValueError for contradicting spellings, TypeError for a sync_mode that
-    is no nixl_thread_sync_t.
+    Arguments:
+        enable_prog_thread: a thread makes progress; without it progress happens inside calls only.
+        enable_listen_thread, enable_listen: serve metadata to peers on a TCP socket; the two mean the same.
+        listen_port: of that socket, 0 for any free one (get_listen_port tells which).
+        capture_telemetry: count and time transfers, for get_xfer_telemetry.
+        num_threads: worker threads of backends that have some, 0 for their default.
+        backends: names to create at once.
+        sync_mode: accepted; every mode is safe from any thread.
+        backend_params: {backend: {parameter: value}}; nixl.plugin_report() lists the parameters.
+        use_etcd: True publishes and discovers by itself, False ignores etcd, None uses it for explicit calls when
+            NIXL_ETCD_ENDPOINTS is set.
+
+    Raises:
+        ValueError: the two spellings of listening contradict each other.
+        TypeError: backends is a str, sync_mode no nixl_thread_sync_t, or backend_params no dict of dicts.
     """
 
     def __init__(self, enable_prog_thread=True, enable_listen_thread=False, listen_port=nixlBind.DEFAULT_COMM_PORT,
@@ -38,6 +49,8 @@ class nixl_agent_config:
                  use_etcd=None, enable_listen=None):
         if enable_listen_thread and enable_listen is not None and not enable_listen:
             raise ValueError("enable_listen_thread=True and enable_listen=False contradict each other")
+        if isinstance(backends, str):
+            raise TypeError(f"backends is {backends!r}; a list of names is needed, such as [{backends!r}]")
         if sync_mode is not None and not isinstance(sync_mode, nixl_thread_sync_t):
             raise TypeError(f"sync_mode must be a nixl_thread_sync_t (got '{type(sync_mode).__name__}')")
         self.backends = ["UCX"] if backends is None else list(backends)  # a copy: the default is shown, never handed out

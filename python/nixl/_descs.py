@@ -10,10 +10,22 @@ from .logging import get_logger
 
 logger = get_logger("_descs")
 
-MEMS = {
+
+class Names(dict):
+    """{accepted spelling: value}; looking up another one is a KeyError that lists what is known."""
+
+    def __init__(self, what, values):
+        super().__init__(values)
+        self._what = what
+
+    def __missing__(self, name):
+        raise KeyError(f"{self._what} {name!r} is unknown; known: {', '.join(self)}")
+
+
+MEMS = Names("memory type", {
     "DRAM": nixlBind.DRAM_SEG, "VRAM": nixlBind.VRAM_SEG, "FILE": nixlBind.FILE_SEG, "BLOCK": nixlBind.BLK_SEG,
     "BLK": nixlBind.BLK_SEG, "OBJ": nixlBind.OBJ_SEG, "cpu": nixlBind.DRAM_SEG, "cuda": nixlBind.VRAM_SEG,
-}
+})
 XFER, REG = nixlBind.nixlXferDList, nixlBind.nixlRegDList
 ARITY = {XFER: (3,), REG: (3, 4)}
 
