@@ -1,1 +1,0 @@
-nixl_module(nixl bindings/agent.cc bindings/descs.cc)
