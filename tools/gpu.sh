@@ -92,7 +92,7 @@ bench_ep() {
   for ranks in 2 3; do
     ((ranks < gpus)) && step 200 "ours, $ranks ranks" "$program" "$ranks" "${1:-token}" >"$out/ours_$ranks"
   done
-  program=$(native ep_floor) && [ -n "$program" ] && step 100 "the probe, in the same call" "$program" "$gpus" draft2 >"$out/probe"
+  program=$(native ep_floor) && [ -n "$program" ] && step 100 "the probe, in the same call" "$program" "$gpus" >"$out/probe"
   program=$(native link_floor) && [ -n "$program" ] && step 60 "the link" "$program" "$gpus" >"$out/link"
   step 60 "report" "$python" tests/gpu/ep_report.py "$out"/* --json "$out/ep.jsonl" --plot "$out/ep.png"
 }

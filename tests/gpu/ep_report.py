@@ -24,7 +24,7 @@ PUBLISHED = {
     },
     2: {"NIXL EP 1.4.1": {1: 25.0, 32: 34.3, 128: 71.5}},
 }
-PROBE_LINE = re.compile(r"^T\s+(\d+)\s+E\s+(\d+)\s+k\s+(\d+)\s+G\s+\d+\s+pair 2\s+([\d.]+) us", re.MULTILINE)
+PROBE_LINE = re.compile(r"^T\s+(\d+)\s+E\s+(\d+)\s+k\s+(\d+)\s+G\s+\d+\s+pair\s+([\d.]+) us", re.MULTILINE)
 
 
 @dataclass

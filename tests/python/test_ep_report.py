@@ -30,7 +30,7 @@ LINES = "\n".join(
     ]
     + [json.dumps({"kind": "link", "gpus": 4, "rate_gb_s": 400.0, "stores_gb_s": 400.0, "engines_gb_s": 200.0, "hop_us": 1.0})]
 )
-PROBE = "T  128 E 128 k 8 G  64 pair 2             57.39 us\nT  128 E 128 k 8 G 128 pair 2             45.32 us\n"
+PROBE = "T  128 E 128 k 8 G  64 pair               57.39 us\nT  128 E 128 k 8 G 128 pair               45.32 us\n"
 
 
 @pytest.fixture
