@@ -15,12 +15,19 @@ bool find(const char* name, Function& function) {
   return true;
 }
 
+std::string why_no_device(cudaError_t status) {
+  if (status == cudaSuccess) return "the driver lists none";
+  int supported = 0;
+  if (cudaDriverGetVersion(&supported) == cudaSuccess && supported == 0)
+    return "there is no NVIDIA driver (libcuda.so.1)";
+  return cudaGetErrorString(status);
+}
+
 Result<CudaDriver> open_driver() {
   int devices = 0;
   if (const cudaError_t status = cudaGetDeviceCount(&devices); status != cudaSuccess || devices == 0) {
     (void)cudaGetLastError();
-    return fail(Code::kUnsupported, "no CUDA device: %s",
-                status == cudaSuccess ? "the driver lists none" : cudaGetErrorString(status));
+    return fail(Code::kUnsupported, "no CUDA device: %s", why_no_device(status).c_str());
   }
   CudaDriver driver;
   const bool complete = find("cuGetErrorString", driver.get_error_string) &&
