@@ -17,6 +17,7 @@ class ElasticEPStateManager:
 
     @classmethod
     def instance(cls):
+        """The manager of this process, or None."""
         return cls._instance
 
     @classmethod
@@ -29,8 +30,10 @@ class ElasticEPStateManager:
 
     @classmethod
     def reset(cls):
+        """Forgets it."""
         with cls._lock:
             cls._instance = None
 
     def healthy_rank_state(self):
+        """A fresh int32 [ranks] of ones."""
         return torch.ones(self.num_ranks, dtype=torch.int32, device=self.device)

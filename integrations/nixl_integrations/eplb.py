@@ -11,6 +11,8 @@ from nixl_integrations.elastic_state import ElasticEPStateManager
 
 
 class EplbAlgorithm(enum.Enum):
+    """How experts are placed: names as the engines' flags spell them; `_hierarchical` keeps groups of experts on one node."""
+
     deepseek = enum.auto()
     deepseek_hierarchical = enum.auto()
     deepseek_vec = enum.auto()

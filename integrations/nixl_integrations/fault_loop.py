@@ -70,6 +70,7 @@ class MarkPoller:
         self._looked = self._resized = clock()
 
     def resized(self, num_ranks):
+        """Tells that the group has another size since now."""
         self.num_ranks, self._resized = num_ranks, self._clock()
 
     def poll(self):

@@ -48,16 +48,19 @@ class BlockPool:
         self._free = list(range(num_blocks))
 
     def take(self, count):
+        """int64 [count] of block numbers."""
         if count > len(self._free):
             raise KVTransferError(f"{count} blocks wanted, {len(self._free)} free")
         taken, self._free = self._free[:count], self._free[count:]
         return numpy.array(taken, dtype=numpy.int64)
 
     def give_back(self, block_ids):
+        """Takes blocks back, in any order."""
         self._free.extend(int(block) for block in block_ids)
 
     @property
     def num_free(self):
+        """Blocks that take() can still give."""
         return len(self._free)
 
 
@@ -76,11 +79,13 @@ class KVCache:
         self.kind, self.device = self.layers[0].kind, self.layers[0].device
 
     def describe(self):
+        """What a peer needs to know, as plain values for JSON."""
         return {"bases": [view.address for view in self.layers], "blocks": self.num_blocks, "heads": self.num_heads,
                 "page": self.page, "token_bytes": self.token_bytes, "kind": self.kind, "device": self.device,
                 "tp_rank": self.tp_rank, "tp_size": self.tp_size}
 
     def num_pages(self, num_tokens):
+        """Blocks that so many tokens fill."""
         return -(-num_tokens // self.page)
 
 
@@ -289,7 +294,10 @@ class _Transfers:
 
 
 class KVPush(_Transfers):
+    """A request's blocks on their way to receivers; the sender's pool has them back when it ended."""
+
     def finished(self, block_ids):
+        """Blocks go back to the pool."""
         self.endpoint._give_back(block_ids)
 
 
@@ -361,7 +369,10 @@ class KVSender(_Endpoint):
 
 
 class KVPull(_Transfers):
+    """A request's blocks on their way from senders, which are told when everything was read."""
+
     def finished(self, block_ids):
+        """Senders may use their blocks again."""
         for name in self.sources:
             self.endpoint.agent.send_notif(name, f"kvread:{self.request_id}".encode())
 

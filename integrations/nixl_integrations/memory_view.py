@@ -22,4 +22,5 @@ class MemoryView:
         self.nbytes = int(numpy.prod(self.shape)) * self.itemsize
 
     def descriptor(self):
+        """(address, bytes, device) as nixl takes it."""
         return self.address, self.nbytes, self.device

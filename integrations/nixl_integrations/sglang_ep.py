@@ -24,16 +24,21 @@ ELASTIC_ALGORITHMS = ("elasticity_aware", "elasticity_aware_hierarchical")
 
 
 class MoeA2ABackend(enum.Enum):
+    """All-to-all backends, by the names of the flag."""
+
     NONE = "none"
     DEEPEP = "deepep"
     MOONCAKE = "mooncake"
     NIXL = "nixl"
 
     def is_nixl(self):
+        """Whether this one is ours."""
         return self is MoeA2ABackend.NIXL
 
 
 class DeepEPMode(enum.Enum):
+    """Modes of the dispatcher; only LOW_LATENCY works here."""
+
     NORMAL = "normal"
     LOW_LATENCY = "low_latency"
     AUTO = "auto"
@@ -163,6 +168,7 @@ class NixlEPBuffer:
 
     @classmethod
     def take_up_resize(cls):
+        """Connects or disconnects what the last resize asked for. Called between two operations."""
         if cls._target == cls._connected or cls._buffer is None:
             return
         if cls._target > cls._connected:
@@ -174,6 +180,7 @@ class NixlEPBuffer:
 
     @classmethod
     def clean_buffer(cls):
+        """Zeroes the exposed memory, if there is a buffer."""
         if cls._buffer is not None:
             cls._buffer.clean_buffer(*cls._shape)
 
@@ -181,6 +188,8 @@ class NixlEPBuffer:
 # ---- the dispatcher
 
 class NixlEPDispatchOutput(NamedTuple):
+    """What the experts of this rank are given."""
+
     hidden_states: Any
     hidden_states_scale: Any
     topk_ids: Any
@@ -190,6 +199,8 @@ class NixlEPDispatchOutput(NamedTuple):
 
 
 class NixlEPCombineInput(NamedTuple):
+    """What goes back: rows of the experts [L, T, H], and ids and weights as dispatched."""
+
     hidden_states: Any
     topk_ids: Any
     topk_weights: Any
@@ -275,33 +286,41 @@ class NixlEPDispatcher:
         self._stage = then
 
     def dispatch(self, hidden_states, topk_ids, topk_weights):
+        """Both halves of a dispatch."""
         self.dispatch_a(hidden_states, topk_ids, topk_weights)
         return self.dispatch_b()
 
     def dispatch_a(self, hidden_states, topk_ids, topk_weights):
+        """Sends the tokens [n, H] bfloat16 with ids and weights [n, K]."""
         self._advance(_Stage.INITIAL, _Stage.AFTER_DISPATCH_A)
         self._between = self._impl.dispatch_a(hidden_states, topk_ids, topk_weights)
 
     def dispatch_b(self):
+        """Waits for what others sent: NixlEPDispatchOutput."""
         self._advance(_Stage.AFTER_DISPATCH_A, _Stage.AFTER_DISPATCH_B)
         between, self._between = self._between, None
         return self._impl.dispatch_b(*between)
 
     def combine(self, combine_input):
+        """Both halves of a combine."""
         self.combine_a(combine_input)
         return self.combine_b()
 
     def combine_a(self, combine_input):
+        """Sends the experts' rows home."""
         self._advance(_Stage.AFTER_DISPATCH_B, _Stage.AFTER_COMBINE_A)
         self._between = self._impl.combine_a(*combine_input)
 
     def combine_b(self):
+        """Waits for the sums, bfloat16 [n, H], and notes who is alive."""
         self._advance(_Stage.AFTER_COMBINE_A, _Stage.INITIAL)
         between, self._between = self._between, None
         return self._impl.combine_b(*between)
 
     def set_quant_config(self, quant_config):
+        """Settings of the payload: use_ue8m0."""
         self._impl.set_quant_config(quant_config)
 
     def set_overlap_args(self, overlap_args):
+        """Kept for the engine's overlap."""
         self._impl.set_overlap_args(overlap_args)

@@ -21,6 +21,7 @@ def get_global_tcp_store():
 
 
 def set_global_tcp_store(store):
+    """The store that get_global_tcp_store gives from now on; None: none."""
     global _store
     with _lock:
         _store = store

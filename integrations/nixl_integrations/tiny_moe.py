@@ -15,6 +15,8 @@ LOGICAL, REDUNDANT, TOPK, WIDTH, VOCABULARY, LAYERS, POSITIONS = 16, 4, 2, 512, 
 
 @dataclass(frozen=True)
 class Weights:
+    """All parameters of the model; bfloat16 unless said otherwise."""
+
     embedding: torch.Tensor  # [vocabulary, hidden]
     position: torch.Tensor   # [positions, hidden]
     router: torch.Tensor     # [layers, hidden, logical] float32
@@ -25,6 +27,7 @@ class Weights:
 
     @property
     def hidden(self):
+        """Hidden size."""
         return self.embedding.shape[1]
 
 
@@ -44,6 +47,7 @@ def make_weights(hidden=2048, device="cpu", seed=1234):
 
 
 def normed(x):
+    """Root-mean-square norm over the last dimension, in float32, as bfloat16."""
     x = x.float()
     return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)).bfloat16()
 
@@ -96,6 +100,7 @@ class Placement:
         return places[ids, turn % counts[ids]]
 
     def logical_at(self, layer, rank):
+        """Logical experts of the slots of one rank."""
         return self.logical_of[layer, rank * self.local:(rank + 1) * self.local].tolist()
 
 
@@ -174,5 +179,6 @@ def prompts(rank, num_tokens):
 
 
 def calc_diff(x, y):
+    """Distance of two tensors, 0 for equal ones."""
     x, y = x.double() + 1, y.double() + 1
     return float(1 - 2 * (x * y).sum() / (x * x + y * y).sum())

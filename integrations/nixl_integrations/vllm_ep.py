@@ -105,12 +105,15 @@ class NixlEPAll2AllManager:
                 cls._buffer.buffer.set_tcp_store_group(None)
 
     def max_sms_used(self):
+        """SMs held between send and receive: none."""
         return 0
 
     def dispatch(self, *args, **kwargs):
+        """Not by this object."""
         raise NotImplementedError("tokens are dispatched by NixlEPPrepareAndFinalize")
 
     def combine(self, *args, **kwargs):
+        """Not by this object."""
         raise NotImplementedError("tokens are combined by NixlEPPrepareAndFinalize")
 
 
@@ -149,24 +152,30 @@ class NixlEPPrepareAndFinalize:
         self.handles, self._pending = {}, {}  # by micro-batch
 
     def num_dispatchers(self):
+        """Ranks whose tokens arrive here."""
         return self._num_dispatchers
 
     def max_num_tokens_per_rank(self):
+        """M."""
         return self.max_tokens_per_rank
 
     def topk_indices_dtype(self):
+        """dtype that ids are turned into."""
         from nixl_ep import topk_idx_t
 
         return topk_idx_t
 
     def output_is_reduced(self):
+        """Combine sums over the top-k."""
         return True
 
     def supports_async(self):
+        """prepare_async and finalize_async exist."""
         return True
 
     @staticmethod
     def maybe_roundup_layer_hidden_size(hidden_size, use_ue8m0=False):
+        """The next hidden size that can be dispatched."""
         unit = 512 if use_ue8m0 else 128
         return -(-hidden_size // unit) * unit
 
@@ -192,6 +201,7 @@ class NixlEPPrepareAndFinalize:
         return hook, lambda: self._received(received, count, quant_config, fp8)
 
     def prepare(self, *args, **kwargs):
+        """prepare_async and its hook: Prepared."""
         hook, receiver = self.prepare_async(*args, **kwargs)
         hook()
         return receiver()
@@ -223,6 +233,7 @@ class NixlEPPrepareAndFinalize:
         return lambda: self._run_pending(ubatch), lambda: output
 
     def finalize(self, *args, **kwargs):
+        """finalize_async and its hook: the output."""
         hook, receiver = self.finalize_async(*args, **kwargs)
         hook()
         return receiver()
@@ -242,6 +253,7 @@ class MaskWatch:
         self._seen = self.look()
 
     def look(self):
+        """Masks now, one a rank; waits for the device."""
         self._buffer.query_mask_buffer(self._mask)
         return self._mask[:self._num_active].tolist()
 

@@ -133,6 +133,7 @@ def convert(kind, descs, mem_type=None):
 
 
 def convert_remote(descs, mem_type=None):
+    """A nixlRemoteDList from one, or from tuples (addr, len, dev, agent name); None with an error line."""
     if isinstance(descs, nixlBind.nixlRemoteDList):
         return descs
     if not isinstance(descs, list) or mem_type is None or (descs and not isinstance(descs[0], tuple)):

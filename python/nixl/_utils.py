@@ -17,6 +17,7 @@ def malloc_passthru(size):
 
 
 def free_passthru(addr):
+    """Frees what malloc_passthru gave."""
     _libc.free(addr)
 
 

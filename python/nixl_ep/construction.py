@@ -25,6 +25,8 @@ _KEYWORDS = {*_BY_BOOL, *_BY_NAME, "rank_id", "device", "combine"}
 
 @dataclasses.dataclass
 class Arguments:
+    """The constructor's arguments, whatever the spelling."""
+
     disable_ll_nvlink: bool = False
     explicitly_destroy: bool = False
     rank: int = 0
@@ -50,6 +52,7 @@ SIGNATURE = _shown()  # of the first spelling, for programs and people that look
 
 
 def parse(positional: tuple, keywords: dict) -> Arguments:
+    """Arguments of one call. TypeError, ValueError: names the argument, the value and what is allowed."""
     unknown = set(keywords) - _KEYWORDS
     if unknown:
         raise TypeError(f"Buffer() got unknown keyword {sorted(unknown)[0]!r}; known: {', '.join(sorted(_KEYWORDS))}")

@@ -16,6 +16,7 @@ def is_sm90_compiled() -> bool:
 
 def get_low_latency_buffer_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                      num_experts: int) -> int:
+    """See :meth:`nixl_ep.Buffer.get_low_latency_buffer_size_hint`."""
     return _size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
 

@@ -14,9 +14,11 @@ class StoreOfTorch:
         self._store = store
 
     def set(self, key: str, value: bytes) -> None:
+        """Sets the key, replacing an old value."""
         self._store.set(key, value)
 
     def wait(self, key: str, timeout_ms: int) -> bool:
+        """Waits until the key exists; False when it does not within the time."""
         # A store that can answer at once is asked again and again: a wait inside a TCPStore locks its connection for
         # everybody else in this process, and every wait that runs out prints warnings.
         if callable(getattr(self._store, "check", None)):
@@ -42,7 +44,9 @@ class StoreOfTorch:
         return True
 
     def get(self, key: str) -> bytes:
+        """The value of an existing key."""
         return bytes(self._store.multi_get([key])[0])
 
     def remove(self, key: str) -> None:
+        """Deletes the key; a missing one is no error."""
         self._store.delete_key(key)

@@ -25,6 +25,7 @@ class Streams:
         return self._comm
 
     def current(self) -> int:
+        """The caller's stream."""
         return torch().cuda.current_stream().cuda_stream if self._cuda else 0
 
     def of_change(self) -> int:

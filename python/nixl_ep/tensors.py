@@ -29,6 +29,7 @@ def rank_list(name: str, ranks: Ranks) -> List[int]:
 
 
 def address(tensor: Optional[Any]) -> int:
+    """Of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -67,6 +68,7 @@ class Allocator:
         self.device = device
 
     def empty(self, shape: Sequence[int], dtype: Any):
+        """A contiguous tensor with undefined content."""
         t = torch()
         if self.device != "cpu":
             return t.empty(shape, dtype=dtype, device=self.device)

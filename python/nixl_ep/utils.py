@@ -43,6 +43,7 @@ class EventOverlap:
         self.extra_tensors = extra_tensors
 
     def current_stream_wait(self) -> None:
+        """Makes the current stream wait for the event; the host does not wait."""
         assert self.event is not None, "this EventOverlap holds no event to wait for"
         self.event.current_stream_wait()
 
