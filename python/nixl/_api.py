@@ -1,5 +1,5 @@
 """The agent as programs use it: names and strings instead of numbers, tensors and arrays instead of addresses."""
-from __future__ import annotations
+from __future__ import annotations as _annotations
 
 import io as _io
 import pickle

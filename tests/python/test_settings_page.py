@@ -26,5 +26,5 @@ def test_every_variable_is_named_and_no_other():
 
 def test_every_parameter_is_named():
     missing = {(backend, name) for backend, about in nixl.plugin_report().items() for name in about["params"]
-               if f"`{name}`" not in PAGE}
+               if f"`{name}`" not in PAGE and not about["reason"].startswith("not in this build")}
     assert missing == set()
