@@ -270,3 +270,31 @@ def too_small(rank):
 
 def test_memory_too_small(ranks_of):
     no_problems(ranks_of(2).run(too_small))
+
+
+def wrong_numbers(rank):
+    """What is no rank, no integer or no dtype is named, and the buffer goes on working."""
+    import torch
+
+    buffer = open_buffer(rank, SHAPE)
+    floating = good_dispatch(torch, rank.device) | {"num_max_dispatch_tokens_per_rank": float(TOKENS)}
+    problems = []
+    for text, call in {
+        "remote_ranks is ['a']; a rank or a list of ranks": lambda: buffer.connect_ranks(["a"]),
+        "rank_to_mask is 1.5; a rank or a list of ranks": lambda: buffer.update_mask_buffer(1.5),
+        f"num_max_dispatch_tokens_per_rank is {TOKENS}.0; an integer is needed": lambda: buffer.dispatch(**floating),
+        "dtype is None; a torch dtype is needed": lambda: buffer.get_local_buffer_tensor(None),
+    }.items():
+        try:
+            call()
+            problems.append(f"{text}: nothing was raised")
+        except (TypeError, RuntimeError) as error:
+            if text not in str(error):
+                problems.append(f"{text}: it says {error}")
+    problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.BF16, "exact", 1), Options())
+    buffer.destroy()
+    return problems
+
+
+def test_wrong_numbers(ranks_of):
+    no_problems(ranks_of(2).run(wrong_numbers))
