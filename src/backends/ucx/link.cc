@@ -70,6 +70,7 @@ Result<void> Link::open_endpoint_locked(Nanoseconds patience) {
   }
   state_ = State::kConnecting;
   deadline_ = Deadline::after(patience);
+  if (worker_->connecting_.empty()) worker_->looked_at_ = now_ns();
   worker_->connecting_.push_back(this);
   worker_->quiet_ = false;
   return worker_->send_locked(
@@ -199,8 +200,13 @@ void Link::failed_locked() {
   for (Job* const job : jobs) job->link_down_locked();
   again_ = std::max<Nanoseconds>(patience, 1);
   deadline_ = Deadline::after(kBeforeAgain);
+  if (worker_->connecting_.empty()) worker_->looked_at_ = now_ns();
   worker_->connecting_.push_back(this);
   worker_->quiet_ = false;
+}
+
+void Link::excuse_locked(Nanoseconds time) {
+  if (const Nanoseconds left = deadline_.left(); left < INT64_MAX - time) deadline_ = Deadline::after(left + time);
 }
 
 void Link::check_deadline_locked() {

@@ -54,6 +54,7 @@ class Link {
   void failed_locked();
   // Opens again what broke a moment ago, and ends what has waited too long.
   void check_deadline_locked();
+  void excuse_locked(Nanoseconds time);  // has so much more to be answered
   void lose_locked(Error why);
 
   void join_locked(Job& job);

@@ -10,6 +10,7 @@ namespace {
 
 constexpr unsigned kQuietAfter = 200;  // rounds of progress without any
 constexpr unsigned kQuietLooks = 8;    // of which one is taken then
+constexpr Nanoseconds kLongestGap = 1'000'000'000;
 
 }  // namespace
 
@@ -76,9 +77,19 @@ bool Worker::progress() {
   return lock.owns_lock() && progress_locked();
 }
 
+// Time in which nobody drives this worker is no fault of the peers that are waited for: of a gap one second counts.
+void Worker::excuse_gap_locked() {
+  if (connecting_.empty()) return;
+  const Nanoseconds now = now_ns();
+  if (const Nanoseconds gap = now - looked_at_; gap > kLongestGap)
+    for (Link* const link : connecting_) link->excuse_locked(gap - kLongestGap);
+  looked_at_ = now;
+}
+
 bool Worker::progress_locked() {
   bool any = false;
   owes_look_ = false;
+  excuse_gap_locked();
   for (int round = 0; round < 8 && api().worker_progress(handle_) != 0; ++round) any = true;
   settle_locked();
   any |= !queue_.empty();
@@ -97,15 +108,15 @@ void Worker::settle_locked() {
     failed_.pop_back();
     link->failed_locked();
   }
-  if (!connecting_.empty()) {
-    const std::vector<Link*> waiting = connecting_;
-    for (Link* const link : waiting) link->check_deadline_locked();
-  }
   if (!arrived_.empty()) {
     std::vector<std::pair<MessageId, std::string>> batch;
     batch.swap(arrived_);
     for (const auto& [id, bytes] : batch)
       if (id != kBye) receiver_->received_locked(*this, id, bytes);
+  }
+  if (!connecting_.empty()) {
+    const std::vector<Link*> waiting = connecting_;
+    for (Link* const link : waiting) link->check_deadline_locked();
   }
   walking_.swap(queue_);
   for (std::size_t i = 0; i < walking_.size(); ++i) {

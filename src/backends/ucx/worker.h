@@ -101,6 +101,7 @@ class Worker {
   Result<bool> started(ucs_status_ptr_t request, const char* what);
   ucp_request_param_t parameters(Job& job, ucp_mem_h memory) const;
   void settle_locked();
+  void excuse_gap_locked();
   static void on_completed(void* request, ucs_status_t status, void* job);
   static void on_sent(void* request, ucs_status_t status, void* bytes);
   static ucs_status_t on_message(void* binding, const void* header, std::size_t header_length, void* data,
@@ -123,6 +124,7 @@ class Worker {
   int num_jobs_ = 0;        // that links know of
   std::vector<Job*> queue_, walking_;
   std::vector<Link*> failed_, connecting_;
+  Nanoseconds looked_at_ = 0;  // when progress was last made while somebody was connecting
   std::vector<std::pair<MessageId, std::string>> arrived_;
 };
 
