@@ -1,6 +1,6 @@
 """./run bench agent: what the agent costs beside what it stands on, each figure with its must and goal.
 
-Groups: network (UCX over TCP beside a program written straight on ucp), notifications, idle, descriptors, setup.
+Groups: network (UCX over TCP beside a program written straight on ucp), shared (the same by two threads), notifications, idle, descriptors, setup.
 Everything runs between two processes of this host; READ and WRITE results are compared byte for byte before they are timed.
 """
 
@@ -232,6 +232,20 @@ def network(rounds=5):
     ]
 
 
+def shared(rounds=5):
+    """What one thread of num_threads brings over the network path, requests in turn with and without it."""
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for threads in ("0", "1"):
+            params = {"UCX": {**NETWORK["UCX"], "num_threads": threads}}
+            pairs.append(stack.enter_context(contextlib.closing(Pair(BYTES, backend_params=params))))
+            pairs[-1].check()
+        runs = [[ours_network(pair) for pair in pairs] for _ in range(rounds)]
+    return [Figure(f"num_threads=1, {what}", statistics.median(without[key] / with_one[key] for without, with_one in runs),
+                   "of num_threads=0", higher_is_better=True)
+            for key, what in (("write_256m_s", "WRITE 256 MiB"), ("read_256m_s", "READ 256 MiB"), ("list_16k_s", "10,000 x 16 KiB"))]
+
+
 def round_trips(pair, count):
     """Microseconds of each of `count` notification round trips."""
     pair.peer.ask(do="echo", count=count, to="initiator")
@@ -390,7 +404,7 @@ def loading():
     return figures
 
 
-GROUPS = {"network": network, "notifications": notifications, "idle": idle, "descriptors": descriptors, "setup": setup}
+GROUPS = {"network": network, "shared": shared, "notifications": notifications, "idle": idle, "descriptors": descriptors, "setup": setup}
 
 
 def main():

@@ -17,6 +17,9 @@ int main(int argc, char** argv) {
   std::fprintf(stderr, "-- what crosses hosts without RDMA: TCP alone, reads by request\n");
   ucx.params = {{"UCX_TLS", "tcp"}, {"num_workers", "2"}};
   if (const int status = conformance::run_backend_suite(ucx, argc, argv)) return status;
+  std::fprintf(stderr, "-- requests shared out among threads\n");
+  ucx.params = {{"UCX_TLS", "tcp"}, {"num_threads", "2"}, {"split_batch_size", "2"}};
+  if (const int status = conformance::run_backend_suite(ucx, argc, argv)) return status;
   std::fprintf(stderr, "-- several engines\n");
   ucx.entry = &backends_of_ucx()[1];
   ucx.params = {{"num_ucx_engines", "3"}};

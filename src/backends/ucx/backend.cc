@@ -43,7 +43,18 @@ Result<void> UcxBackend::start(int num_workers) {
   for (std::size_t i = 0; i < desks_.size(); ++i) {
     NIXL_ASSIGN(desks_[i].worker, Worker::open(*context_, *this, static_cast<unsigned>(i)));
   }
+  NIXL_TRY(start_drivers());
   return make_descriptors();
+}
+
+// The workers of num_threads. Where progress happens only inside calls, they are driven like the others.
+Result<void> UcxBackend::start_drivers() {
+  if (engines_ > 0 || !config_.progress_thread) return {};
+  for (auto i = static_cast<std::size_t>(options_.num_workers); i < desks_.size(); ++i) {
+    desks_[i].driven = true;
+    NIXL_ASSIGN(desks_[i].driver, Driver::start(*desks_[i].worker));
+  }
+  return {};
 }
 
 Result<void> UcxBackend::make_descriptors() {
@@ -52,7 +63,8 @@ Result<void> UcxBackend::make_descriptors() {
   timer_ = Fd(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
   if (!events_ || !wake_ || !timer_) return fail(errno_error("event descriptors of the UCX backend", errno));
   std::vector<int> watched = {wake_.get(), timer_.get()};
-  for (const Desk& desk : desks_) watched.push_back(desk.worker->event_fd());
+  for (const Desk& desk : desks_)
+    if (!desk.driven) watched.push_back(desk.worker->event_fd());
   for (const int fd : watched) {
     epoll_event event{};
     event.events = EPOLLIN;
@@ -64,6 +76,7 @@ Result<void> UcxBackend::make_descriptors() {
 }
 
 UcxBackend::~UcxBackend() {
+  for (Desk& desk : desks_) desk.driver.reset();
   for (Desk& desk : desks_) {
     if (!desk.worker) continue;
     const auto guard = desk.worker->lock();
@@ -187,6 +200,8 @@ Result<std::unique_ptr<Connection>> UcxBackend::connect(const PeerId& peer, std:
     NIXL_WARN("agent '%s' is reached over %s only although this host has an RDMA device: transfers will be slow. %s",
               peer.name.c_str(), first.path().c_str(), context_->api().remark.c_str());
   wake();
+  for (const Desk& desk : desks_)
+    if (desk.driver) desk.driver->wake();
   return connection;
 }
 
@@ -276,6 +291,7 @@ Result<void> UcxBackend::handle_locked(Desk& desk, MessageId id, std::string_vie
       NIXL_TRY(decode(bytes, notify));
       inbox_.add(notify.incarnation, notify.stream, notify.sequence,
                  {std::string(notify.name), std::string(notify.text)});
+      if (desk.driven) note_news();
       return {};
     }
     case kReadRequest:
@@ -380,7 +396,7 @@ Result<void> UcxBackend::send(Connection& peer, std::string_view message) {
 }
 
 void UcxBackend::drain(std::vector<Notification>& out) {
-  for (Desk& desk : desks_) (void)desk.worker->progress();
+  (void)progress();
   inbox_.drain(out);
 }
 
@@ -388,7 +404,8 @@ void UcxBackend::drain(std::vector<Notification>& out) {
 
 bool UcxBackend::progress() noexcept {
   bool any = false;
-  for (Desk& desk : desks_) any |= desk.worker->progress();
+  for (Desk& desk : desks_)
+    if (!desk.driven) any |= desk.worker->progress();
   return any;
 }
 
@@ -397,8 +414,12 @@ bool UcxBackend::arm() noexcept {
   (void)!read(wake_.get(), &drained, sizeof drained);
   sleeping_.store(true);  // before looking for work: whoever adds some from now on wakes us
   Deadline next = Deadline::never();
+  bool armed = !news_.exchange(false);
   for (Desk& desk : desks_) {
-    if (desk.worker->arm(next)) continue;
+    if (!armed) break;
+    armed = desk.driven || desk.worker->arm(next);
+  }
+  if (!armed) {
     sleeping_.store(false);
     return false;
   }
@@ -417,81 +438,23 @@ void UcxBackend::wake() noexcept {
   (void)!write(wake_.get(), &one, sizeof one);
 }
 
-// ---- transfers ----
-
-std::size_t UcxBackend::choose_worker(const Plan& plan) {
-  if (engines_ == 0) return round_robin_.fetch_add(1, std::memory_order_relaxed) % desks_.size();
-  return plan.local_regions.empty() ? 0 : static_cast<const Registered*>(plan.local_regions.front())->device();
+void UcxBackend::wake(const Worker& worker) noexcept {
+  Driver* const driver = desks_[worker.index()].driver.get();
+  if (driver)
+    driver->wake();
+  else
+    wake();
 }
 
-Result<std::unique_ptr<Transfer>> UcxBackend::prepare(Plan plan) {
-  if (!abilities_.local_kinds.has(plan.local_kind) || !abilities_.remote_kinds.has(plan.remote_kind))
-    return fail(Code::kInvalidArgument, "UCX moves DRAM and, with a working driver, VRAM; not %s to %s",
-                name(plan.local_kind), name(plan.remote_kind));
-  merge_neighbours(plan);
-  const std::size_t index = choose_worker(plan);
-  auto& connection = static_cast<UcxConnection&>(*plan.peer);
-  Link& link = connection.link(index);
-  const bool device_memory = plan.local_kind == MemKind::kVram || plan.remote_kind == MemKind::kVram;
-  std::string path = link.path();
-  if (device_memory && link.only_tcp()) path = "staged+" + path;
-  const auto guard = link.worker().lock();
-  auto lane = std::make_unique<Lane>(std::move(plan), link, desks_[index].requests, config_.self.incarnation);
-  return std::make_unique<UcxTransfer>(*this, std::move(lane), std::move(path));
+// The agent's thread asks for this when it arms, after it has looked for messages and ended transfers.
+void UcxBackend::note_news() noexcept {
+  news_.store(true);
+  const std::uint64_t one = 1;
+  if (sleeping_.exchange(false)) (void)!write(wake_.get(), &one, sizeof one);
 }
 
-Result<TransferState> UcxTransfer::answer() const {
-  switch (lane_->state()) {
-    case Lane::State::kDone:
-      return TransferState::kDone;
-    case Lane::State::kFailed:
-      return fail(lane_->error());
-    default:
-      return TransferState::kRunning;
-  }
-}
-
-Result<TransferState> UcxTransfer::submit(std::optional<std::string_view> message) {
-  Worker& worker = lane_->link().worker();
-  {
-    const auto guard = worker.lock();
-    lane_->start_locked(message);
-    if (lane_->state() == Lane::State::kRunning) (void)worker.progress_locked();
-  }
-  if (lane_->state() == Lane::State::kRunning) backend_->wake();
-  return answer();
-}
-
-Result<TransferState> UcxTransfer::poll() {
-  if (lane_->state() == Lane::State::kRunning) (void)lane_->link().worker().progress();
-  return answer();
-}
-
-bool UcxTransfer::cancel() noexcept {
-  if (lane_->state() != Lane::State::kRunning) return true;
-  Worker& worker = lane_->link().worker();
-  const auto guard = worker.lock();
-  if (lane_->cancel_locked()) return true;
-  // What a stopped peer holds, or was asked to put here, cannot be called back: that is waited for.
-  (void)worker.progress_locked();
-  return lane_->cancel_locked();
-}
-
-Result<CostEstimate> UcxBackend::estimate(const Transfer& transfer) {
-  const Lane& lane = static_cast<const UcxTransfer&>(transfer).lane();
-  Link& link = lane.link();
-  const auto guard = link.worker().lock();
-  if (!link.endpoint()) return fail(Code::kPeerLost, "agent '%s' is not connected", link.target().name.c_str());
-  ucp_ep_evaluate_perf_param_t question{};
-  question.field_mask = UCP_EP_PERF_PARAM_FIELD_MESSAGE_SIZE;
-  question.message_size = lane.plan().total_bytes;
-  ucp_ep_evaluate_perf_attr_t estimate{};
-  estimate.field_mask = UCP_EP_PERF_ATTR_FIELD_ESTIMATED_TIME;
-  if (const ucs_status_t status = context_->api().ep_evaluate_perf(link.endpoint(), &question, &estimate);
-      status != UCS_OK)
-    return fail(ucx_error(context_->api(), "estimate of UCX", status, Code::kUnsupported));
-  const auto duration = static_cast<std::int64_t>(estimate.estimated_time * 1e6) + 1;
-  return CostEstimate{duration, duration / 2};
+void UcxBackend::job_ended_locked(Worker& worker) {
+  if (desks_[worker.index()].driven) note_news();
 }
 
 }  // namespace nixl::core::ucx

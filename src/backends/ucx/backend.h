@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "backends/ucx/driver.h"
 #include "backends/ucx/inbox.h"
 #include "backends/ucx/link.h"
 #include "backends/ucx/read_service.h"
@@ -38,19 +39,25 @@ class UcxConnection final : public Connection {
 
 class UcxTransfer final : public Transfer {
  public:
-  UcxTransfer(UcxBackend& backend, std::unique_ptr<Lane> lane, std::string path)
-      : backend_(&backend), lane_(std::move(lane)), path_(std::move(path)) {}
+  UcxTransfer(UcxBackend& backend, std::string path) : backend_(&backend), path_(std::move(path)) {}
+  ~UcxTransfer() override;
+  void add_lane_locked(Plan plan, Link& link, ReadRequests& requests, std::uint64_t caller_incarnation);
   Result<TransferState> submit(std::optional<std::string_view> message) override;
   Result<TransferState> poll() override;
   bool cancel() noexcept override;
   std::string path() const override { return path_; }
-  Lane& lane() const noexcept { return *lane_; }
+  Link& link() const noexcept { return lanes_.front()->link(); }
+  std::uint64_t total_bytes() const noexcept { return total_bytes_; }
 
  private:
   Result<TransferState> answer() const;
+  bool running() const noexcept;
   UcxBackend* const backend_;
-  const std::unique_ptr<Lane> lane_;
+  Shares shares_;
+  std::vector<std::unique_ptr<Lane>> lanes_;  // at least one, each on a worker of its own
+  std::vector<Worker*> workers_;              // theirs; the links may be gone before us
   const std::string path_;
+  std::uint64_t total_bytes_ = 0;
 };
 
 class UcxBackend final : public Backend, public Notifier, public CostModel, private Receiver {
@@ -79,6 +86,8 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
 
   // Wakes whoever sleeps on the event descriptor: there is work that no event announces.
   void wake() noexcept;
+  // The same for one worker.
+  void wake(const Worker& worker) noexcept;
 
  private:
   friend class UcxConnection;
@@ -91,12 +100,17 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
     std::vector<std::unique_ptr<Link>> ended_links;
     std::vector<std::unique_ptr<ReadService>> services;
     ReadRequests requests;
+    bool driven = false;  // by a thread of its own; otherwise by progress()
+    std::unique_ptr<Driver> driver;
   };
 
   UcxBackend() = default;
   Result<void> start(int num_workers);
+  Result<void> start_drivers();
   Result<void> make_descriptors();
   std::size_t choose_worker(const Plan& plan);
+  std::size_t num_shares(const Plan& plan) const noexcept;
+  void note_news() noexcept;
   Result<void> check_device(const Region& region) const;
   void release_region(Exposed& region);
   void close_connection(UcxConnection& connection);
@@ -104,6 +118,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   void received_locked(Worker& worker, MessageId id, std::string_view bytes) override;
   void link_lost_locked(Link& link, const Error& why) override;
   bool surely_gone(const Link& link) const override;
+  void job_ended_locked(Worker& worker) override;
   void settled_locked(Worker& worker) override;
   Result<void> handle_locked(Desk& desk, MessageId id, std::string_view bytes);
   Result<void> answer_hello_locked(Desk& desk, const Hello& hello);
@@ -126,6 +141,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
 
   Fd events_, wake_, timer_;
   std::atomic<bool> sleeping_{false};
+  std::atomic<bool> news_{false};  // a driver has met something that the agent's thread looks for
 };
 
 }  // namespace nixl::core::ucx

@@ -12,8 +12,8 @@ namespace nixl::core::ucx {
 
 struct Options {
   int num_workers = 1;                    // independent progress engines, each with its own connection to a peer
-  int num_threads = 0;                    // as many workers more; requests take the workers in turn
-  std::uint64_t split_batch_size = 1024;  // accepted: one request stays on one worker
+  int num_threads = 0;                    // as many workers more, each with a thread; large requests are shared out
+  std::uint64_t split_batch_size = 1024;  // a request of more pieces is large
   bool peer_errors = true;                // ucx_error_handling_mode = peer
   bool force_close = false;               // endpoints are dropped without flushing
   std::string devices;                    // NET_DEVICES in UCX's words, empty: all

@@ -15,10 +15,11 @@ constexpr std::size_t kRequestPieces = 512;
 
 }  // namespace
 
-Lane::Lane(Plan plan, Link& link, ReadRequests& requests, std::uint64_t caller_incarnation)
+Lane::Lane(Plan plan, Link& link, ReadRequests& requests, Shares& shares, std::uint64_t caller_incarnation)
     : plan_(std::move(plan)),
       link_(&link),
       requests_(&requests),
+      shares_(&shares),
       caller_incarnation_(caller_incarnation),
       by_request_(plan_.op == Op::kRead && link.reads_by_request()),
       cursor_(plan_) {}
@@ -207,12 +208,16 @@ void Lane::fail_locked(Error error) {
 void Lane::finish_if_ended_locked() {
   if (state() != State::kRunning || in_flight_ > 0 || unanswered_ > 0) return;
   if (!failed_ && (restart_ || !cursor_.at_end() || (plan_.op == Op::kWrite && !flushed_))) return;
-  if (!failed_ && message_) {
+  if (failed_) shares_->failed.store(true, std::memory_order_relaxed);
+  const bool last = shares_->running.fetch_sub(1, std::memory_order_acq_rel) == 1;
+  if (last && message_ && !shares_->failed.load(std::memory_order_relaxed)) {
     if (auto sent = link_->notify_locked(*message_); !sent) fail_locked(std::move(sent.error()));
   }
   link_->leave_locked(*this);
   link_->worker().forget_locked(*this);
+  Worker& worker = link_->worker();
   state_.store(failed_ ? State::kFailed : State::kDone, std::memory_order_release);
+  worker.job_ended_locked();  // who polls may have destroyed this lane by now
 }
 
 bool Lane::cancel_locked() {

@@ -31,10 +31,17 @@ class Registered final : public LocalRegion {
   const std::uint64_t device_;
 };
 
+// What the lanes of one transfer know of each other: the last one to end sends the message, if all of them succeeded.
+struct Shares {
+  std::atomic<int> running{0};
+  std::atomic<bool> failed{false};
+};
+
 // One share of a transfer: the pieces that go over one link. The worker's lock guards everything but state().
 class Lane final : public Job {
  public:
-  Lane(Plan plan, Link& link, ReadRequests& requests, std::uint64_t caller_incarnation);
+  // `shares` outlives the lane, and is set anew before the lanes are started.
+  Lane(Plan plan, Link& link, ReadRequests& requests, Shares& shares, std::uint64_t caller_incarnation);
   ~Lane() override = default;
 
   enum class State : int { kIdle, kRunning, kDone, kFailed };
@@ -69,6 +76,7 @@ class Lane final : public Job {
   const Plan plan_;
   Link* const link_;
   ReadRequests* const requests_;
+  Shares* const shares_;
   const std::uint64_t caller_incarnation_;
   const bool by_request_;
   std::vector<ucp_rkey_h> keys_;  // by remote region, of the present endpoint

@@ -17,8 +17,10 @@
 #include "backends/ucx/inbox.h"
 #include "backends/ucx/messages.h"
 #include "backends/ucx/options.h"
+#include "backends/ucx/shares.h"
 #include "base/clock.h"
 #include "check.h"
+#include "contract/plan_cursor.h"
 #include "fuzz.h"
 
 using namespace nixl::core;
@@ -235,6 +237,62 @@ struct Driven {
   std::atomic<bool> stop{false};
   std::thread thread;
 };
+
+// Every byte of a plan is in exactly one share, and the shares are about equal.
+TEST(shares_cover_a_plan_once) {
+  std::mt19937 random(11);
+  for (int round = 0; round < 300; ++round) {
+    Plan plan;
+    const bool runs = round % 2;
+    const std::uint64_t longest = round % 3 == 0 ? 6 << 20 : 300;
+    plan.local_regions = {nullptr};
+    std::uint64_t at = 1 << 20;
+    for (std::size_t row = 0; row < 1 + random() % 40; ++row) {
+      const std::uint64_t length = random() % longest, count = runs ? 1 + random() % 50 : 1,
+                          stride = length + random() % 9;
+      plan.local_address.push_back(at);
+      plan.remote_address.push_back(at + 5);
+      plan.length.push_back(length);
+      plan.local_region.push_back(0);
+      plan.remote_region.push_back(0);
+      if (runs) {
+        plan.count.push_back(count);
+        plan.local_stride.push_back(stride);
+        plan.remote_stride.push_back(stride);
+      }
+      at += count * stride + 1000;
+      plan.num_blocks += count;
+      plan.total_bytes += count * length;
+    }
+    const auto pieces_of = [](const Plan& part) {
+      std::vector<std::pair<std::uint64_t, std::uint64_t>> all;
+      for (PlanCursor cursor(part); !cursor.at_end();) {
+        const Piece piece = cursor.next(UINT64_MAX);
+        CHECK_EQ(piece.remote, piece.local + 5);
+        if (!all.empty() && all.back().first + all.back().second == piece.local)
+          all.back().second += piece.length;
+        else
+          all.emplace_back(piece.local, piece.length);
+      }
+      return all;
+    };
+    auto whole = pieces_of(plan);
+    const std::uint64_t total = plan.total_bytes;
+    const std::size_t parts = 1 + random() % 5;
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> together;
+    const std::vector<Plan> shares = share_out(std::move(plan), parts);
+    CHECK(!shares.empty() && shares.size() <= parts);
+    for (const Plan& share : shares) {
+      CHECK(share.total_bytes <= total / parts + parts + 2 * longest);
+      for (const auto& [from, length] : pieces_of(share))
+        if (!together.empty() && together.back().first + together.back().second == from)
+          together.back().second += length;
+        else
+          together.emplace_back(from, length);
+    }
+    CHECK(together == whole);
+  }
+}
 
 // UCX tells some news once, to whoever arms next: after that answer a look must not be left out.
 TEST(news_that_only_arming_tells_is_looked_at) {

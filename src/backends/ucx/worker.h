@@ -47,6 +47,8 @@ class Receiver {
   virtual void link_lost_locked(Link& link, const Error& why) = 0;
   // Has the process on the other side surely ended?
   virtual bool surely_gone(const Link& link) const = 0;
+  // A job that the agent polls for has ended.
+  virtual void job_ended_locked(Worker& worker) = 0;
   // After every round of progress: the place to destroy links and jobs that ended in it.
   virtual void settled_locked(Worker& worker) = 0;
 };
@@ -70,6 +72,7 @@ class Worker {
   // Has advance_locked() called by the next progress.
   void queue_locked(Job& job);
   void forget_locked(Job& job);
+  void job_ended_locked() { receiver_->job_ended_locked(*this); }
 
   struct Piece {
     void* local = nullptr;
