@@ -62,7 +62,7 @@ Result<void> Agent::register_one(Slot& slot, const Region& region) {
     target->base = entry;
     self_->link(slot)->regions.put(target);
   }
-  slot.regions.put(std::move(entry));
+  slot.regions.put(entry);
   return {};
 }
 

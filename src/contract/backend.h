@@ -32,10 +32,12 @@ namespace nixl::core {
 
 // What a backend can do; constant after it was opened.
 struct Abilities {
-  KindSet local_kinds;   // kinds that can be the local side; kVram moved through host memory counts: the path says "staged"
-  KindSet remote_kinds;  // kinds that can be the remote side
-  bool remote = false;   // reaches other agents: export_*, import_region and connect(other) work, notifier() exists
-  bool local = false;    // serves transfers of an agent with itself
+  // What can be the local side of a transfer, and the remote one. kVram counts also where it is moved through host memory: the
+  // path says "staged" then.
+  KindSet local_kinds;
+  KindSet remote_kinds;
+  bool remote = false;  // reaches other agents: export_*, import_region and connect(other) work, notifier() exists
+  bool local = false;   // serves transfers of an agent with itself
   bool concurrent_setup = false;  // see THREADS
   KindSet registrable() const noexcept { return local_kinds | remote_kinds; }
 };

@@ -4,7 +4,8 @@
 namespace nixl::core::ep {
 
 std::string cuda_unavailable_reason() {
-  return "this libnixl.so was built without CUDA kernels (no nvcc was found, or NIXL_CUDA=OFF); build it again with nvcc on PATH";
+  return "this libnixl.so was built without CUDA kernels (no nvcc was found, or NIXL_CUDA=OFF); build it again with "
+         "nvcc on PATH";
 }
 
 Result<std::unique_ptr<Path>> open_cuda_path(const PathOptions&) {
