@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <list>
 #include <mutex>
 #include <vector>
 
@@ -73,7 +74,8 @@ class QuickPatching {
  public:
   QuickPatching() {
     if (env_text("UCX_MEM_BISTRO_GRACE_DURATION")) return;  // the operator's
-    auto* const list = new std::vector<char*>;
+    static auto& lists = *new std::list<std::vector<char*>>;
+    auto* const list = &lists.emplace_back();
     before_ = environ;
     for (char** entry = before_; entry && *entry; ++entry) list->push_back(*entry);
     static char pause[] = "UCX_MEM_BISTRO_GRACE_DURATION=1ms";
