@@ -1,7 +1,12 @@
 // The pure parts of the agent: coverage, plans, and every reader of bytes from outside, each fed damaged input.
+#include <condition_variable>
+#include <mutex>
 #include <random>
+#include <thread>
 
+#include "agent/catalog.h"
 #include "agent/desc_codec.h"
+#include "agent/exchange.h"
 #include "agent/frames.h"
 #include "agent/handles.h"
 #include "agent/metadata.h"
@@ -38,6 +43,133 @@ Metadata sample() {
                            {{{MemKind::kDram, 4096, 64, 0, ""}, "key"}, {{MemKind::kVram, 1, 2, 3, ""}, ""}}});
   data.backends.push_back({"SAME_HOST", false, "", {}});
   return data;
+}
+
+// A store whose moments the test chooses: when an answer comes, and when a change is told.
+class Scripted : public Store, private StoreWatcher {
+ public:
+  static inline Scripted* last = nullptr;
+  static Result<std::unique_ptr<Store>> open(StoreConfig) {
+    auto store = std::make_unique<Scripted>();
+    last = store.get();
+    return store;
+  }
+  Result<void> publish(std::string_view, std::string_view) override { return {}; }
+  Result<void> withdraw(std::string_view) override { return {}; }
+  Result<std::string> fetch(std::string_view key, Deadline deadline) override {
+    std::unique_lock lock(mutex);
+    asked = true;
+    moved.notify_all();
+    moved.wait_for(lock, std::chrono::nanoseconds(deadline.left()), [&] { return answer.has_value(); });
+    if (!answer) return fail(Code::kTimeout, "no %.*s", static_cast<int>(key.size()), key.data());
+    auto value = std::move(*answer);
+    answer.reset();
+    return value;
+  }
+  StoreWatcher* watcher() noexcept override { return this; }
+  Result<std::unique_ptr<StoreWatch>> watch(std::string_view,
+                                            std::function<void(const StoreEvent&)> callback) override {
+    tell = std::move(callback);
+    return std::make_unique<StoreWatch>();
+  }
+  std::mutex mutex;
+  std::condition_variable moved;
+  bool asked = false;
+  std::optional<std::string> answer;
+  std::function<void(const StoreEvent&)> tell;
+};
+const StoreEvent kGone = {StoreEvent::Kind::kDelete, "b/metadata", ""};
+
+// An exchange over that store, and what it did to its agent.
+struct Exchanging {
+  explicit Exchanging(Nanoseconds patience = 5'000'000'000) {
+    Exchange::Hooks hooks;
+    hooks.agent = "a";
+    hooks.load = [this](std::string_view bytes) -> Result<std::string> {
+      std::unique_lock lock(mutex);
+      loading = true;
+      moved.notify_all();
+      moved.wait(lock, [&] { return !hold; });
+      there = std::string(bytes);
+      ++done;
+      moved.notify_all();
+      return std::string("b");
+    };
+    hooks.remove = [this](const std::string&) {
+      const std::lock_guard lock(mutex);
+      there.clear();
+      ++done;
+      moved.notify_all();
+    };
+    const Settings settings = *CHECK_OK(Settings::parse("NIXL_ETCD_ENDPOINTS = 'scripted'", "test"));
+    Exchange::Options options;
+    options.use_etcd = true;
+    options.watch_timeout_ns = patience;
+    exchange = std::move(*CHECK_OK(Exchange::open(std::move(hooks), options, settings, catalog)));
+  }
+  void wait(const std::function<bool()>& condition) {
+    std::unique_lock lock(mutex);
+    CHECK(moved.wait_for(lock, std::chrono::seconds(20), condition));
+  }
+  std::mutex mutex;
+  std::condition_variable moved;
+  bool hold = false, loading = false;
+  int done = 0;
+  std::string there;
+  Catalog catalog{{}, {{"etcd", &Scripted::open}}, {}, ""};
+  std::unique_ptr<Exchange> exchange;
+};
+
+TEST(a_removal_told_while_a_value_is_loaded_comes_after_it) {
+  Exchanging e;
+  Scripted& store = *Scripted::last;
+  e.hold = true;
+  store.answer = "fetched";
+  e.exchange->fetch_stored("b", "");
+  e.wait([&] { return e.loading; });
+  store.tell(kGone);
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // time for the removal to overtake the load
+  {
+    const std::lock_guard lock(e.mutex);
+    e.hold = false;
+    e.moved.notify_all();
+  }
+  e.wait([&] { return e.done == 2; });
+  CHECK_EQ(e.there, std::string());
+}
+
+TEST(a_value_that_was_taken_back_while_it_was_fetched_is_none) {
+  Exchanging e(300'000'000);
+  Scripted& store = *Scripted::last;
+  e.exchange->fetch_stored("b", "");
+  {
+    std::unique_lock lock(store.mutex);
+    CHECK(store.moved.wait_for(lock, std::chrono::seconds(20), [&] { return store.asked; }));
+  }
+  store.tell(kGone);
+  e.wait([&] { return e.done == 1; });
+  {
+    const std::lock_guard lock(store.mutex);
+    store.answer = "stale";
+    store.moved.notify_all();
+  }
+  e.exchange.reset();  // lets the fetch end
+  CHECK_EQ(e.done, 1);
+}
+
+TEST(changes_are_applied_in_the_order_in_which_they_are_told) {
+  Exchanging e;
+  Scripted& store = *Scripted::last;
+  store.answer = "0";
+  e.exchange->fetch_stored("b", "");
+  e.wait([&] { return e.done == 1; });
+  for (int i = 1; i <= 300; ++i) {
+    store.tell({StoreEvent::Kind::kPut, "b/metadata", std::to_string(i)});
+    store.tell(kGone);
+  }
+  store.tell({StoreEvent::Kind::kPut, "b/metadata", "last"});
+  e.wait([&] { return e.done == 602; });
+  CHECK_EQ(e.there, std::string("last"));
 }
 
 }  // namespace

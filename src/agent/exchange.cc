@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <set>
@@ -287,8 +288,7 @@ class ExchangeImpl final : public Exchange {
     return {};
   }
 
-  Result<std::string> fetch_value(const std::string& agent, const std::string& label) {
-    const Deadline deadline = Deadline::after(watch_timeout_);
+  Result<std::string> fetch_value(const std::string& agent, const std::string& label, Deadline deadline) {
     const std::string other = store_.other_key(agent, label);
     for (;;) {
       if (!other.empty())
@@ -303,19 +303,27 @@ class ExchangeImpl final : public Exchange {
     }
   }
 
-  // Watches first, so that no change after the value that is fetched goes unseen.
+  // Watches first, so that no change after the value that is fetched goes unseen. A value that was taken back while it was
+  // fetched is none.
   Result<void> fetch_and_load(const std::string& agent, const std::string& label) {
     const bool fresh = watch(agent);
-    const auto bytes = fetch_value(agent, label.empty() ? kFullLabel : label);
-    if (!bytes) {
-      if (fresh) unwatch(agent);
-      return fail(bytes.error());
+    const Deadline deadline = Deadline::after(watch_timeout_);
+    Seen& seen = seen_of(agent);
+    for (;;) {
+      const std::uint64_t removals = removals_of(seen);
+      const auto bytes = fetch_value(agent, label.empty() ? kFullLabel : label, deadline);
+      if (!bytes) {
+        if (fresh) unwatch(agent);
+        return fail(bytes.error());
+      }
+      const std::lock_guard applying(seen.applying);
+      if (removals_of(seen) != removals) continue;
+      NIXL_ASSIGN(const std::string name, hooks_.load(*bytes));
+      if (name != agent)
+        NIXL_WARN("agent %s: the key of agent '%s' holds metadata of '%s'", hooks_.agent.c_str(), agent.c_str(),
+                  name.c_str());
+      return {};
     }
-    NIXL_ASSIGN(const std::string name, hooks_.load(*bytes));
-    if (name != agent)
-      NIXL_WARN("agent %s: the key of agent '%s' holds metadata of '%s'", hooks_.agent.c_str(), agent.c_str(),
-                name.c_str());
-    return {};
   }
 
   bool watch(const std::string& agent) {  // false: watched already, or not possible
@@ -343,14 +351,43 @@ class ExchangeImpl final : public Exchange {
       watches_.erase(found);
     }
   }
+  // What the store tells of a peer is applied in the order in which it is told.
+  struct Seen {
+    std::mutex applying;  // taken before mutex_
+    std::deque<StoreEvent> news;
+    std::uint64_t removals = 0;
+  };
+  Seen& seen_of(const std::string& agent) {
+    const std::lock_guard lock(mutex_);
+    return seen_[agent];
+  }
+  std::uint64_t removals_of(const Seen& seen) {
+    const std::lock_guard lock(mutex_);
+    return seen.removals;
+  }
   void changed(const std::string& agent, const StoreEvent& event) {
-    if (event.kind == StoreEvent::Kind::kDelete) {
-      workers_.run([this, agent] { hooks_.remove(agent); });
-    } else if (!event.value.empty()) {
-      workers_.run([this, bytes = event.value] {
-        if (auto name = hooks_.load(bytes); !name) warn(name.error());
-      });
+    if (event.kind == StoreEvent::Kind::kPut && event.value.empty()) return;
+    {
+      const std::lock_guard lock(mutex_);
+      Seen& seen = seen_[agent];
+      seen.news.push_back(event);
+      seen.removals += event.kind == StoreEvent::Kind::kDelete;
     }
+    workers_.run([this, agent] { apply_oldest(agent); });
+  }
+  void apply_oldest(const std::string& agent) {
+    Seen& seen = seen_of(agent);
+    const std::lock_guard applying(seen.applying);
+    StoreEvent event;
+    {
+      const std::lock_guard lock(mutex_);
+      event = std::move(seen.news.front());
+      seen.news.pop_front();
+    }
+    if (event.kind == StoreEvent::Kind::kDelete)
+      hooks_.remove(agent);
+    else if (auto name = hooks_.load(event.value); !name)
+      warn(name.error());
   }
 
   void warn(const Error& error) {
@@ -371,6 +408,7 @@ class ExchangeImpl final : public Exchange {
   std::set<std::string> published_;
   std::set<std::pair<std::string, std::string>> fetching_;
   std::map<std::string, std::unique_ptr<StoreWatch>> watches_;
+  std::map<std::string, Seen> seen_;  // by peer; stays
   Nanoseconds quiet_until_ = 0;
   Workers workers_{16};
   std::unique_ptr<Listener> listener_;
