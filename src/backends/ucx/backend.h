@@ -55,7 +55,8 @@ class UcxTransfer final : public Transfer {
   UcxBackend* const backend_;
   Shares shares_;
   std::vector<std::unique_ptr<Lane>> lanes_;  // at least one, each on a worker of its own
-  std::vector<Worker*> workers_;              // theirs; the links may be gone before us
+  std::vector<Worker*> workers_;              // theirs; the links may be gone before us, and after a close the workers
+  std::vector<std::shared_ptr<std::mutex>> doors_;  // of the workers
   const std::string path_;
   std::uint64_t total_bytes_ = 0;
 };

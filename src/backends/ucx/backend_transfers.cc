@@ -63,12 +63,13 @@ Result<std::unique_ptr<Transfer>> UcxBackend::prepare(Plan plan) {
 void UcxTransfer::add_lane_locked(Plan plan, Link& link, ReadRequests& requests, std::uint64_t caller_incarnation) {
   total_bytes_ += plan.total_bytes;
   workers_.push_back(&link.worker());
+  doors_.push_back(link.worker().mutex());
   lanes_.push_back(std::make_unique<Lane>(std::move(plan), link, requests, shares_, caller_incarnation));
 }
 
 UcxTransfer::~UcxTransfer() {
   // A thread that has just ended a lane may not have left it.
-  for (Worker* const worker : workers_) (void)worker->lock();
+  for (const auto& door : doors_) const std::lock_guard left(*door);
 }
 
 bool UcxTransfer::running() const noexcept {

@@ -61,7 +61,7 @@ Worker::~Worker() {
 
 std::unique_lock<std::mutex> Worker::lock() {
   waiting_.fetch_add(1, std::memory_order_relaxed);
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(*mutex_);
   waiting_.fetch_sub(1, std::memory_order_relaxed);
   return lock;
 }
@@ -73,7 +73,7 @@ bool Worker::progress() {
   // out.
   if (quiet_.load(std::memory_order_relaxed) && num_looks_.fetch_add(1, std::memory_order_relaxed) % kQuietLooks != 0)
     return false;
-  std::unique_lock lock(mutex_, std::try_to_lock);
+  std::unique_lock lock(*mutex_, std::try_to_lock);
   return lock.owns_lock() && progress_locked();
 }
 

@@ -61,6 +61,8 @@ class Worker {
   Worker& operator=(const Worker&) = delete;
 
   // The lock; polling threads step aside for whoever waits here.
+  // What lock() locks; may be kept longer than the worker.
+  const std::shared_ptr<std::mutex>& mutex() const noexcept { return mutex_; }
   std::unique_lock<std::mutex> lock();
   // Makes progress if nobody else is doing so; true when something happened.
   bool progress();
@@ -118,7 +120,7 @@ class Worker {
   std::string address_;
   Binding bindings_[kNumMessageIds];
 
-  std::mutex mutex_;
+  const std::shared_ptr<std::mutex> mutex_ = std::make_shared<std::mutex>();
   std::atomic<int> waiting_{0};
   std::atomic<bool> quiet_{false};
   std::atomic<unsigned> num_looks_{0};
