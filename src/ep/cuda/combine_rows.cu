@@ -13,19 +13,6 @@ constexpr int rows_batch(bool few) {
 enum Barrier { kAll };         // __syncthreads, at different places
 constexpr int kRowsAhead = 2;  // rows of a message that a warp loads before it sends the first
 
-extern __shared__ __align__(128) std::uint8_t shared_memory[];
-struct Shared {
-  Block* block;
-  Peer* peers;
-  OwnEntry* own;  // [own tokens][topk]
-};
-__device__ __forceinline__ Shared carve(const CombineOp& a) {
-  __shared__ Block block;
-  const CombineShared at = make_combine_shared(a, gridDim.x);
-  return {&block, reinterpret_cast<Peer*>(shared_memory + at.peers),
-          reinterpret_cast<OwnEntry*>(shared_memory + at.own)};
-}
-
 // Where a row that is not summed goes: in the sender's slot while rows of all entries fit there, else to an area that all
 // senders share, by the parity of the owner's operation.
 __device__ __forceinline__ std::uint8_t* row_in_slot(const CombineOp& a, std::uint8_t* slot, int message, int entry) {

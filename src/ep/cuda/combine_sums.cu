@@ -19,19 +19,6 @@ __device__ __forceinline__ std::uint32_t weight_bits(float weight) {
   return bits == kNoWeight ? 0x7fffffff : bits;  // a NaN stays one
 }
 
-extern __shared__ __align__(128) std::uint8_t shared_memory[];
-struct Shared {
-  Block* block;
-  Peer* peers;
-  OwnEntry* own;  // [own tokens][topk]
-};
-__device__ __forceinline__ Shared carve(const CombineOp& a) {
-  __shared__ Block block;
-  const CombineShared at = make_combine_shared(a, gridDim.x);
-  return {&block, reinterpret_cast<Peer*>(shared_memory + at.peers),
-          reinterpret_cast<OwnEntry*>(shared_memory + at.own)};
-}
-
 // The weight of each lane's entry: from dispatch, or from the owner, who sends those of all places of the token. False when they
 // do not come.
 __device__ __forceinline__ bool await_weights(const CombineOp& a, const Shared& s, int rank, const Message& m,

@@ -101,6 +101,20 @@ struct OwnEntry {
   float weight;
 };
 static_assert(sizeof(OwnEntry) == kOwnEntryBytes);
+// A block's shared memory: the peers, then the entries of its own tokens.
+extern __shared__ __align__(128) std::uint8_t shared_memory[];
+struct Shared {
+  Block* block;
+  Peer* peers;
+  OwnEntry* own;  // [own tokens][topk]
+};
+__device__ __forceinline__ Shared carve(const CombineOp& a) {
+  __shared__ Block block;
+  const CombineShared at = make_combine_shared(a, gridDim.x);
+  return {&block, reinterpret_cast<Peer*>(shared_memory + at.peers),
+          reinterpret_cast<OwnEntry*>(shared_memory + at.own)};
+}
+
 __device__ __forceinline__ void load_entry(const CombineOp& a, int token, int place, OwnEntry& own) {
   const std::int64_t entry = std::int64_t{token} * a.route.topk + place;
   const bool wide = a.route.index_bytes == 8;
