@@ -12,30 +12,12 @@ import sys
 import time
 
 import pytest
+from benchmark_scripts import ROOT, needs_nixl, run, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from utils import config, metrics  # noqa: E402
+from utils import config, metrics
 
 pytestmark = pytest.mark.timeout(120)
-needs_nixl = pytest.mark.skipif(subprocess.run([sys.executable, "-c", "import nixl._native"], capture_output=True).returncode != 0,
-                                reason="the nixl package is not built")
 FEW = ["--iterations", "20", "--warmup_iter", "2"]
-
-
-def start(script, *flags):
-    return subprocess.Popen([sys.executable, ROOT / "benchmarks" / script, *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-def run(script, *flags, limit_s=100):
-    process = start(script, *flags)
-    try:
-        out, err = process.communicate(timeout=limit_s)
-    finally:
-        process.kill()
-    return process.returncode, out, err
 
 
 def parse_table(text):

@@ -3,38 +3,18 @@
 import csv
 import io
 import json
-import pathlib
 import re
 import shlex
 import socket
 import subprocess
-import sys
 
 import pytest
+from benchmark_scripts import needs_nixl, run, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from utils.kv_models import MODELS, Workload
 
-from utils.kv_models import MODELS, Workload  # noqa: E402
-
-pytestmark = [pytest.mark.timeout(120),
-              pytest.mark.skipif(subprocess.run([sys.executable, "-c", "import nixl._native"], capture_output=True).returncode != 0,
-                                 reason="the nixl package is not built")]
+pytestmark = [pytest.mark.timeout(120), needs_nixl]
 FEW = ["--num_iter", "20", "--warmup_iter", "2"]
-
-
-def start(script, *flags):
-    return subprocess.Popen([sys.executable, ROOT / "benchmarks" / script, *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-def run(script, *flags, limit_s=100):
-    process = start(script, *flags)
-    try:
-        out, err = process.communicate(timeout=limit_s)
-    finally:
-        process.kill()
-    return process.returncode, out, err
 
 
 def rows_of(out):
