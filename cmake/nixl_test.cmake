@@ -24,25 +24,17 @@ function(nixl_test NAME)
   endif()
 endfunction()
 
-# nixl_use_stand_in(TEST): gives the test program STAND_IN, the path of a library under cuFile's and CUDA's names that works on
-# host memory, so that the logic for GPU memory runs where there is no GPU.
-function(nixl_use_stand_in TEST)
-  if(NOT TARGET nixl_stand_in_cufile)
-    add_library(nixl_stand_in_cufile SHARED ${CMAKE_SOURCE_DIR}/tests/support/stand_in_cufile.cc)
-    set_target_properties(nixl_stand_in_cufile PROPERTIES CXX_VISIBILITY_PRESET default)
+# nixl_use_stand_in(TEST NAME DEFINITION): gives the test program DEFINITION, the path of a library made of
+# tests/support/stand_in_NAME.cc: `cufile`, under cuFile's and CUDA's names, works on host memory, so that the logic for GPU memory
+# runs where there is no GPU; `3fs`, under the names of the 3FS client, serves a plain directory.
+function(nixl_use_stand_in TEST NAME DEFINITION)
+  set(library nixl_stand_in_${NAME})
+  if(NOT TARGET ${library})
+    add_library(${library} SHARED ${CMAKE_SOURCE_DIR}/tests/support/stand_in_${NAME}.cc)
+    set_target_properties(${library} PROPERTIES CXX_VISIBILITY_PRESET default)
   endif()
-  add_dependencies(${TEST} nixl_stand_in_cufile)
-  target_compile_definitions(${TEST} PRIVATE STAND_IN="$<TARGET_FILE:nixl_stand_in_cufile>")
-endfunction()
-
-# nixl_use_stand_in_3fs(TEST): STAND_IN_3FS, the path of a library under the names of the 3FS client that serves a plain directory.
-function(nixl_use_stand_in_3fs TEST)
-  if(NOT TARGET nixl_stand_in_3fs)
-    add_library(nixl_stand_in_3fs SHARED ${CMAKE_SOURCE_DIR}/tests/support/stand_in_3fs.cc)
-    set_target_properties(nixl_stand_in_3fs PROPERTIES CXX_VISIBILITY_PRESET default)
-  endif()
-  add_dependencies(${TEST} nixl_stand_in_3fs)
-  target_compile_definitions(${TEST} PRIVATE STAND_IN_3FS="$<TARGET_FILE:nixl_stand_in_3fs>")
+  add_dependencies(${TEST} ${library})
+  target_compile_definitions(${TEST} PRIVATE ${DEFINITION}="$<TARGET_FILE:${library}>")
 endfunction()
 
 # Runs a program beside an S3 server of its own, which NIXL_TEST_S3 names to it.
