@@ -29,6 +29,18 @@ struct Config {
   std::optional<bool> use_etcd;
 };
 
+std::uint16_t port_of(nb::handle value, const char* what) {
+  const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
+  PyErr_Clear();
+  const long long port = index.is_valid() ? PyLong_AsLongLong(index.ptr()) : -1;
+  PyErr_Clear();
+  if (port >= 0 && port <= 65535) return static_cast<std::uint16_t>(port);
+  const std::string text =
+      std::string(what) + " is " + nb::repr(value).c_str() + "; an integer from 0 to 65535 is needed";
+  if (index.is_valid()) throw nb::value_error(text.c_str());
+  throw nb::type_error(text.c_str());
+}
+
 // Runs without the GIL.
 template <typename Call>
 auto free_of_gil(Call&& call) {
@@ -124,7 +136,7 @@ void bind_transfers(nb::class_<Agent>& agent) {
             const std::string peer = text_of(name, "the agent's name");
             return free_of_gil([&] { return self.prepareDescs(peer, list.descs, backends); });
           },
-          "agent_name"_a, "descs"_a, "backend"_a = Ids{})
+          "agent_name"_a.none(), "descs"_a, "backend"_a = Ids{})
       .def(
           "prepXferDlist",
           [](Agent& self, const XferList& list, const Ids& backends) {
@@ -142,8 +154,8 @@ void bind_transfers(nb::class_<Agent>& agent) {
                                        !skip_merge);
             });
           },
-          "operation"_a, "local_side"_a, "local_indices"_a, "remote_side"_a, "remote_indices"_a, "notif_msg"_a = "",
-          "backend"_a = Ids{}, "skip_desc_merg"_a = false)
+          "operation"_a, "local_side"_a, "local_indices"_a.none(), "remote_side"_a, "remote_indices"_a.none(),
+          "notif_msg"_a.none() = "", "backend"_a = Ids{}, "skip_desc_merg"_a = false)
       .def(
           "createXferReq",
           [](Agent& self, OpType op, const XferList& local, const XferList& remote, nb::handle name, nb::handle notif,
@@ -153,7 +165,8 @@ void bind_transfers(nb::class_<Agent>& agent) {
             return free_of_gil(
                 [&] { return self.makeTransfer(op, local.descs, remote.descs, peer, std::move(message), backends); });
           },
-          "operation"_a, "local_descs"_a, "remote_descs"_a, "remote_agent"_a, "notif_msg"_a = "", "backend"_a = Ids{})
+          "operation"_a, "local_descs"_a, "remote_descs"_a, "remote_agent"_a.none(), "notif_msg"_a.none() = "",
+          "backend"_a = Ids{})
       .def(
           "estimateXferCost",
           [](Agent& self, Handle handle) {
@@ -167,7 +180,7 @@ void bind_transfers(nb::class_<Agent>& agent) {
             const auto message = message_of(notif);
             return status_of(free_of_gil([&] { return self.post(handle, message ? &*message : nullptr); }));
           },
-          "reqh"_a, "notif_msg"_a = "")
+          "reqh"_a, "notif_msg"_a.none() = "")
       .def(
           "getXferStatus",
           [](Agent& self, Handle handle) { return status_of(free_of_gil([&] { return self.check(handle); })); },
@@ -227,7 +240,7 @@ void bind_exchange(nb::class_<Agent>& agent) {
             const std::string bytes = payload_of(metadata, "metadata");
             return bytes_of(free_of_gil([&] { return self.addRemoteAgent(bytes); }));
           },
-          "metadata"_a)
+          "metadata"_a.none())
       .def(
           "invalidateRemoteMD",
           [](Agent& self, nb::handle name) {
@@ -242,31 +255,35 @@ void bind_exchange(nb::class_<Agent>& agent) {
               }
             }));
           },
-          "agent"_a)
+          "agent"_a.none())
       .def(
           "sendLocalMD",
-          [](Agent& self, const std::string& ip, std::uint16_t port) {
-            return done([&] { self.sendLocalMetadata(ip, port); });
+          [](Agent& self, const std::string& ip, nb::handle port) {
+            const std::uint16_t at = port_of(port, "port");
+            return done([&] { self.sendLocalMetadata(ip, at); });
           },
           "ip_addr"_a = "", "port"_a = 0)
       .def(
           "sendLocalPartialMD",
           [](Agent& self, const RegList& list, bool connections, const Ids& backends, const std::string& ip,
-             std::uint16_t port, const std::string& label) {
-            return done([&] { self.sendPartialMetadata(list.descs, connections, backends, ip, port, label); });
+             nb::handle port, const std::string& label) {
+            const std::uint16_t at = port_of(port, "port");
+            return done([&] { self.sendPartialMetadata(list.descs, connections, backends, ip, at, label); });
           },
           "descs"_a, "inc_conn_info"_a = false, "backends"_a = Ids{}, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
       .def(
           "fetchRemoteMD",
-          [](Agent& self, nb::handle name, const std::string& ip, std::uint16_t port, const std::string& label) {
+          [](Agent& self, nb::handle name, const std::string& ip, nb::handle port, const std::string& label) {
             const std::string peer = text_of(name, "the agent's name");
-            return done([&] { self.fetchLabelled(peer, ip, port, label); });
+            const std::uint16_t at = port_of(port, "port");
+            return done([&] { self.fetchLabelled(peer, ip, at, label); });
           },
-          "remote_agent"_a, "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
+          "remote_agent"_a.none(), "ip_addr"_a = "", "port"_a = 0, "label"_a = "")
       .def(
           "invalidateLocalMD",
-          [](Agent& self, const std::string& ip, std::uint16_t port) {
-            return done([&] { self.invalidateLocalMetadata(ip, port); });
+          [](Agent& self, const std::string& ip, nb::handle port) {
+            const std::uint16_t at = port_of(port, "port");
+            return done([&] { self.invalidateLocalMetadata(ip, at); });
           },
           "ip_addr"_a = "", "port"_a = 0)
       .def(
@@ -282,14 +299,14 @@ void bind_exchange(nb::class_<Agent>& agent) {
               }
             }));
           },
-          "name"_a, "descs"_a)
+          "name"_a.none(), "descs"_a)
       .def(
           "makeConnection",
           [](Agent& self, nb::handle name, const Ids& backends) {
             const std::string peer = text_of(name, "the agent's name");
             return done([&] { self.connect(peer, backends, std::chrono::seconds(10)); });
           },
-          "remote_agent"_a, "backends"_a = Ids{})
+          "remote_agent"_a.none(), "backends"_a = Ids{})
       .def(
           "getNotifs",
           [](Agent& self, nb::dict map, const Ids& backends) {
@@ -307,7 +324,7 @@ void bind_exchange(nb::class_<Agent>& agent) {
             const std::string peer = text_of(name, "the agent's name"), text = payload_of(message, "a notification");
             return done([&] { self.notify(peer, text, backends); });
           },
-          "remote_agent"_a, "msg"_a, "backends"_a = Ids{})
+          "remote_agent"_a.none(), "msg"_a.none(), "backends"_a = Ids{})
       .def("eventFd", [](Agent& self) { return free_of_gil([&] { return self.eventFd(); }); })
       .def("getListenPort", [](Agent& self) { return self.listenPort(); });
 }
@@ -380,17 +397,20 @@ void bind_agent(nb::module_& module) {
   nb::class_<Config>(module, "nixlAgentConfig")
       .def(
           "__init__",
-          [](Config* self, bool prog, bool listen, std::uint16_t port, nb::object sync, std::uint64_t workers,
+          [](Config* self, bool prog, bool listen, nb::handle port, nb::object sync, std::uint64_t workers,
              std::uint64_t pthr, std::uint64_t lthr, bool telemetry) {
             const nb::object timeout = nb::module_::import_("datetime").attr("timedelta")("seconds"_a = 5);
-            new (self)
-                Config{prog, listen, port, std::move(sync), workers, pthr, lthr, telemetry, timeout, std::nullopt};
+            new (self) Config{
+                prog,    listen,      port_of(port, "listenPort"), std::move(sync), workers, pthr, lthr, telemetry,
+                timeout, std::nullopt};
           },
           "useProgThread"_a = true, "useListenThread"_a = false, "listenPort"_a = 8888, "syncMode"_a = 0,
           "num_workers"_a = 1, "pthrDelay"_a = 0, "lthrDelay"_a = 100'000, "captureTelemetry"_a = false)
       .def_rw("useProgThread", &Config::use_prog_thread)
       .def_rw("useListenThread", &Config::use_listen_thread)
-      .def_rw("listenPort", &Config::listen_port)
+      .def_prop_rw(
+          "listenPort", [](const Config& self) { return self.listen_port; },
+          [](Config& self, nb::handle port) { self.listen_port = port_of(port, "listenPort"); }, nb::arg().none())
       .def_rw("syncMode", &Config::sync_mode)
       .def_rw("captureTelemetry", &Config::capture_telemetry)
       .def_rw("pthrDelay", &Config::pthr_delay)
@@ -398,7 +418,7 @@ void bind_agent(nb::module_& module) {
       .def_rw("etcdWatchTimeout", &Config::etcd_watch_timeout)
       .def_rw("useEtcd", &Config::use_etcd, nb::arg().none());
   nb::class_<Agent> agent(module, "nixlAgent", nb::dynamic_attr(), nb::is_weak_referenceable());
-  agent.def(nb::new_([](nb::handle name, const Config& config) { return make_agent(name, config); }), "name"_a,
+  agent.def(nb::new_([](nb::handle name, const Config& config) { return make_agent(name, config); }), "name"_a.none(),
             "config"_a);
   bind_backends(agent);
   bind_transfers(agent);

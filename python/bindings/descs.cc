@@ -40,16 +40,24 @@ nb::bytes bytes_of(const std::string& text) {
 
 namespace {
 
-std::uint64_t number_of(PyObject* value) {
+[[noreturn]] void refuse_number(PyObject* value, const char* what) {
+  PyErr_Clear();
+  const std::string text =
+      std::string(what) + " is " + nb::repr(nb::handle(value)).c_str() + "; an integer from 0 to 2**64 - 1 is needed";
+  if (PyIndex_Check(value)) throw nb::value_error(text.c_str());
+  throw nb::type_error(text.c_str());
+}
+
+std::uint64_t number_of(PyObject* value, const char* what) {
   if (PyLong_CheckExact(value)) {
     const unsigned long long number = PyLong_AsUnsignedLongLong(value);
-    if (number == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw nb::python_error();
+    if (number == static_cast<unsigned long long>(-1) && PyErr_Occurred()) refuse_number(value, what);
     return number;
   }
   const nb::object index = nb::steal(PyNumber_Index(value));  // NumPy's integers, enums
-  if (!index.is_valid()) throw nb::python_error();
+  if (!index.is_valid()) refuse_number(value, what);
   const unsigned long long number = PyLong_AsUnsignedLongLong(index.ptr());
-  if (number == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw nb::python_error();
+  if (number == static_cast<unsigned long long>(-1) && PyErr_Occurred()) refuse_number(value, what);
   return number;
 }
 
@@ -108,7 +116,10 @@ class Tuple {
           ("a descriptor has " + std::to_string(size()) + " entries; needed: " + std::to_string(arity.most)).c_str());
   }
   Py_ssize_t size() const { return PyTuple_GET_SIZE(tuple_); }
-  std::uint64_t number(Py_ssize_t i) const { return number_of(PyTuple_GET_ITEM(tuple_, i)); }
+  std::uint64_t number(Py_ssize_t i) const {
+    constexpr const char* kNames[] = {"addr of a descriptor", "len of a descriptor", "dev of a descriptor"};
+    return number_of(PyTuple_GET_ITEM(tuple_, i), kNames[i]);
+  }
   std::string text() const { return text_of(PyTuple_GET_ITEM(tuple_, 3), "the fourth entry of a descriptor"); }
 
  private:
@@ -139,8 +150,8 @@ Descs read(MemType type, nb::handle content) {
   PyObject* object = content.ptr();
   if (content.is_none() || PyBool_Check(object)) return descs;  // a bare boolean is the historic "sorted"
   if (PyLong_Check(object)) {
-    const std::uint64_t count = number_of(object);
-    for (std::uint64_t i = 0; i < count; ++i) descs.add(0, 0, 0);
+    const std::uint64_t count = number_of(object, "init_size");
+    for (Column* column : {&descs.addr, &descs.len, &descs.dev}) *column = Column(count, 0);
     return descs;
   }
   if (is_array(object)) {

@@ -57,11 +57,13 @@ class IndexRun {
     const int ndim = view_.ndim;
     const char format = view_.format && view_.format[1] == 0 ? view_.format[0] : '?';
     if (ndim != 1 || !std::strchr("bBhHiIlLqQ", format)) {
+      const std::string seen = view_.format ? view_.format : "B";
       PyBuffer_Release(&view_);
       view_.obj = nullptr;
       throw nb::value_error(
-          ndim != 1 ? ("indices must be one-dimensional; the array has " + std::to_string(ndim) + " dimensions").c_str()
-                    : "indices must be integers");
+          (ndim != 1 ? "indices must be one-dimensional; the array has " + std::to_string(ndim) + " dimensions"
+                     : "indices must be integers; the array's format is '" + seen + "'")
+              .c_str());
     }
     const Py_ssize_t count = view_.shape[0], step = view_.strides[0];
     if (view_.itemsize == 8 && step == 8)

@@ -37,6 +37,23 @@ def _name(agent: str | bytes) -> str:
     return agent.decode() if isinstance(agent, bytes) else agent
 
 
+def _canonical(backend: str) -> str:
+    if not isinstance(backend, str):
+        raise TypeError(f"a backend's name is {backend!r}; text such as 'UCX' is needed")
+    return _native.canonical_backend(backend)
+
+
+def _no_handle(seen) -> TypeError:
+    return TypeError(f"a handle that this package returned is needed, not {seen!r}")
+
+
+def _number(handle: nixl_prepped_dlist_handle | nixl_xfer_handle) -> int:
+    try:
+        return handle._handle
+    except AttributeError:
+        raise _no_handle(handle) from None
+
+
 def _bytes(message: str | bytes) -> bytes:
     return message.encode() if isinstance(message, str) else bytes(message)
 
@@ -96,7 +113,7 @@ class nixl_agent:
         self._skipped = {}  # backend: why it could not be created
         self._event_fd = None
         self._num_threads = getattr(conf, "num_threads", 0)
-        self._backend_params = {_native.canonical_backend(name): params
+        self._backend_params = {_canonical(name): params
                                 for name, params in (getattr(conf, "backend_params", None) or {}).items()}
         self.agent = nixlBind.nixlAgent(agent_name, self._native_config(conf))
         self.plugin_list = self.agent.getAvailPlugins()
@@ -126,13 +143,16 @@ class nixl_agent:
         native.captureTelemetry = bool(conf.capture_telemetry)
         native.pthrDelay = 0
         native.lthrDelay = 100000
-        native.useEtcd = getattr(conf, "use_etcd", None)
+        use_etcd = getattr(conf, "use_etcd", None)
+        if use_etcd not in (None, True, False):
+            raise TypeError(f"use_etcd is {use_etcd!r}; True, False or None is needed")
+        native.useEtcd = None if use_etcd is None else bool(use_etcd)
         return native
 
     def _create_listed(self, names):
         listed = set(self.plugin_list)
         for name in names:
-            if _native.canonical_backend(name) in listed:
+            if _canonical(name) in listed:
                 self.create_backend(name)
             else:
                 self._skipped[name] = _why_missing(name)
@@ -188,7 +208,9 @@ class nixl_agent:
 
     def create_backend(self, backend: str, initParams: dict = {}) -> None:
         """Creates a backend. `initParams` win over the configuration's backend_params, and these over num_threads."""
-        canonical = _native.canonical_backend(backend)
+        canonical = _canonical(backend)
+        if not isinstance(initParams, dict):
+            raise TypeError(f"initParams is {initParams!r}; a dict {{parameter: value}} is needed")
         params = {}
         if self._num_threads:
             setting = _native.plugin_details().get(canonical, ("", ""))[1]
@@ -202,6 +224,8 @@ class nixl_agent:
         logger.info("Backend %s was instantiated", canonical)
 
     def _numbers(self, backends):
+        if isinstance(backends, str):
+            raise TypeError(f"backends is {backends!r}; a list of names is needed, such as [{backends!r}]")
         return [self.backends[name] for name in backends] if backends else []
 
     # ---- descriptors
@@ -224,8 +248,10 @@ class nixl_agent:
 
     def deserialize_descs(self, serialized_descs: bytes):
         """What get_serialized_descs was given. Bytes of a peer are safe to read: they make lists and plain builtins only."""
+        if not isinstance(serialized_descs, (bytes, bytearray, memoryview)):
+            raise TypeError(f"serialized descriptors are {serialized_descs!r}; bytes are needed")
         if serialized_descs[:8] == b"NIXLDESC":
-            return _native.unpack_descs(serialized_descs)
+            return _native.unpack_descs(bytes(serialized_descs))
         return _Unpickler(_io.BytesIO(serialized_descs)).load()
 
     # ---- memory
@@ -263,7 +289,8 @@ class nixl_agent:
     def query_memory(self, reg_list, backend: str, mem_type: str | None = None) -> list[dict[str, str] | None]:
         """[dict or None] for each descriptor: what the backend knows of the file or object, None when it is absent."""
         if backend not in self.backends:
-            raise ValueError(f"backend {backend} was not created by agent {self.name}")
+            raise ValueError(f"backend {backend!r} was not created by agent {self.name}; created: "
+                             f"{', '.join(self.backends) or 'none'}")
         if isinstance(reg_list, (list, tuple)) and not reg_list:
             return []
         return self.agent.queryMem(self._reg_list(reg_list, mem_type), self.backends[backend])
@@ -302,7 +329,7 @@ class nixl_agent:
         """A transfer over chosen blocks of two prepared sides; indices are lists of int or one-dimensional integer arrays."""
         op = self.nixl_ops[operation]
         numbers = self._numbers(backends)
-        number = self.agent.makeXferReq(op, local_xfer_side._handle, local_indices, remote_xfer_side._handle, remote_indices,
+        number = self.agent.makeXferReq(op, _number(local_xfer_side), local_indices, _number(remote_xfer_side), remote_indices,
                                         notif_msg, numbers, skip_desc_merge)
         return nixl_xfer_handle(self.agent, number)
 
@@ -320,40 +347,50 @@ class nixl_agent:
 
     def transfer(self, handle: nixl_xfer_handle, notif_msg: str | bytes = b"") -> str:
         """Starts or restarts: "DONE" or "PROC". An empty notification keeps the one given before."""
-        return "DONE" if self.agent.postXferReq(handle._handle, notif_msg) is _SUCCESS else "PROC"
+        try:
+            number = handle._handle
+        except AttributeError:
+            raise _no_handle(handle) from None
+        return "DONE" if self.agent.postXferReq(number, notif_msg) is _SUCCESS else "PROC"
 
     def check_xfer_state(self, handle: nixl_xfer_handle) -> str:
         """"DONE" or "PROC"; a transfer that failed raises its error, as often as it is asked."""
-        return "DONE" if self.agent.getXferStatus(handle._handle) is _SUCCESS else "PROC"
+        try:
+            number = handle._handle
+        except AttributeError:
+            raise _no_handle(handle) from None
+        return "DONE" if self.agent.getXferStatus(number) is _SUCCESS else "PROC"
 
     def cancel_xfer(self, handle: nixl_xfer_handle) -> None:
         """Ends a running transfer; check_xfer_state raises nixlCancelledError afterwards."""
-        self.agent.cancelXferReq(handle._handle)
+        self.agent.cancelXferReq(_number(handle))
 
     def estimate_xfer_cost(self, req_handle: nixl_xfer_handle) -> tuple[int, int, str]:
         """(duration in us, error margin in us, method)."""
-        duration, margin, method = self.agent.estimateXferCost(req_handle._handle)
+        duration, margin, method = self.agent.estimateXferCost(_number(req_handle))
         return duration, margin, "ANALYTICAL_BACKEND" if method == nixlBind.NIXL_COST_ANALYTICAL_BACKEND else "UNKNOWN"
 
     def get_xfer_telemetry(self, handle: nixl_xfer_handle) -> nixlBind.nixlXferTelemetry:
         """startTime, postDuration, xferDuration (us), totalBytes, descCount, backendName; needs capture_telemetry."""
-        return self.agent.getXferTelemetry(handle._handle)
+        return self.agent.getXferTelemetry(_number(handle))
 
     def query_xfer_backend(self, handle: nixl_xfer_handle) -> str:
         """Name of the backend that was asked to do the transfer."""
-        number = self.agent.queryXferBackend(handle._handle)
+        number = self.agent.queryXferBackend(_number(handle))
         return next(name for name, held in self.backends.items() if held == number)
 
     def query_xfer_path(self, handle: nixl_xfer_handle) -> str:
         """Text naming the transport used, e.g. "shm", "tcp", "cuda_ipc"."""
-        return self.agent.queryXferPath(handle._handle)
+        return self.agent.queryXferPath(_number(handle))
 
     def release_xfer_handle(self, handle: nixl_xfer_handle) -> None:
         """Cancels the transfer if it runs and gives everything back. Doing it again does nothing."""
+        _number(handle)
         handle.release()
 
     def release_dlist_handle(self, handle: nixl_prepped_dlist_handle) -> None:
         """Gives the prepared side back; transfers made from it go on. Doing it again does nothing."""
+        _number(handle)
         handle.release()
 
     def prep_mem_view(self, dlist, *, backends: list[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """Plain memory for examples and tests: page-aligned blocks by address."""
 import ctypes as _ctypes
+import operator as _operator
+import os as _os
 
 _libc = _ctypes.CDLL(None, use_errno=True)
 _libc.posix_memalign.argtypes = [_ctypes.POINTER(_ctypes.c_void_p), _ctypes.c_size_t, _ctypes.c_size_t]
@@ -8,17 +10,19 @@ _libc.memcmp.argtypes = [_ctypes.c_void_p, _ctypes.c_void_p, _ctypes.c_size_t]
 
 
 def malloc_passthru(size):
-    """Address (int) of `size` bytes, 4096-aligned. Freed by free_passthru."""
+    """Address (int) of `size` bytes, 4096-aligned. Freed by free_passthru. ValueError: size is negative."""
+    if size < 0:
+        raise ValueError(f"size is {size}; 0 or more bytes are allowed")
     block = _ctypes.c_void_p()
-    failure = _libc.posix_memalign(_ctypes.byref(block), 4096, max(int(size), 1))
+    failure = _libc.posix_memalign(_ctypes.byref(block), 4096, max(_operator.index(size), 1))
     if failure:
-        raise MemoryError(f"{size} bytes: error {failure}")
+        raise MemoryError(f"{size} bytes cannot be allocated: {_os.strerror(failure)}")
     return block.value
 
 
 def free_passthru(addr):
-    """Frees what malloc_passthru gave."""
-    _libc.free(addr)
+    """Frees what malloc_passthru gave; anything else crashes."""
+    _libc.free(_operator.index(addr))
 
 
 def ba_buf(addr, size):

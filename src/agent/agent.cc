@@ -27,6 +27,9 @@ Agent::Agent(AgentOptions options, Catalog& catalog)
 
 Result<std::unique_ptr<Agent>> Agent::open(AgentOptions options, Catalog& catalog) {
   if (options.name.empty()) return fail(Code::kInvalidArgument, "the agent's name is empty");
+  if (options.name.size() > kMaxName)
+    return fail(Code::kInvalidArgument, "the agent's name has %zu bytes; at most %zu are allowed", options.name.size(),
+                kMaxName);
   catalog.refresh();
   std::unique_ptr<Agent> agent(new Agent(std::move(options), catalog));
   NIXL_TRY(agent->start());
@@ -383,7 +386,8 @@ Result<void> Agent::send_to(Peer& to, std::string_view message, const std::vecto
       return sent;
     }
   }
-  if (!any_notifier) return fail(Code::kIo, "no backend of agent '%s' carries notifications", name().c_str());
+  if (!any_notifier)
+    return fail(Code::kIo, "no backend of agent '%s' carries notifications %s", name().c_str(), asked(allowed).c_str());
   return fail(Code::kNotFound, "agent '%s' shares no notification backend with agent '%s'", to.name.c_str(),
               name().c_str());
 }

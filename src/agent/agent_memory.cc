@@ -28,6 +28,14 @@ std::string text_of(const std::vector<Slot*>& slots) {
   return text.empty() ? " none" : text;
 }
 
+// A region ends within the 64-bit addresses.
+Result<void> check_ends(const Descs& descs) {
+  for (std::size_t row = 0; row < descs.rows(); ++row)
+    if (descs.addr[row] + descs.len[row] < descs.addr[row])
+      return fail(Code::kInvalidArgument, "%s reaches beyond the last 64-bit address", describe(descs, row).c_str());
+  return {};
+}
+
 }  // namespace
 
 Result<void> Agent::register_one(Slot& slot, const Region& region) {
@@ -90,6 +98,7 @@ Result<void> Agent::register_in(Slot& slot, const Descs& descs) {
 
 Result<void> Agent::register_memory(const Descs& descs, BackendIds backends) {
   const TracedCall traced(tracer_, "register_memory");
+  NIXL_TRY(check_ends(descs));
   NIXL_ASSIGN(const std::vector<Slot*> candidates, chosen(backends, false));
   const MemKind kind = kind_of(descs);
   std::vector<Slot*> fitting;

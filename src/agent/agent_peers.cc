@@ -78,24 +78,29 @@ Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections
   Metadata data = envelope();
   const bool with_connection = connections || descs.rows() == 0;
   bool any_usable = false, any_holds = false;
+  std::size_t missing = 0;  // the furthest row that a backend does not hold
   for (Slot* slot : allowed) {
     if (!slot->abilities().remote) continue;
     if (descs.rows() && !slot->abilities().remote_kinds.has(kind_of(descs))) continue;
     any_usable |= !slot->is_companion;
     BackendInfo info = info_of(*slot, with_connection);
-    bool holds = true;
-    for (std::size_t row = 0; row < descs.rows() && holds; ++row) {
+    std::size_t row = 0;
+    for (; row < descs.rows(); ++row) {
       const auto entry = slot->regions.exact({kind_of(descs), descs.addr[row], descs.len[row], descs.dev[row], {}});
-      holds = entry != nullptr;
-      if (entry) info.regions.push_back({entry->region, entry->key});
+      if (!entry) break;
+      info.regions.push_back({entry->region, entry->key});
     }
-    if (!holds) continue;
+    if (row < descs.rows()) {
+      missing = std::max(missing, row);
+      continue;
+    }
     any_holds = true;
     data.backends.push_back(std::move(info));
   }
   if (!any_usable)
     return fail(Code::kIo, "no backend of agent '%s' reaches other agents with these descriptors", name().c_str());
-  if (!any_holds) return fail(Code::kNotFound, "a descriptor of the list is not registered exactly as given");
+  if (!any_holds)
+    return fail(Code::kNotFound, "%s is not registered exactly as given", describe(descs, missing).c_str());
   return encode(data);
 }
 

@@ -121,8 +121,8 @@ Result<void> finish(PreparedList& list, std::vector<Resolved<Entry>>& sides,
     found = resolve_all(list.descs, candidates, sides, list.spans, bad_row);
   }
   if (!found)
-    return fail(Code::kNotFound, "%s is not inside a region registered %s%s", describe(list.descs, bad_row).c_str(),
-                whose.c_str(), candidates.empty() ? " (no backend for this kind of memory)" : "");
+    return fail(Code::kNotFound, "%s is not inside a region registered %s", describe(list.descs, bad_row).c_str(),
+                whose.c_str());
   number_blocks(list);
   return {};
 }
@@ -149,6 +149,13 @@ Result<void> check_far_side(MemKind kind, const Peer& peer, const std::vector<Sl
 }
 
 }  // namespace
+
+std::string asked(const std::vector<Slot*>& slots) {
+  std::string names;
+  for (const Slot* slot : slots)
+    if (!slot->is_companion) names += (names.empty() ? "" : ", ") + slot->name();
+  return names.empty() ? "(it has no backend)" : "(asked: " + names + ")";
+}
 
 std::string describe(const Descs& descs, std::size_t row) {
   char text[160];
@@ -181,7 +188,8 @@ Result<PreparedList> prepare_local(Descs descs, const std::vector<Slot*>& allowe
   for (Slot* slot : allowed)
     if (slot->abilities().registrable().has(kind))
       candidates.push_back({slot, nullptr, slot->regions.snapshot(kind), {}});
-  NIXL_TRY(finish(list, list.ours, candidates, "with a backend of this agent"));
+  const std::string none = candidates.empty() ? ": no backend takes this kind of memory " + asked(allowed) : "";
+  NIXL_TRY(finish(list, list.ours, candidates, "with a backend of this agent" + none));
   return list;
 }
 
@@ -194,7 +202,9 @@ Result<PreparedList> prepare_remote(Descs descs, std::shared_ptr<Peer> peer, con
   for (Slot* slot : allowed)
     if (PeerLink* link = peer->link(*slot); link && link->connection)
       candidates.push_back({slot, link, link->regions.snapshot(kind), {}});
-  if (auto found = finish(list, list.theirs, candidates, "by agent '" + peer->name + "' and known here"); !found) {
+  const std::string none = candidates.empty() ? ": no backend is connected to it " + asked(allowed) : "";
+  if (auto found = finish(list, list.theirs, candidates, "by agent '" + peer->name + "' and known here" + none);
+      !found) {
     NIXL_TRY(check_far_side(kind, *peer, allowed));
     return fail(std::move(found).error());
   }

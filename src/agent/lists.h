@@ -51,5 +51,7 @@ Result<PreparedList> prepare_remote(Descs descs, std::shared_ptr<Peer> peer, con
 
 // "descriptor 3 (addr 0x7f.., len 64, dev 0, DRAM_SEG)"
 std::string describe(const Descs& descs, std::size_t row);
+// "(asked: UCX, POSIX)", for errors that no backend of `slots` could help.
+std::string asked(const std::vector<Slot*>& slots);
 
 }  // namespace nixl::core

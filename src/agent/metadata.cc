@@ -13,7 +13,6 @@ namespace {
 
 constexpr std::string_view kMagic = "NIXLMETA";
 constexpr std::uint16_t kVersion = 1;
-constexpr std::size_t kMaxName = 4096;
 constexpr std::size_t kMaxConnection = 16 << 20;
 constexpr std::size_t kMaxKey = 1 << 20;
 constexpr std::size_t kHeaderBytes = 8 + 2 + 2 + 8 + 4;

@@ -9,6 +9,8 @@
 
 namespace nixl::core {
 
+constexpr std::size_t kMaxName = 4096;  // bytes of the name of an agent or a backend
+
 // Where an agent lives, so that a survivor on the same machine can tell whether it is still there.
 struct Home {
   std::string host;  // boot id and process-id namespace
