@@ -200,16 +200,20 @@ __global__ void __launch_bounds__(gpu::rows_threads(kFew), 1) combine_rows(const
   const Share share = share_of_tokens(a, kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  wait_for_predecessor();
+  unsigned next = blockIdx.x + warp * gridDim.x;
   Item<kRowsPiece, kRowsAhead> item;
-  item.exists = false;
-  unsigned next = blockIdx.x + warp * gridDim.x, items = 0;
+  item.locate(a, next);
+  // worked out here, not where it is used
+  asm volatile("" : "+r"(item.rank), "+r"(item.number), "+r"(item.piece), "+r"(item.entry));
+  touch_parameters(a);
+  if (warp != kControl) wait_for_predecessor();
+  unsigned items = 0;
   if (warp == kControl) begin(a, s);
   if (warp == kEntries) load_entries(a, share, a.route.num_tokens, s.own, lane, 32);
   if (warp == kControl) sync_some(kAll, rows_threads(kFew));  // nobody waits for its rows
   if (sends) {
     const int count = load_count(a, lane);
-    item.load(a, next, count);
+    item.load(a, count);
     items = static_cast<unsigned>(most_messages(a, count)) * (a.op.ranks - 1) * a.shape.pieces * a.split;
   }
   if (warp != kControl) sync_some(kAll, rows_threads(kFew));
@@ -228,9 +232,12 @@ __global__ void __launch_bounds__(gpu::rows_threads(kFew), 1) combine_rows(const
         sum_token<kLanes, rows_batch(kFew)>(a, s, token, slot, first, step);
     if (all_sent) break;
     next += in_round;
-    if (next < items) item.load(a, next, load_count(a, lane));
+    if (next < items) {
+      item.locate(a, next);
+      item.load(a, load_count(a, lane));
+    }
   }
-  if (!receives) return finish_sending(a.op);
+  if (!receives) return finish_sending(a.op, *s.block);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kFew>(a, s);
 }
 

@@ -298,10 +298,14 @@ __global__ void __launch_bounds__(gpu::kSumsThreads, 1) combine_sums(const __gri
   const Share share = share_of_tokens(a, kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  wait_for_predecessor();
+  unsigned turn = warp;  // the block takes every gridDim.x-th item, a warp the next when it is done with one
   Item<sums_piece(kFew), sums_ahead(kFew)> item;
-  item.exists = false;
-  unsigned turn = warp, items = 0;  // the block takes every gridDim.x-th item, a warp the next when it is done with one
+  item.locate(a, blockIdx.x + turn * gridDim.x);
+  // worked out here, not where it is used
+  asm volatile("" : "+r"(item.rank), "+r"(item.number), "+r"(item.piece));
+  touch_parameters(a);
+  if (warp != kControl) wait_for_predecessor();
+  unsigned items = 0;
   if (warp == kControl) {
     begin_operation(a.op, *s.block, s.peers);
     sync_some(kEntriesKnown, kThreads);
@@ -316,7 +320,7 @@ __global__ void __launch_bounds__(gpu::kSumsThreads, 1) combine_sums(const __gri
   if (warp == kControl) sync_some(kAll, kThreads);  // nobody waits for its rows
   if (sends) {
     const int count = load_count(a, lane);
-    item.load(a, blockIdx.x + turn * gridDim.x, count);
+    item.load(a, count);
     items = static_cast<unsigned>(most_messages(a, count)) * (a.op.ranks - 1) * a.shape.pieces;
   }
   if (warp != kControl) sync_some(kAll, kThreads);
@@ -337,13 +341,16 @@ __global__ void __launch_bounds__(gpu::kSumsThreads, 1) combine_sums(const __gri
     if (lane == 0) turn = kWarps + atomicAdd(&s.block->cursor, 1);
     turn = __shfl_sync(~0u, turn, 0);
     const unsigned next = blockIdx.x + turn * gridDim.x;
-    if (next < items) item.load(a, next, load_count(a, lane));
+    if (next < items) {
+      item.locate(a, next);
+      item.load(a, load_count(a, lane));
+    }
   }
   if (receives)
 #pragma unroll 1
     for (; token < a.route.num_tokens; token += share.step, ++slot)
       sum_token<kLanes, kFew, sums_at_once(kFew)>(a, s, token, slot, first, step);
-  if (!receives) return finish_sending(a.op);
+  if (!receives) return finish_sending(a.op, *s.block);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kFew>(a, s);
 }
 

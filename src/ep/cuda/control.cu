@@ -10,7 +10,6 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) barrier(const __grid_constan
   extern __shared__ __align__(128) std::uint8_t memory[];
   __shared__ Block block;
   auto* peers = reinterpret_cast<Peer*>(memory);
-  wait_for_predecessor();
   if (threadIdx.x < 32) begin_operation(op, block, peers);
   __syncthreads();
 #pragma unroll 1
@@ -55,7 +54,7 @@ __device__ void apply_change(const ChangeOp& a, const PeerChange& what, std::uin
       if (now.status == PeerStatus::kAbsent) break;
       // In the middle of an operation a peer that takes part in it stays as it is. Between operations one that was never masked
       // here is looked at too: it may have gone on without this rank.
-      if (now.status == PeerStatus::kActive && load_strong(&a.state->done) / kTicket < next) break;
+      if (now.status == PeerStatus::kActive && operations_ended(*a.state, kReceives) < next) break;
       now = unmasked(now, load(0), load(1));
       break;
   }
@@ -87,7 +86,7 @@ __global__ void await_idle(const __grid_constant__ IdleOp a) {
   bool ended = false, unseen = false;
 #pragma unroll 1
   while (!(ended && unseen) && wall_ns() < limit) {
-    ended = load_strong(&a.state->sent) / kTicket >= begun;
+    ended = operations_ended(*a.state, kSends) >= begun;
     unseen = unseen || load_strong(&a.state->looking) == 0;
     if (!(ended && unseen)) __nanosleep(2000);
   }

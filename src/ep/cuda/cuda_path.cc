@@ -445,16 +445,18 @@ Result<void> CudaPath::let_operations_end(Deadline end) {
   for (;;) {
     struct {
       gpu::Ticket tickets[gpu::kTicketWords];
-      unsigned long long sent;
+      gpu::Ended ended[gpu::kTicketWords];
     } now;
-    static_assert(offsetof(State, tickets) == 0 && offsetof(State, sent) == offsetof(decltype(now), sent));
+    static_assert(offsetof(State, tickets) == 0 && offsetof(State, ended) == offsetof(decltype(now), ended));
     NIXL_TRY(cuda_check(cudaMemcpyAsync(&now, state_, sizeof(now), cudaMemcpyDeviceToHost, stream_),
                         "read how far operations are"));
     NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "read how far operations are"));
     std::uint64_t begun = 0;
     for (const gpu::Ticket& ticket : now.tickets)
       begun = std::max(begun, gpu::operations_begun(ticket.word + gpu::kTicket - 1));
-    if (now.sent / gpu::kTicket >= begun || end.passed()) return {};
+    std::uint64_t sent = 0;
+    for (const gpu::Ended& ended : now.ended) sent += ended.both + ended.sending;
+    if (sent / gpu::kTicket >= begun || end.passed()) return {};
     pause();
   }
 }

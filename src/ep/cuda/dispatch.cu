@@ -28,7 +28,7 @@ __device__ __noinline__ void repair(const DispatchOp& a, const Shared s) {
     if (threadIdx.x < 32) count_own(a.op, a.route, s.routes, token, end, nullptr);
     __syncthreads();
     if (threadIdx.x < 32) write_routes(a, s);
-    place_own(a, s, kWarps, 0, 1, end);
+    place_own(a, s, kWarps, {0, a.shape.pieces, 0, a.shape.chunks}, end);
   }
 }
 
@@ -43,8 +43,10 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
   const int warp = threadIdx.x / 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
   const int most_ranks = a.op.ranks - 1 < a.route.topk ? a.op.ranks - 1 : a.route.topk;
-  const Share share =
-      share_of_tokens(a.route.num_tokens, static_cast<unsigned>(most_ranks * a.shape.pieces + kSenders - 1) / kSenders);
+  const unsigned at_once =
+      kSenders > most_ranks ? kSenders / max(1, most_ranks) : 1;  // pieces that a block sends at once
+  const Share share = share_of_tokens(a.route.num_tokens, (a.shape.pieces + at_once - 1) / at_once);
+  const Span span = span_of(a.shape, share);
   const int begin = share.begin, end = share.end;
   // One block counts all tokens and tells the counts before rows fill the links: one that has no token where there is such a one.
   const bool counts = sends && blockIdx.x == (share.parts > 1 ? gridDim.x - 1 : 0);
@@ -52,9 +54,10 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
     clear_counts(a.op, s.routes, kCountFirst, kCountThreads);
     sync_some(kCounting, kCountThreads);
   }
-  wait_for_predecessor();
+  touch_parameters(a);
+  if (warp != kSenders) wait_for_predecessor();
   if (warp < kSenders) {
-    if (sends && begin < end) stage_token(a, s, begin, s.stage);
+    if (sends && begin < end) stage_token(a, span, begin, s.stage);
   } else if (warp == kSenders) {
     if (threadIdx.x % 32 == 0) {
       s.block->first_token = begin;
@@ -88,10 +91,10 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
       for (int token = begin; token < end; ++token) {
         std::uint8_t* stage = s.stage + (token - begin) % 2 * s.stage_bytes;
         if (token != begin) {
-          stage_token(a, s, token, stage);
+          stage_token(a, span, token, stage);
           sync_some(kSending, kSendThreads);
         }
-        push_token<kLanes>(a, s, token, stage, share);
+        push_token<kLanes>(a, s, token, stage, span);
       }
     }
     if (receives) {
@@ -104,14 +107,14 @@ __global__ void __launch_bounds__(gpu::kThreads, 1) dispatch(const __grid_consta
 #pragma unroll 1
       while (!flag_set(s.block->counted)) __nanosleep(20);
       if (here) place_piece<kLanes>(a, s, item, data);
-      place_own(a, s, kSenders, share.part, share.parts, sends ? end - 2 : end);
+      place_own(a, s, kSenders, span, sends ? end - 2 : end);
     }
   } else if (receives) {
     receive_counts(a, s, kSendThreads, kRestThreads, kResting);
     if (blockIdx.x == 0) write_ranges(a, s, kSendThreads, kRestThreads, false);
     if (warp == kWarps - 1 && share.part == 0) write_routes(a, s);
   }
-  if (!receives) return finish_sending(a.op);
+  if (!receives) return finish_sending(a.op, *s.block);
   receive_messages<kLanes>(a, s, early ? kSenders : 0, blockIdx.x, gridDim.x);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes>(a, s);
 }

@@ -36,6 +36,10 @@ inline constexpr unsigned kTicketWords = 32;
 struct alignas(64) Ticket {
   unsigned long long word;
 };
+// Blocks that have ended, by what they did.
+struct alignas(64) Ended {
+  unsigned long long both, sending, receiving;
+};
 inline constexpr int kEpochShift = 55;
 inline constexpr std::uint32_t kEpochs = 256;
 inline constexpr std::uint64_t kLocked = 1ull << 63;
@@ -47,8 +51,7 @@ NIXL_HD constexpr std::uint32_t epoch_of(std::uint64_t ticket) {
 }
 struct State {
   Ticket tickets[kTicketWords];
-  unsigned long long sent;               // the same, at the end of blocks that wrote to peers
-  unsigned long long done;               // the same, at the end of receiving blocks
+  Ended ended[kTicketWords];             // together kTicket an operation
   unsigned long long redo;               // last operation + 1 that was repaired
   unsigned long long fault_op;           // operation + 1 that fault_view speaks of
   unsigned long long looking;            // threads that are reading a peer's control memory

@@ -163,8 +163,8 @@ struct Item {
   bool exists;
   Message message;
   Piece<kChunks> rows[kAhead];
-  __device__ __forceinline__ void load(const CombineOp& a, unsigned item, int count_of_lane) {
-    const int lane = threadIdx.x % 32;
+  // Which it is; needs nothing that the kernel before wrote.
+  __device__ __forceinline__ void locate(const CombineOp& a, unsigned item) {
     const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces;
     entry = static_cast<int>(item % a.split);
     item /= a.split;
@@ -174,7 +174,11 @@ struct Item {
     rank = a.op.rank + 1 + static_cast<int>(in_turn - number * others);
     if (rank >= a.op.ranks) rank -= a.op.ranks;
     exists = false;
-    if (others == 0 || number >= a.route.max_tokens) return;
+  }
+  __device__ __forceinline__ void load(const CombineOp& a, int count_of_lane) {
+    const int lane = threadIdx.x % 32;
+    exists = false;
+    if (a.op.ranks == 1 || number >= a.route.max_tokens) return;
     message = load_message(a, rank, number, lane);
     const int count = rank < 32 ? __shfl_sync(~0u, count_of_lane, rank) : load_count(a, rank);
     exists = number < count && message.entries > entry;

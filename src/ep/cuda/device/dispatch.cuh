@@ -24,6 +24,19 @@ struct Shared {
   int stage_bytes;
 };
 
+// The pieces of its tokens that a block sends, and their chunks: all of them, or one of `parts` blocks' equal shares.
+struct Span {
+  int first_piece, pieces, first_chunk, end_chunk;
+};
+__device__ __forceinline__ Span span_of(const RowShape& shape, const Share& share) {
+  const unsigned pieces = shape.pieces, part = share.part, parts = share.parts;
+  const unsigned first = pieces * part / parts, end = pieces * (part + 1) / parts;
+  Span span{static_cast<int>(first), static_cast<int>(end - first), static_cast<int>(first) * shape.per,
+            static_cast<int>(end) * shape.per};
+  if (span.end_chunk > shape.chunks) span.end_chunk = shape.chunks;
+  return span;
+}
+
 static __device__ Shared carve(const DispatchOp& a, std::uint8_t* memory) {
   __shared__ Block block;
   const DispatchShared at = make_dispatch_shared(a, gridDim.x);

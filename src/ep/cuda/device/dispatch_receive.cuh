@@ -290,8 +290,8 @@ __device__ __forceinline__ void write_routes(const DispatchOp& a, const Shared& 
   }
 }
 // Entries that stay on this rank never touch a line: their token goes straight to its places, from the stage if it is still
-// there (tokens from `staged` on), else it is read again. The block's first `warps` warps, part `part` of `parts` blocks.
-__device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, int part, int parts,
+// there (tokens from `staged` on), else it is read again. The chunks of a span, by the block's first `warps` warps.
+__device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, const Span& span,
                                           int staged) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -304,7 +304,7 @@ __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, 
     const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes);
     // The first warps are those that wait for a piece first.
 #pragma unroll 1
-    for (int chunk = (warps - 1 - warp) * parts + part; chunk < a.shape.chunks; chunk += warps * parts) {
+    for (int chunk = span.first_chunk + warps - 1 - warp; chunk < span.end_chunk; chunk += warps) {
       std::uint32_t scale = 0;
       uint4 data[1];
       if (token < staged) {

@@ -4,16 +4,16 @@
 
 namespace nixl::core::ep::gpu {
 
-// The sending warps bring one token into the payload's form, two chunks a warp at a time.
-__device__ __forceinline__ void stage_token(const DispatchOp& a, const Shared& s, int token, std::uint8_t* stage) {
+// The sending warps bring chunks of one token into the payload's form, two a warp at a time.
+__device__ __forceinline__ void stage_token(const DispatchOp& a, const Span& span, int token, std::uint8_t* stage) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
   auto* chunks = reinterpret_cast<uint4*>(stage);
   auto* scales = reinterpret_cast<std::uint32_t*>(stage + a.shape.chunks * kChunkBytes);
 #pragma unroll 1
-  for (int first = warp; first < a.shape.chunks; first += 2 * kSenders) {
+  for (int first = span.first_chunk + warp; first < span.end_chunk; first += 2 * kSenders) {
     const int second = first + kSenders;
-    const bool two = second < a.shape.chunks;
+    const bool two = second < span.end_chunk;
     if (a.payload == kPayloadBf16) {
       const uint4 one = load_bf16(row, first, a.hidden, lane), other = load_bf16(row, second, a.hidden, lane);
       chunks[first * 32 + lane] = one;
@@ -96,22 +96,23 @@ __device__ __forceinline__ void push_piece(const DispatchOp& a, const Shared& s,
   __syncwarp();
 }
 
-// A staged token to every rank that holds one of its experts. Warps of all blocks that share the token take (rank, piece) in turns.
+// Pieces of a staged token to every rank that holds one of its experts. Warps take (rank, piece) in turns.
 template <int kLanes>
 __device__ __forceinline__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage,
-                                           Share share) {
+                                           const Span& span) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
   const int local = (token - s.block->first_token) * topk + lane;
   const int message = lane < topk ? s.routes.message[local] : -1;
   const int rank = message >= 0 ? rank_of_expert(a.op, s.routes.expert[local]) : 0;
   unsigned left = __ballot_sync(~0u, message >= 0 && rank != a.op.rank && s.peers[rank].active);
 #pragma unroll 1
-  for (int piece = share.part * kSenders + warp;; piece += share.parts * kSenders) {
+  for (int piece = warp;; piece += kSenders) {
 #pragma unroll 1
-    for (; left && piece >= a.shape.pieces; piece -= a.shape.pieces) left &= left - 1;
+    for (; left && piece >= span.pieces; piece -= span.pieces) left &= left - 1;
     if (!left) return;
     const int place = __ffs(left) - 1;
-    push_piece<kLanes>(a, s, token, stage, __shfl_sync(~0u, rank, place), __shfl_sync(~0u, message, place), piece);
+    push_piece<kLanes>(a, s, token, stage, __shfl_sync(~0u, rank, place), __shfl_sync(~0u, message, place),
+                       span.first_piece + piece);
   }
 }
 

@@ -30,6 +30,7 @@ __device__ __forceinline__ int rank_of_expert(const Op& op, int expert) {
 
 struct Block {
   std::uint64_t number;    // of this operation
+  unsigned share;          // this block's part of kTicket
   int failed;              // a wait of this block ran out
   std::uint64_t fault_op;  // as the operation found it
   int cursor;              // next item of this block
@@ -143,38 +144,62 @@ __device__ __forceinline__ void see_peer(const Op& op, std::uint64_t number, int
   peer.parity = 0;
 }
 
-// The kernel before this one has ended and what it wrote is visible; the next one may be placed.
+// An instruction that a launch executes for the first time takes several times as long as later, and so does the first use of a
+// parameter: what needs nothing that the kernel before wrote is done before this.
+//
+// The kernel before this one has ended and what it wrote is visible.
 __device__ __forceinline__ void wait_for_predecessor() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// The next kernel may be placed.
+__device__ __forceinline__ void launch_successor() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
+// Brings the parameters of a launch into the cache for constants.
+template <typename T>
+__device__ __forceinline__ void touch_parameters(const T& a) {
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T); i += 64) asm volatile("" ::"r"(reinterpret_cast<const unsigned*>(&a)[i / 4]));
+}
 
-// A block's part of kTicket.
-__device__ __forceinline__ unsigned long long share_of_block() {
-  constexpr auto all = static_cast<unsigned>(kTicket);
-  return all / gridDim.x + (blockIdx.x == 0 ? all % gridDim.x : 0);
-}
-__device__ __forceinline__ Ticket& ticket_of_block(State& state) {
-  return state.tickets[blockIdx.x % kTicketWords];
-}
-// Adds the block's part to its word, and what a grid of few blocks owes to words that no block draws from.
-__device__ __forceinline__ unsigned long long draw_ticket(State& state) {
+// What a block draws: from which word, how much it adds, worked out while the kernel before still runs.
+struct Draw {
+  Ticket* ticket;
+  unsigned long long part;
+};
+__device__ __forceinline__ Draw draw_of_block(State& state) {
   const unsigned word = blockIdx.x % kTicketWords, drawing = (gridDim.x - word + kTicketWords - 1) / kTicketWords;
   constexpr auto all = static_cast<unsigned>(kTicket);
-  const unsigned long long part = all / drawing + (blockIdx.x < kTicketWords ? all % drawing : 0);
+  return {&state.tickets[word], all / drawing + (blockIdx.x < kTicketWords ? all % drawing : 0)};
+}
+// Adds the block's part to its word, and what a grid of few blocks owes to words that no block draws from.
+__device__ __forceinline__ unsigned long long draw_ticket(State& state, const Draw& draw) {
   unsigned long long before;
   asm volatile("atom.add.relaxed.gpu.global.u64 %0,[%1],%2;"
                : "=l"(before)
-               : "l"(&state.tickets[word].word), "l"(part)
+               : "l"(&draw.ticket->word), "l"(draw.part)
                : "memory");
 #pragma unroll 1
   for (unsigned other = blockIdx.x + gridDim.x; other < kTicketWords; other += gridDim.x)
     asm volatile("red.add.relaxed.gpu.global.u64 [%0],%1;" ::"l"(&state.tickets[other].word), "l"(kTicket) : "memory");
   return before;
 }
-// Nobody waits for it, and nothing is ordered by it: who needs what lies before adds a pause (finish_operation).
-__device__ __forceinline__ void add_share(unsigned long long* at) {
-  asm volatile("red.add.relaxed.gpu.global.u64 [%0],%1;" ::"l"(at), "l"(share_of_block()) : "memory");
+// Counts this block among those that have ended. Nobody waits for it, and nothing is ordered by it: who needs what lies before adds
+// a pause (elect_repair).
+__device__ __forceinline__ void end_block(const Op& op, const Block& block) {
+  Ended& ended = op.state->ended[blockIdx.x % kTicketWords];
+  unsigned long long* at = op.parts == (kSends | kReceives) ? &ended.both
+                           : op.parts & kSends              ? &ended.sending
+                                                            : &ended.receiving;
+  asm volatile("red.add.relaxed.gpu.global.u64 [%0],%1;" ::"l"(at), "l"(std::uint64_t{block.share}) : "memory");
+}
+// Operations all of whose blocks have passed their last store to a peer (sent) or their last wait (received).
+__device__ inline std::uint64_t operations_ended(const State& state, int part) {
+  std::uint64_t sum = 0;
+#pragma unroll 1
+  for (const Ended& ended : state.ended)
+    sum += load_strong(&ended.both) + load_strong(part == kSends ? &ended.sending : &ended.receiving);
+  return sum / kTicket;
 }
 __device__ __forceinline__ PeerCells load_newest(const State& state, int rank) {
   PeerCells newest;
@@ -185,15 +210,53 @@ __device__ __forceinline__ PeerCells load_newest(const State& state, int rank) {
   }
   return newest;
 }
-// Draws this block's ticket and looks at the peers, both at once: what is shown of them holds if it is of the ticket's epoch, else
-// the versions are looked through. One warp.
+// What a block can know of an operation while the kernel before still runs: which one it will be, if nothing changes meanwhile, and
+// the peers as they are shown. One warp; begin_operation confirms it.
+struct Ahead {
+  Draw draw;
+  unsigned long long ticket;
+  PeerCells newest;
+  bool filled;  // this lane's peer
+};
+__device__ __forceinline__ Ahead look_ahead(const Op& op, Peer* peers) {
+  const int lane = threadIdx.x % 32;
+  Ahead a = {draw_of_block(*op.state), 0, {}, false};
+  asm volatile("" : "+l"(a.draw.ticket), "+l"(a.draw.part));
+  if (!(op.parts & kSends)) return a;
+  if (lane == 0)
+    asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(a.ticket) : "l"(&a.draw.ticket->word) : "memory");
+  if (lane < op.ranks) a.newest = load_newest(*op.state, lane);
+  a.ticket = __shfl_sync(~0u, a.ticket, 0);
+  if (lane >= op.ranks || (a.ticket & kLocked) || !a.newest.of(epoch_of(a.ticket))) return a;
+  see_peer(op, operations_begun(a.ticket), lane, version_of(a.newest), peers[lane]);
+  a.filled = true;
+  return a;
+}
+__device__ __forceinline__ bool same_cells(const PeerCells& a, const PeerCells& b) {
+  std::uint32_t other = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    other |= (a.cells[i].low ^ b.cells[i].low) | (a.cells[i].high ^ b.cells[i].high) |
+             (a.cells[i].epoch ^ b.cells[i].epoch) | (a.cells[i].word ^ b.cells[i].word);
+  return other == 0;
+}
+// Waits for the kernel before, draws this block's ticket and looks at the peers, both at once. What is shown of them holds if it is of
+// the ticket's epoch, and what was seen ahead if nothing has changed since; else the versions are looked through. One warp.
 // `parities`: also finds out what the parity of each peer's operation is, from its header of the one before; kUnknownParity
 // where there is none.
 __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, bool parities = false) {
   const int lane = threadIdx.x % 32;
+  if (lane == 0) {
+    block.cursor = 0;
+    block.failed = 0;
+    block.share = static_cast<unsigned>(kTicket) / gridDim.x;
+    if (blockIdx.x == 0) block.share += static_cast<unsigned>(kTicket) % gridDim.x;
+  }
+  const Ahead ahead = look_ahead(op, peers);
+  wait_for_predecessor();
   const bool sends = op.parts & kSends;
   unsigned long long ticket = 0;
-  if (lane == 0) ticket = sends ? draw_ticket(*op.state) : load_strong(&ticket_of_block(*op.state).word);
+  if (lane == 0) ticket = sends ? draw_ticket(*op.state, ahead.draw) : load_strong(&ahead.draw.ticket->word);
   PeerCells newest = {};
   if (lane < op.ranks) newest = load_newest(*op.state, lane);
   uint4 even = {}, odd = {};  // headers of the lane's first rank
@@ -205,23 +268,25 @@ __device__ inline void begin_operation(const Op& op, Block& block, Peer* peers, 
   if (lane == 0)
     asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(fault_op) : "l"(&op.state->fault_op) : "memory");
   ticket = __shfl_sync(~0u, ticket, 0);
+  launch_successor();
   const std::uint64_t number = operations_begun(ticket) - (sends ? 0 : 1);
   if (lane == 0) {
-    block.cursor = 0;
-    block.failed = 0;
     block.fault_op = fault_op;
     block.number = number;
   }
+  const bool known = ahead.filled && (ticket ^ ahead.ticket) < kTicket && same_cells(newest, ahead.newest);
+  if (!parities && __all_sync(~0u, known || lane >= op.ranks) && op.ranks <= 32) return;
   const bool locked = sends && (ticket & kLocked);
   if (locked)
 #pragma unroll 1
-    while (load_strong(&ticket_of_block(*op.state).word) & kLocked)
+    while (load_strong(&ahead.draw.ticket->word) & kLocked)
       ;
 #pragma unroll 1
   for (int rank = lane; rank < op.ranks; rank += 32) {
     if (rank >= 32) newest = load_newest(*op.state, rank);
     const bool holds = sends && !locked && newest.of(epoch_of(ticket));
-    see_peer(op, number, rank, holds ? version_of(newest) : version_at(op.state->peers[rank], number), peers[rank]);
+    if (rank >= 32 || !known)
+      see_peer(op, number, rank, holds ? version_of(newest) : version_at(op.state->peers[rank], number), peers[rank]);
     if (!parities) continue;
     const Peer& peer = peers[rank];
     const int slot = flag_slot(peer.expected - 1);
@@ -386,9 +451,9 @@ static __device__ __noinline__ void report_failed(const Op& op, const Block& blo
 }
 
 // End of a block that only sends, all threads.
-__device__ inline void finish_sending(const Op& op) {
+__device__ inline void finish_sending(const Op& op, const Block& block) {
   __syncthreads();
-  if (threadIdx.x == 0) add_share(&op.state->sent);
+  if (threadIdx.x == 0) end_block(op, block);
 }
 
 // Clears what an earlier operation left in the fault view; a failure of this one writes it anew.
@@ -408,7 +473,7 @@ static __device__ __noinline__ bool elect_repair(const Op& op, Block& block, Pee
     if (elected) {
       const std::uint64_t limit = wall_ns() + 4 * op.timeout_ns + 2'000'000'000ull;
 #pragma unroll 1
-      while (load_strong(&state.done) / kTicket <= block.number && wall_ns() < limit) __nanosleep(500);
+      while (operations_ended(state, kReceives) <= block.number && wall_ns() < limit) __nanosleep(500);
 #pragma unroll 1
       for (int i = 0; i < 100; ++i) __nanosleep(1000);  // what those blocks wrote last has landed
       __threadfence();
@@ -435,8 +500,7 @@ __device__ __forceinline__ bool finish_operation(const Op& op, Block& block, Pee
   __syncthreads();
   if (threadIdx.x == 0) {
     if (blockIdx.x == 0 && block.fault_op != 0 && !block.failed) clear_faults(op, block);
-    if (op.parts & kSends) add_share(&op.state->sent);
-    add_share(&op.state->done);
+    end_block(op, block);
   }
   return block.failed != 0 && elect_repair(op, block, peers);
 }

@@ -41,8 +41,14 @@ __device__ __forceinline__ std::uint32_t fp8_pair(std::uint32_t pair, float fact
 __device__ __forceinline__ Quantized quantize(const Unquantized& in, bool power_of_two_scale) {
   const std::uint32_t words[8] = {in.low.x, in.low.y, in.low.z, in.low.w, in.high.x, in.high.y, in.high.z, in.high.w};
   std::uint32_t largest = 0;
+  // NaN compares larger than anything: the maximum shows whether there is one, which is rare.
 #pragma unroll
-  for (int i = 0; i < 8; ++i) largest = larger_pair(largest, words[i]);
+  for (int i = 0; i < 8; ++i) largest = __vmaxu2(largest, words[i] & 0x7fff7fff);
+  if (__any_sync(~0u, (largest & 0xffff) > 0x7f80 || largest >> 16 > 0x7f80)) {
+    largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = larger_pair(largest, words[i]);
+  }
 #pragma unroll
   for (int other = 1; other < 8; other <<= 1) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, other));
   const std::uint32_t low = largest & 0xffff, high = largest >> 16;
