@@ -178,7 +178,7 @@ void abilities_are_true(const BackendCase& which) {
 void regions_come_and_go(const BackendCase& which) {
   Link link(which, 1 << 16);
   for (int i = 0; i < 10'000; ++i) CHECK_OK(link.here->backend->add_region(dram(link.local_bytes)));
-  link.local_bytes = pattern(1 << 16, 1);
+  link.local_bytes.replace(0, 1 << 16, pattern(1 << 16, 1));  // in place: this memory is registered
   Plan plan = link.plan(Op::kWrite);
   link.add(plan, 0, 0, 1 << 16);
   link.prepare(std::move(plan));
