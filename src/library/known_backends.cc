@@ -30,7 +30,7 @@ std::span<const KnownBackend> known_backends() {
        true,
        true,
        true,
-       "not in this build; it needs libtransfer_engine.so (pip install mooncake-transfer-engine)",
+       "not in this build; it needs libtransfer_engine.so (Mooncake built with -DBUILD_SHARED_LIBS=ON)",
        {{"mooncake_devices", ""}, {"protocol", "auto"}},
        "MOONCAKE"},
       {"LIBFABRIC",
