@@ -15,7 +15,7 @@ class Agreements:
 
     def union(self, store: Any, mine: Set[int], active: Set[int], timeout_s: float) -> Set[int]:
         """What any of the `active` ranks has masked; those that do not answer in time count as masked."""
-        channel = StoreOfTorch(store)
+        channel = StoreOfTorch(store, "store")
         turn, self._turn = self._turn, self._turn + 1
         self._published.append((turn, channel))
         channel.set(f"NIXL_EP/agree/{turn}/{self._rank}", " ".join(map(str, sorted(mine))).encode() or b"-")

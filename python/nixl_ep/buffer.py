@@ -4,14 +4,15 @@ Letters in shapes: ``L`` experts a rank, ``E = capacity * L`` experts in all, ``
 tokens a rank sends in the call, ``T = R * M``, ``H`` hidden size, ``K`` top-k, ``n`` tokens of this call. Expert ``e`` lives
 at rank ``e // L``.
 """
+import math
 import os
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 from . import _native, layout
 from .agreement import Agreements
 from .config import COMBINE, DISPATCH, Config, recommended
-from .construction import DEFAULT_TIMEOUT_MS, SIGNATURE, Arguments, choose, integer, parse  # noqa: F401
-from .errors import NixlEpError, native_call, require
+from .construction import DEFAULT_TIMEOUT_MS, SIGNATURE, Arguments, choose, parse  # noqa: F401
+from .errors import NixlEpError, integer, native_call, require
 from .results import PHASES, Fault, Handle
 from .runtime import Runtime
 from .stores import StoreOfTorch
@@ -126,6 +127,9 @@ class Buffer:
         stay, captured graphs stay valid) and num_rdma_bytes; anything else raises.
         """
         native = self._native()
+        num_ranks = integer("num_ranks", num_ranks)
+        num_experts_per_rank = integer("num_experts_per_rank", num_experts_per_rank)
+        num_rdma_bytes, num_nvl_bytes = integer("num_rdma_bytes", num_rdma_bytes, 64), integer("num_nvl_bytes", num_nvl_bytes, 64)
         require(num_nvl_bytes >= 0 and num_nvl_bytes % 128 == 0,
                 f"num_nvl_bytes is {num_nvl_bytes}; a multiple of 128 from 0 is allowed")
         native_call(native.update_memory, num_ranks, num_experts_per_rank, num_rdma_bytes)
@@ -173,8 +177,9 @@ class Buffer:
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
         """SMs for the configurations that get_dispatch_config and get_combine_config recommend; even."""
-        require(new_num_sms % 2 == 0, f"the number of SMs is {new_num_sms}; it must be even")
-        Buffer.num_sms = new_num_sms
+        number = integer("new_num_sms", new_num_sms)
+        require(number >= 0 and number % 2 == 0, f"the number of SMs is {number}; an even number from 0 is needed")
+        Buffer.num_sms = number
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -185,7 +190,7 @@ class Buffer:
     def get_low_latency_buffer_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                          num_experts: int) -> int:
         """Bytes for update_memory_buffers that suffice for every later call with up to these tokens and hidden size."""
-        return native_call(_native.size_hint, num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+        return layout.size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     get_rdma_size_hint = get_low_latency_buffer_size_hint
 
@@ -213,12 +218,13 @@ class Buffer:
         native = self._ready()
         require(isinstance(dtype, torch().dtype), f"dtype is {dtype!r}; a torch dtype is needed")
         whole = native.data_bytes()
-        item = dtype.itemsize
+        item, offset = dtype.itemsize, integer("offset", offset, 64)
         count = None
         if size is not None:
-            count = 1
-            for extent in size:
-                count *= extent
+            require(hasattr(size, "__iter__"), f"size is {size!r}; a sequence of extents is needed, such as [{size!r}]")
+            size = [integer("an extent of size", extent, 64) for extent in size]
+            require(all(extent >= 0 for extent in size), f"size is {size}; extents from 0 are allowed")
+            count = math.prod(size)
         require(0 <= offset <= whole and offset % item == 0,
                 f"offset is {offset} bytes; multiples of {item} from 0 to {whole} are allowed")
         room = (whole - offset) // item
@@ -308,7 +314,7 @@ class Buffer:
             num_max_dispatch_tokens_per_rank: M, equal on all ranks.
             num_experts: covers R = num_experts // L ranks; None: up to the highest active rank.
             cumulative_local_expert_recv_stats: int32 [L]; counts are added.
-            dispatch_wait_recv_cost_stats: int64 [R]; time waited for each source is added.
+            dispatch_wait_recv_cost_stats: int64 [R]; time waited for each source is added (ns; on CUDA clock cycles).
             use_fp8, round_scale, use_ue8m0: E4M3 values in groups of 128 channels; scales as powers of two; as exponents.
             async_finish: the event of the result must be waited for. return_recv_hook: only the send phase runs now.
             topk_weights: float32 [n, K]; sent along, so that a combine in hook mode can be reduced.
@@ -360,7 +366,7 @@ class Buffer:
         handle = Handle((empty((experts, rows), t.int32), empty((experts, ranks), t.int64), bound, hidden))
         if topk_weights is not None:
             handle.weights, handle.places = empty((experts, rows), t.float32), empty((experts, rows), t.uint8)
-        noted = _native.record_bytes(_DEVICES[self._device], bound, topk, ranks)
+        noted = native_call(_native.record_bytes, _DEVICES[self._device], bound, topk, ranks)
         if noted:
             handle.records = handle[0].nixl_records = empty((noted,), t.uint8)
         args.outputs(address(recv), address(storage), address(count), address(handle[0]), address(handle[1]),
@@ -389,7 +395,7 @@ class Buffer:
             handle: of the dispatch. One handle may be combined several times.
             use_logfmt: rows travel compressed, within 9e-4 of the plain result. Excludes zero_copy.
             out: bfloat16 [n, H], contiguous; written and returned.
-            combine_wait_recv_cost_stats: int64 [R]; time waited for each source is added.
+            combine_wait_recv_cost_stats: int64 [R]; time waited for each source is added (ns; on CUDA clock cycles).
 
         Returns:
             combined_x bfloat16 [n, H] (a token with no contribution left is exactly zero), event and hook as in dispatch.
@@ -453,6 +459,7 @@ class Buffer:
         self._ready()
         t = torch()
         check("topk_idx", topk_idx, (t.int32, t.int64), (None, None), self._device)
+        num_experts = integer("num_experts", num_experts)
         require(num_experts > 0 and num_experts % self.group_size == 0,
                 f"num_experts is {num_experts}; a positive multiple of the {self.group_size} ranks is needed")
         if previous_event is not None and previous_event.event is not None:
@@ -504,15 +511,15 @@ class Buffer:
         bound, per_rank = self._native().active_rank_bound(), self._experts_per_rank
         if num_experts is None:
             return bound
-        low, high = bound * per_rank, self.group_size * per_rank
+        low, high, num_experts = bound * per_rank, self.group_size * per_rank, integer("num_experts", num_experts)
         require(num_experts % per_rank == 0 and low <= num_experts <= high,
                 f"num_experts is {num_experts}; multiples of {per_rank} from {low} (highest active rank {bound - 1}) to {high} "
                 "are allowed")
         return num_experts // per_rank
 
     def _check_handle(self, handle: tuple) -> Tuple[Any, Any, int, int, int]:
-        require(isinstance(handle, (tuple, list)) and len(handle) in (4, 5),
-                f"handle is {type(handle).__name__}; the tuple that dispatch returned is needed")
+        require(isinstance(handle, (tuple, list)), f"handle is a {type(handle).__name__}; the tuple that dispatch returned is needed")
+        require(len(handle) in (4, 5), f"handle has {len(handle)} entries; the tuple that dispatch returned has 4")
         t, experts = torch(), self._experts_per_rank
         src_info, layout_range, bound, hidden = handle[:4]
         check("layout_range of the handle", layout_range, (t.int64,), (experts, None), self._device)

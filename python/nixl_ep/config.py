@@ -1,5 +1,5 @@
 """Chunk sizes of the high-throughput mode: the Config class and the recommended values."""
-from .errors import NixlEpError, require
+from .errors import NixlEpError, integer, require
 
 _ALIGN = 128
 _PEERS_PER_NODE = 8
@@ -20,8 +20,11 @@ class Config:
     def __init__(self, num_sms: int = 20, num_max_nvl_chunked_send_tokens: int = 6,
                  num_max_nvl_chunked_recv_tokens: int = 256, num_max_rdma_chunked_send_tokens: int = 6,
                  num_max_rdma_chunked_recv_tokens: int = 256) -> None:
-        nvl_send, nvl_recv = num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens
-        rdma_send, rdma_recv = num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens
+        num_sms = integer("num_sms", num_sms)
+        nvl_send = integer("num_max_nvl_chunked_send_tokens", num_max_nvl_chunked_send_tokens)
+        nvl_recv = integer("num_max_nvl_chunked_recv_tokens", num_max_nvl_chunked_recv_tokens)
+        rdma_send = integer("num_max_rdma_chunked_send_tokens", num_max_rdma_chunked_send_tokens)
+        rdma_recv = integer("num_max_rdma_chunked_recv_tokens", num_max_rdma_chunked_recv_tokens)
         require(num_sms >= 0, f"num_sms is {num_sms}; 0 or more is allowed")
         require(nvl_send > 0 and nvl_recv > 0, f"NVLink chunks are {nvl_send} and {nvl_recv}; both must be positive")
         require(nvl_send < nvl_recv, f"the NVLink send chunk {nvl_send} must be below the receive buffer {nvl_recv}")
@@ -76,6 +79,7 @@ COMBINE = {
 
 def recommended(table: dict, num_ranks: int, num_sms: int) -> Config:
     """The entry of `num_ranks`, or of the nearest lower count."""
+    num_ranks = integer("num_ranks", num_ranks)
     known = max((ranks for ranks in table if ranks <= num_ranks), default=None)
     if known is None:
         raise NixlEpError(f"no recommended configuration for {num_ranks} ranks; the smallest count is {min(table)}")

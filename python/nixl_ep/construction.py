@@ -11,9 +11,10 @@ other integer               rank, then a str is nvlink_backend and a bool explic
 """
 import dataclasses
 import inspect
-import operator
 import os
 from typing import Any, Optional
+
+from .errors import integer
 
 DEFAULT_TIMEOUT_MS = 30_000
 
@@ -67,7 +68,7 @@ def parse(positional: tuple, keywords: dict) -> Arguments:
     if backend is not None:
         _apply_nvlink_backend(given, backend)
     given["rank"] = integer("rank", given.get("rank", 0))
-    given["timeout_ms"] = integer("timeout_ms", given.get("timeout_ms", DEFAULT_TIMEOUT_MS))
+    given["timeout_ms"] = integer("timeout_ms", given.get("timeout_ms", DEFAULT_TIMEOUT_MS), 64)
     arguments = Arguments(**given)
     assert arguments.group is None or arguments.comm is None, "Buffer() takes group or comm, not both"
     assert arguments.timeout_ms >= 0, f"timeout_ms is {arguments.timeout_ms}; 0 or more is allowed"
@@ -109,14 +110,6 @@ def _apply_nvlink_backend(given: dict, backend: str) -> None:
         given["disable_ll_nvlink"] = True
     else:  # programs read back which one was chosen
         os.environ["NIXL_EP_NVLINK_BACKEND_IPC"] = "1" if backend == "ipc" else "0"
-
-
-def integer(name: str, value: Any) -> int:
-    """The value as an int; TypeError naming the argument when it is none."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; an integer is needed") from None
 
 
 def choose(name: str, given: Optional[str], variable: str, default: str, allowed: dict) -> str:

@@ -1,7 +1,16 @@
-"""The counts of get_dispatch_layout, as vectorised tensor operations on any device."""
+"""Sizes: the bytes of a buffer, and the counts of get_dispatch_layout as vectorised tensor operations on any device."""
 from typing import Any, Optional, Tuple
 
+from . import _native
+from .errors import integer, native_call
+
 RANKS_PER_NODE = 8
+
+
+def size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes; see :meth:`nixl_ep.Buffer.get_low_latency_buffer_size_hint`."""
+    return native_call(_native.size_hint, integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 64),
+                       integer("hidden", hidden, 64), integer("num_ranks", num_ranks), integer("num_experts", num_experts))
 
 
 def dispatch_layout(torch: Any, topk_idx: Any, num_experts: int, num_ranks: int) -> Tuple[Any, Optional[Any], Any, Any]:

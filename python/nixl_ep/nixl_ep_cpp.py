@@ -1,7 +1,7 @@
 """The names of the compiled module that programs may look for."""
-from ._native import size_hint as _size_hint
 from ._native import Buffer
 from .config import Config
+from .layout import size_hint
 from .utils import EventHandle
 
 __all__ = ["Buffer", "Config", "EventHandle", "get_low_latency_buffer_size_hint", "is_sm90_compiled", "topk_idx_t"]
@@ -17,7 +17,7 @@ def is_sm90_compiled() -> bool:
 def get_low_latency_buffer_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                      num_experts: int) -> int:
     """See :meth:`nixl_ep.Buffer.get_low_latency_buffer_size_hint`."""
-    return _size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+    return size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
 
 def __getattr__(name):

@@ -6,10 +6,10 @@ import time
 class StoreOfTorch:
     """What connect() needs of a store. Methods run on the thread that is inside connect()."""
 
-    def __init__(self, store) -> None:
+    def __init__(self, store, name: str = "tcp_store_group") -> None:
         missing = [name for name in ("set", "wait", "multi_get", "delete_key") if not callable(getattr(store, name, None))]
         if missing:
-            raise TypeError(f"tcp_store_group is a {type(store).__name__} without {', '.join(missing)}(); a c10d store such as "
+            raise TypeError(f"{name} is a {type(store).__name__} without {', '.join(missing)}(); a c10d store such as "
                             "torch.distributed.TCPStore is needed")
         self._store = store
 

@@ -1,10 +1,9 @@
 """Checks of the caller's tensors, and allocation of the results."""
-import operator
 import sys
 from typing import Any, List, Optional, Sequence, Union
 
 from . import _native
-from .errors import NixlEpError, require
+from .errors import NixlEpError, integer, require
 
 
 def torch():
@@ -23,7 +22,7 @@ def rank_list(name: str, ranks: Ranks) -> List[int]:
     if hasattr(ranks, "tolist"):
         ranks = ranks.tolist()
     try:
-        return [operator.index(rank) for rank in ranks] if hasattr(ranks, "__iter__") else [operator.index(ranks)]
+        return [integer(name, rank) for rank in ranks] if hasattr(ranks, "__iter__") else [integer(name, ranks)]
     except TypeError:
         raise TypeError(f"{name} is {ranks!r}; a rank or a list of ranks is needed, each an integer") from None
 

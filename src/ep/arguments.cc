@@ -71,6 +71,9 @@ Result<void> check_capacity(const Capacity& wanted, const Capacity& present, int
     return fail(Code::kInvalidArgument, "num_ranks is %d; it must be above this rank, %d", wanted.num_ranks, own_rank);
   if (wanted.experts_per_rank < 1)
     return fail(Code::kInvalidArgument, "experts per rank are %d; 1 or more are needed", wanted.experts_per_rank);
+  if (std::int64_t{wanted.num_ranks} * wanted.experts_per_rank > kMostExperts)
+    return fail(Code::kInvalidArgument, "%d ranks of %d experts each; at most %lld experts in all are allowed",
+                wanted.num_ranks, wanted.experts_per_rank, Int(kMostExperts));
   if (wanted.num_bytes <= 0 || wanted.num_bytes % 128 != 0)
     return fail(Code::kInvalidArgument,
                 "the buffer has %lld bytes; a positive multiple of 128 is needed (see the size hint)",

@@ -36,6 +36,12 @@ namespace inner = core::ep;
 
 constexpr core::Nanoseconds kMs = 1'000'000;
 
+// In nanoseconds; deadlines are sums of a few of them, so 31 years, the longest, are far from overflowing.
+core::Nanoseconds limit_of(std::int64_t milliseconds) {
+  constexpr std::int64_t kLongestMs = 1'000'000'000'000;
+  return std::min(milliseconds, kLongestMs) * kMs;
+}
+
 // Where results become exceptions.
 void check(Result<void> result) {
   if (!result) throw Error(result.error().reason);
@@ -149,7 +155,7 @@ Result<void> Buffer::Impl::open() {
     return fail(Code::kInvalidArgument, "timeout_ms is %lld and connect_timeout_ms %lld; 0 or more are allowed",
                 static_cast<long long>(options.timeout_ms), static_cast<long long>(options.connect_timeout_ms));
   NIXL_ASSIGN(incarnation, draw_incarnation());
-  const inner::PathOptions path_options{options.rank, options.combine, options.timeout_ms * kMs, incarnation,
+  const inner::PathOptions path_options{options.rank, options.combine, limit_of(options.timeout_ms), incarnation,
                                         options.nvlink};
   NIXL_ASSIGN(parts.path, options.device == Device::kCuda ? inner::open_cuda_path(path_options)
                                                           : inner::open_cpu_path(path_options));
@@ -179,7 +185,7 @@ Result<void> Buffer::Impl::update_memory(const inner::Capacity& wanted) {
   NIXL_TRY(now.path->reserve(wanted));
   if (!now.group) {
     const inner::GroupOptions group_options{options.rank, incarnation, wanted.experts_per_rank,
-                                            options.connect_timeout_ms * kMs};
+                                            limit_of(options.connect_timeout_ms)};
     NIXL_ASSIGN(now.group, inner::Group::open(group_options, *now.path));
   }
   const std::lock_guard lock(mutex);
@@ -404,17 +410,23 @@ std::uint64_t Buffer::incarnation() const {
 }
 
 std::int64_t size_hint(std::int64_t max_tokens, std::int64_t hidden, int num_ranks, int num_experts) {
-  if (max_tokens <= 0 || max_tokens > inner::kMaxTokens || hidden <= 0 || num_ranks <= 0 || num_experts <= 0)
+  constexpr std::int64_t kMostElements = inner::kMaxTokens * inner::kMaxHidden;
+  if (max_tokens <= 0 || max_tokens > inner::kMaxTokens || hidden <= 0 || hidden > kMostElements / max_tokens ||
+      num_ranks <= 0 || num_experts <= 0 || num_experts > inner::kMostExperts)
     throw Error("size hint of " + std::to_string(max_tokens) + " tokens, hidden size " + std::to_string(hidden) + ", " +
                 std::to_string(num_ranks) + " ranks, " + std::to_string(num_experts) +
-                " experts: all must be positive");
+                " experts: all must be positive, tokens at most " + std::to_string(inner::kMaxTokens) +
+                ", tokens times hidden size " + std::to_string(kMostElements) + ", experts " +
+                std::to_string(inner::kMostExperts));
   return inner::size_hint_bytes(max_tokens, hidden, num_experts);
 }
 
 std::int64_t record_bytes(Device device, std::int64_t max_tokens, int topk, int num_ranks) {
-  if (max_tokens <= 0 || topk <= 0 || num_ranks <= 0)
-    throw Error("record_bytes of " + std::to_string(max_tokens) + " tokens, top-k " + std::to_string(topk) + ", " +
-                std::to_string(num_ranks) + " ranks: all must be positive");
+  if (topk < 1 || topk > inner::kMaxTopk)
+    throw Error("top-k is " + std::to_string(topk) + "; 1 to " + std::to_string(inner::kMaxTopk) + " are allowed");
+  if (max_tokens <= 0 || num_ranks <= 0)
+    throw Error("record_bytes of " + std::to_string(max_tokens) + " tokens, " + std::to_string(num_ranks) +
+                " ranks: both must be positive");
   return device == Device::kCuda ? inner::make_record_layout(max_tokens, topk, num_ranks).total : 0;
 }
 

@@ -6,23 +6,25 @@ namespace nixl::core::ep {
 
 namespace {
 
-// Deadlines are sums of a few timeouts: far from overflowing.
-constexpr Nanoseconds kLongestTimeoutNs = 1'000'000'000'000'000'000;
-Timing timing_of(const PathOptions& options) {
-  return {std::min(options.timeout_ns, kLongestTimeoutNs)};
-}
-
 using nixl::ep::Phase;
 
+// Operations are told apart by their outputs: a receive phase belongs to the send phase that was given the same ones.
 bool same_call(const Dispatch& a, const Dispatch& b) {
-  return a.num_tokens == b.num_tokens && a.hidden == b.hidden && a.max_tokens == b.max_tokens &&
-         a.num_ranks == b.num_ranks && a.payload == b.payload &&
+  return a.recv_x == b.recv_x && a.src_info == b.src_info && a.num_tokens == b.num_tokens && a.hidden == b.hidden &&
+         a.max_tokens == b.max_tokens && a.num_ranks == b.num_ranks && a.payload == b.payload &&
          (a.recv_weights == nullptr) == (b.recv_weights == nullptr);
 }
 bool same_call(const CombineArgs& a, const CombineArgs& b) {
-  return a.num_tokens == b.num_tokens && a.hidden == b.hidden && a.max_tokens == b.max_tokens &&
+  return a.out == b.out && a.num_tokens == b.num_tokens && a.hidden == b.hidden && a.max_tokens == b.max_tokens &&
          a.num_ranks == b.num_ranks && a.sends_only == b.sends_only && a.zero_copy == b.zero_copy &&
          (a.recv_weights == nullptr) == (b.recv_weights == nullptr);
+}
+
+Result<void> no_such_call(const char* verb) {
+  return fail(Code::kNotAllowed,
+              "no such %s waits for its receive phase: it ran already, or the next operation began; call a hook once, "
+              "before the next operation",
+              verb);
 }
 
 }  // namespace
@@ -54,9 +56,9 @@ CpuPath::CpuPath(const PathOptions& options)
     : options_(options),
       fault_words_(kMaxRanks, 0),
       peers_(options.rank, own_),
-      exchange_(Channel::kOperations, options.rank, options.incarnation, timing_of(options), own_, peers_,
+      exchange_(Channel::kOperations, options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_,
                 fault_words_.data()),
-      barrier_(Channel::kBarriers, options.rank, options.incarnation, timing_of(options), own_, peers_,
+      barrier_(Channel::kBarriers, options.rank, options.incarnation, Timing{options.timeout_ns}, own_, peers_,
                fault_words_.data()),
       combiner_(options.combine) {}
 
@@ -196,11 +198,7 @@ Result<void> CpuPath::send(const Dispatch& args) {
 }
 
 Result<void> CpuPath::recv(const Dispatch& args) {
-  if (pending_ != Pending::kDispatch)
-    return fail(Code::kNotAllowed,
-                "no dispatch waits for its receive phase: it ran already, or the next operation began");
-  if (!same_call(args, sent_dispatch_))
-    return fail(Code::kInvalidArgument, "the receive phase of a dispatch has another shape than its send phase");
+  if (pending_ != Pending::kDispatch || !same_call(args, sent_dispatch_)) return no_such_call("dispatch");
   if (!args.recv_x || !args.recv_count || !args.src_info || !args.layout_range ||
       (args.payload != nixl::ep::Payload::kBf16 && !args.recv_scales))
     return fail(Code::kInvalidArgument, "an output of dispatch is missing");
@@ -219,11 +217,7 @@ Result<void> CpuPath::send(const CombineArgs& args) {
 }
 
 Result<void> CpuPath::recv(const CombineArgs& args) {
-  if (pending_ != Pending::kCombine)
-    return fail(Code::kNotAllowed,
-                "no combine waits for its receive phase: it ran already, or the next operation began");
-  if (!same_call(args, sent_combine_))
-    return fail(Code::kInvalidArgument, "the receive phase of a combine has another shape than its send phase");
+  if (pending_ != Pending::kCombine || !same_call(args, sent_combine_)) return no_such_call("combine");
   NIXL_TRY(check_combine(setting(), args));
   pending_ = Pending::kNone;
   return combiner_.recv(setting(), args);

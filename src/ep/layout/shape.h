@@ -13,6 +13,7 @@ namespace nixl::core::ep {
 inline constexpr int kMaxRanks = 1024;
 inline constexpr int kMaxTopk = 32;
 inline constexpr std::int64_t kMaxHidden = 16384;
+inline constexpr std::int64_t kMostExperts = 1 << 18;       // of all ranks: so that every size stays below 2^63
 inline constexpr std::int64_t kMaxTokens = (1 << 27) - 1;  // an entry packs token and place in the top-k into 32 bits
 inline constexpr std::int64_t kGroup = 128;                // channels that share a scale
 

@@ -160,6 +160,7 @@ def test_spellings(opened, arguments, keywords, rank, explicitly):
         (ValueError, {"device": "tpu"}),
         (ValueError, {"combine": "approximate"}),
         (TypeError, {"unheard_of": 1}),
+        (RuntimeError, {"rank": 1 << 40}),
     ],
     ids=str,
 )
@@ -263,6 +264,18 @@ def test_size_hint_is_linear(m, h, e):
     hint = Buffer.get_rdma_size_hint(m, h, 8, e)
     assert 3.99 <= Buffer.get_rdma_size_hint(4 * m, h, 8, e) / hint <= 4.01
     assert 3.99 <= Buffer.get_rdma_size_hint(m, 4 * h, 8, e) / hint <= 4.01
+
+
+@pytest.mark.parametrize("sizes", [(0, 128, 2, 2), (1, -8, 2, 2), (1 << 28, 128, 2, 2), (1 << 20, 1 << 22, 2, 2), (1, 128, 2, 1 << 20)],
+                         ids=str)
+def test_sizes_without_a_hint(sizes):
+    with pytest.raises(RuntimeError, match="all must be positive, tokens at most"):
+        Buffer.get_rdma_size_hint(*sizes)
+
+
+def test_too_many_experts(opened):
+    with pytest.raises(RuntimeError, match="2 ranks of 200000 experts each; at most 262144 experts in all are allowed"):
+        opened().update_memory_buffers(2, 200_000, 1 << 20)
 
 
 def test_exposed_memory(opened):

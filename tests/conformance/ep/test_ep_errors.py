@@ -123,7 +123,7 @@ def refusals(problems, name, call):
         call()
         problems.append(f"{name}: taken")
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        if len(str(error)) < 8:
+        if len(str(error)) < 8 or "incompatible function arguments" in str(error):
             problems.append(f"{name}: the message says nothing: {error!r}")
 
 
@@ -209,6 +209,10 @@ def hooks_out_of_turn(rank):
     *_, forgotten = buffer.dispatch(**arguments)
     problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.FP8, "exact", 3), Options(Payload.FP8))
     refusals(problems, "a hook that was forgotten", forgotten)
+    *_, older = buffer.dispatch(**arguments)
+    *_, newer = buffer.dispatch(**arguments)
+    refusals(problems, "the hook of an earlier dispatch of the same shape", older)
+    newer()
     buffer.barrier()
     problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.BF16, "exact", 4), Options(style="hook"))
     buffer.destroy()
@@ -272,18 +276,48 @@ def test_memory_too_small(ranks_of):
     no_problems(ranks_of(2).run(too_small))
 
 
+def endless_timeout(rank, timeout_ms):
+    """The limit in nanoseconds does not fit 64 bits: it must not turn into one that has passed."""
+    import time
+
+    import torch
+
+    buffer = open_buffer(rank, SHAPE, timeout_ms=timeout_ms)
+    if rank.rank == 0:
+        time.sleep(0.1)  # the wait of the other one
+    buffer.barrier()
+    if rank.device == "cuda":
+        torch.cuda.synchronize()
+    problems = [str(fault) for fault in buffer.fault_status()]
+    buffer.destroy()
+    return problems
+
+
+@pytest.mark.parametrize("timeout_ms", [10**13, 2**63 - 1])
+def test_an_endless_timeout(ranks_of, timeout_ms):
+    no_problems(ranks_of(2).run(endless_timeout, timeout_ms))
+
+
 def wrong_numbers(rank):
     """What is no rank, no integer or no dtype is named, and the buffer goes on working."""
     import torch
 
     buffer = open_buffer(rank, SHAPE)
-    floating = good_dispatch(torch, rank.device) | {"num_max_dispatch_tokens_per_rank": float(TOKENS)}
+    whole = good_dispatch(torch, rank.device)
+    floating = whole | {"num_max_dispatch_tokens_per_rank": float(TOKENS)}
     problems = []
     for text, call in {
         "remote_ranks is ['a']; a rank or a list of ranks": lambda: buffer.connect_ranks(["a"]),
         "rank_to_mask is 1.5; a rank or a list of ranks": lambda: buffer.update_mask_buffer(1.5),
         f"num_max_dispatch_tokens_per_rank is {TOKENS}.0; an integer is needed": lambda: buffer.dispatch(**floating),
+        "num_experts is '4'; an integer is needed": lambda: buffer.dispatch(**whole | {"num_experts": "4"}),
+        "top-k is 0; 1 to 32 are allowed": lambda: buffer.dispatch(**whole | {"topk_idx": whole["topk_idx"][:, :0]}),
+        "rank_to_mask is 1099511627776; it does not fit 32 bits": lambda: buffer.update_mask_buffer(1 << 40),
+        "num_ranks is 'a'; an integer is needed": lambda: buffer.update_memory_buffers("a", 2, 1 << 20),
         "dtype is None; a torch dtype is needed": lambda: buffer.get_local_buffer_tensor(None),
+        "size is 5; a sequence of extents is needed": lambda: buffer.get_local_buffer_tensor(torch.int8, 5),
+        "size is [-1]; extents from 0 are allowed": lambda: buffer.get_local_buffer_tensor(torch.int8, [-1]),
+        "store is a NoneType without": lambda: buffer.agree_mask(None),
     }.items():
         try:
             call()
