@@ -6,12 +6,18 @@ namespace nixl::core::ep {
 namespace gpu {
 namespace {
 
-// Contributions whose loads are in flight together. For few tokens all at once: a trip to memory is what counts.
-constexpr int rows_batch(bool few) {
-  return few ? 8 : 2;
+// Rows of a sum, and chunks of each, whose loads are in flight together: a trip to memory is what counts.
+constexpr int rows_batch(RowsKind kind) {
+  return kind == RowsKind::kFewTokens ? 8 : kind == RowsKind::kFewRows ? kFewRows : 4;
+}
+constexpr int rows_chunks(RowsKind kind) {
+  return kind == RowsKind::kFewRows ? 3 : 1;
 }
 enum Barrier { kAll };         // __syncthreads, at different places
 constexpr int kRowsAhead = 2;  // rows of a message that a warp loads before it sends the first
+
+template <RowsKind kKind>
+using RowsItem = Item<rows_piece(kKind), kRowsAhead>;
 
 // Where a row that is not summed goes: in the sender's slot while rows of all entries fit there, else to an area that all
 // senders share, by the parity of the owner's operation.
@@ -24,8 +30,10 @@ __device__ __forceinline__ std::uint8_t* row_by_place(const CombineOp& a, std::u
 }
 
 // The item's share of the entries' rows, as they are.
-template <int kLanes, int kAhead>
-__device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, Item<kRowsPiece, kAhead>& item) {
+template <int kLanes, int kPiece, int kAhead>
+__device__ __forceinline__ void send_rows(const CombineOp& a, const Shared& s, Item<kPiece, kAhead>& item) {
+  if (!item.exists || !s.peers[item.rank].active) return;
+  const Peer& peer = s.peers[item.rank];
   const int lane = threadIdx.x % 32, chunks = a.shape.chunks_of(item.piece), split = static_cast<int>(a.split);
   const Message& m = item.message;
 #pragma unroll 1
@@ -40,20 +48,21 @@ __device__ __forceinline__ void send_rows(const CombineOp& a, const Peer& peer, 
                              : row_by_place(a, peer.exact, peer.parity, m.token, __shfl_sync(~0u, m.place, e));
       PieceSender<kLanes> out(a.shape, to + item.piece * a.shape.piece_bytes, peer.tag_out);
 #pragma unroll
-      for (int c = 0; c < kRowsPiece; ++c)
+      for (int c = 0; c < kPiece; ++c)
         if (c < chunks) out.send(c, lane, item.rows[u].chunk[c]);
       out.finish(lane);
     }
   }
 }
 
-// What a token's sum is made of: lane t of the warp holds what is added at turn t, the sets say of which kind it is.
+// What a token's sum is made of: lane t of the warp holds what is added at turn t, below `count`; the sets say of which kind it is.
 struct Contributions {
   unsigned long long from;  // a row of lines, or a plain row of our own
   float weight;
   std::uint32_t tag;
   int rank;
-  unsigned all, lines, last;  // sets of turns; last: of its rank
+  int count;
+  unsigned lines, last;  // sets of turns; last: of its rank
 };
 __device__ __forceinline__ Contributions contributions_of(const CombineOp& a, const Shared& s, int token, int slot) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
@@ -63,8 +72,6 @@ __device__ __forceinline__ Contributions contributions_of(const CombineOp& a, co
   const int route = rank >= 0 ? entry.route : -1, number = entry.number;
   const bool own = rank == a.op.rank;
   const Peer& peer = s.peers[rank < 0 ? a.op.rank : rank];
-  const bool valid = route >= 0 && peer.active && (own || route < a.route.max_tokens);
-  const unsigned same = __match_any_sync(~0u, valid ? rank : -1 - lane);
   Contributions c;
   c.rank = rank;
   c.weight = entry.weight;
@@ -74,105 +81,192 @@ __device__ __forceinline__ Contributions contributions_of(const CombineOp& a, co
   const std::uint8_t* rows = in_slot ? peer.local : a.op.data + a.op.layout.exact_of(s.block->number & 1);
   c.from = own ? reinterpret_cast<unsigned long long>(row_at(a, route))
                : reinterpret_cast<unsigned long long>(rows + row * a.shape.row_bytes);
-  c.all = __ballot_sync(~0u, valid && c.from != 0);
-  c.lines = __ballot_sync(~0u, !own) & c.all;
-  c.last = __ballot_sync(~0u, same >> lane == 1) & c.all;
+  const bool valid = route >= 0 && peer.active && (own ? c.from != 0 : route < a.route.max_tokens);
+  const unsigned same = __match_any_sync(~0u, valid ? rank : -1 - lane), all = __ballot_sync(~0u, valid);
+  bool last = same >> lane == 1;
+  if (all & (all + 1)) {  // what does not come has left gaps: lane t takes the t-th that comes
+    unsigned left = all;
+#pragma unroll 1
+    for (int i = 0; i < lane; ++i) left &= left - 1;
+    const int source = left ? __ffs(left) - 1 : lane;
+    c.from = __shfl_sync(~0u, c.from, source);
+    c.weight = __shfl_sync(~0u, c.weight, source);
+    c.tag = __shfl_sync(~0u, c.tag, source);
+    c.rank = __shfl_sync(~0u, c.rank, source);
+    last = __shfl_sync(~0u, last, source);
+  }
+  c.count = __popc(all);
+  c.last = __ballot_sync(~0u, lane < c.count && last);
+  c.lines = __ballot_sync(~0u, lane < c.count && c.rank != a.op.rank);
   return c;
 }
 
-// Adds up chunks of one token, one warp: chunk = first, first + step, ...
-template <int kLanes, int kBatch>
+// Inside a row: a chunk, and what this lane reads of its tail. Rows of our own are plain.
+struct ChunkPlace {
+  int within, data_at, tail_at, own_at;  // within: its piece
+};
+template <int kLanes>
+__device__ __forceinline__ ChunkPlace place_of(const CombineOp& a, int chunk) {
+  const int lane = threadIdx.x % 32, channel = chunk * 256 + lane * 8;
+  const int piece = static_cast<unsigned>(chunk) / static_cast<unsigned>(a.shape.per);
+  ChunkPlace at;
+  at.within = chunk - piece * a.shape.per;
+  at.data_at = piece * a.shape.piece_bytes + at.within * kChunkBytes;
+  at.tail_at = piece * a.shape.piece_bytes + a.shape.per * kChunkBytes + Arriving<kLanes>::tail_at(at.within, lane);
+  at.own_at = channel < a.hidden ? 2 * channel - lane * 16 : -lane * 16;
+  return at;
+}
+
+// kChunks chunks of kBatch rows of a sum, all on their way at once.
+template <int kLanes, int kBatch, int kChunks>
+struct Batch {
+  Arriving<kLanes> in[kBatch][kChunks];
+  unsigned here;  // set of rows
+  static constexpr unsigned kAllChunks = (1u << kChunks) - 1;
+
+  // Rows [first, first + kBatch) of the sum, of which `chunks` chunks are meant. Returns with all that comes.
+  __device__ __forceinline__ void take(const CombineOp& a, const Shared& s, const Contributions& terms, int first,
+                                       const ChunkPlace (&at)[kChunks], int chunks) {
+    const int lane = threadIdx.x % 32, rows = min(terms.count - first, kBatch);
+    const unsigned lines = terms.lines >> first;
+    here = (1u << rows) - 1;
+    unsigned missing = 0;  // bit u * kChunks + k
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= rows) continue;
+      const auto* from = reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, terms.from, first + u));
+      const bool sent = lines >> u & 1;
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k)
+        if (k == 0 || k < chunks) in[u][k].load(from, sent ? at[k].data_at : at[k].own_at, at[k].tail_at, lane, sent);
+      if (sent) missing |= ((1u << chunks) - 1) << u * kChunks;
+    }
+    Patience patience;
+    unsigned polls = 0;
+#pragma unroll 1
+    for (;;) {
+      unsigned stale = 0;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const std::uint32_t tag = __shfl_sync(~0u, terms.tag, first + u);
+#pragma unroll
+        for (int k = 0; k < kChunks; ++k)
+          if (!in[u][k].fresh(lane, tag)) stale |= 1u << (u * kChunks + k);
+      }
+      missing &= __reduce_or_sync(~0u, stale);
+      if (!missing) return;
+      const int late = (__ffs(missing) - 1) / kChunks, rank = __shfl_sync(~0u, terms.rank, first + late);
+      if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
+        if (lane == 0) fail_peer(a.op, *s.block, s.peers[rank], rank);
+        missing &= ~(kAllChunks << late * kChunks);
+        here &= ~(1u << late);
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (!(missing >> u * kChunks & kAllChunks)) continue;
+        const auto* from = reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, terms.from, first + u));
+#pragma unroll
+        for (int k = 0; k < kChunks; ++k)
+          if (missing >> (u * kChunks + k) & 1) in[u][k].load(from, at[k].data_at, at[k].tail_at, lane, true);
+      }
+    }
+  }
+};
+
+// A chunk of a token's sum.
+struct Sum {
+  float total[8] = {}, group[8] = {};
+  // The row added at `turn`.
+  __device__ __forceinline__ void add(const CombineOp& a, const Contributions& terms, int turn, uint4 value) {
+    add_weighted(group, __shfl_sync(~0u, terms.weight, turn), value);
+    if (a.exact || !(terms.last >> turn & 1)) return;
+    add_plain(total, rounded(group));
+#pragma unroll
+    for (float& sum : group) sum = 0;
+  }
+  __device__ __forceinline__ void store(const CombineOp& a, int token, int chunk) const {
+    const int channel = chunk * 256 + threadIdx.x % 32 * 8;
+    if (channel < a.hidden)
+      __stcs(reinterpret_cast<uint4*>(a.out + std::int64_t{token} * a.hidden + channel),
+             a.exact ? rounded(group) : rounded(total));
+  }
+};
+
+// Adds up chunks of one token, one warp: chunk = first, first + step, ..., kChunks of them at once. More than one only where a batch
+// holds all rows of a token.
+template <int kLanes, int kBatch, int kChunks>
 __device__ __forceinline__ void sum_token(const CombineOp& a, const Shared& s, int token, int slot, int first,
                                           int step) {
   const int lane = threadIdx.x % 32;
   if (first >= a.shape.chunks) return;
   const Contributions terms = contributions_of(a, s, token, slot);
 #pragma unroll 1
-  for (int chunk = first; chunk < a.shape.chunks; chunk += step) {
-    const int piece = static_cast<unsigned>(chunk) / static_cast<unsigned>(a.shape.per),
-              c = chunk - piece * a.shape.per;
-    const int channel = chunk * 256 + lane * 8;
-    // Inside a row of lines: the chunk, and what this lane reads of its tail. Own rows have no tail.
-    const int line_at = piece * a.shape.piece_bytes + c * kChunkBytes;
-    const int tail_at = piece * a.shape.piece_bytes + a.shape.per * kChunkBytes +
-                        (kLanes == 1 ? (c * 11 + lane / 3) * 16 : lane % 8 * 16);
-    const int own_at = channel < a.hidden ? 2 * channel : 0;
-    float total[8] = {}, group[8] = {};
+  for (int chunk = first; chunk < a.shape.chunks; chunk += kChunks * step) {
+    ChunkPlace at[kChunks];
+    int chunks = 0;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+      if (k == 0 || chunk + k * step < a.shape.chunks) {
+        at[k] = place_of<kLanes>(a, chunk + k * step);
+        chunks = k + 1;
+      }
+    Batch<kLanes, kBatch, kChunks> batch;
+    Sum sum;
 #pragma unroll 1
-    for (unsigned left = terms.all; left;) {
-      Arriving<kLanes> in[kBatch];
-      int turn[kBatch];
-      float weight[kBatch];
-      unsigned here = 0, missing = 0, last = 0;  // sets of the batch
+    for (int turn = 0;;) {
+      batch.take(a, s, terms, turn, at, chunks);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (!left) continue;
-        const int t = __ffs(left) - 1;
-        left &= left - 1;
-        turn[u] = t;
-        const auto* from = reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, terms.from, t));
-        const bool lines = terms.lines >> t & 1;
-        in[u].load(from, lines ? line_at : own_at - lane * 16, lines ? tail_at : own_at, lane);
-        weight[u] = __shfl_sync(~0u, terms.weight, t);
-        here |= 1u << u;
-        missing |= (terms.lines >> t & 1) << u;
-        last |= (terms.last >> t & 1) << u;
+      for (int k = 0; k < kChunks; ++k) {
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u)
+          if (batch.here >> u & 1)
+            sum.add(a, terms, turn + u, batch.in[u][k].value(at[k].within, lane, terms.lines >> (turn + u) & 1));
+        if (kChunks == 1) continue;
+        if (k < chunks) sum.store(a, token, chunk + k * step);
+        sum = Sum();
       }
-      const unsigned lines = missing;
-      Patience patience;
-      unsigned polls = 0;
-#pragma unroll 1
-      while (missing) {
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (!(missing >> u & 1)) continue;
-          if (__all_sync(~0u, in[u].fresh(lane, __shfl_sync(~0u, terms.tag, turn[u])))) {
-            missing &= ~(1u << u);
-            continue;
-          }
-          const int rank = __shfl_sync(~0u, terms.rank, turn[u]);
-          if (!warp_patient(a.op, *s.block, rank, polls, patience)) {
-            if (lane == 0) fail_peer(a.op, *s.block, s.peers[rank], rank);
-            missing &= ~(1u << u);
-            here &= ~(1u << u);
-            continue;
-          }
-          in[u].load(reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, terms.from, turn[u])), line_at, tail_at,
-                     lane);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (!(here >> u & 1)) continue;
-        add_weighted(group, weight[u], lines >> u & 1 ? in[u].value(c, lane) : in[u].data);
-        if (!a.exact && (last >> u & 1)) {
-          add_plain(total, rounded(group));
-#pragma unroll
-          for (float& value : group) value = 0;
-        }
-      }
+      turn += kBatch;
+      if (kChunks > 1 || turn >= terms.count) break;
     }
-    if (channel < a.hidden)
-      __stcs(reinterpret_cast<uint4*>(a.out + std::int64_t{token} * a.hidden + channel),
-             a.exact ? rounded(group) : rounded(total));
+    if (kChunks == 1) sum.store(a, token, chunk);
   }
 }
 
 // One block adds everything up again without the ranks that failed.
-template <int kLanes, bool kFew>
+template <int kLanes, RowsKind kKind>
 __device__ __noinline__ void repair(const CombineOp& a, Shared s) {
   const int span = (a.route.num_tokens + gridDim.x - 1) / gridDim.x;
 #pragma unroll 1
   for (int base = 0; base < a.route.num_tokens; base += span) {
     const int tokens = min(span, a.route.num_tokens - base);
     __syncthreads();
-    load_entries(a, {base, 1, 0, 1}, base + tokens, s.own, threadIdx.x, rows_threads(kFew));
+    load_entries(a, {base, 1, 0, 1}, base + tokens, s.own, threadIdx.x, rows_threads(kKind));
     __syncthreads();
 #pragma unroll 1
     for (int slot = 0; slot < tokens; ++slot)
-      sum_token<kLanes, rows_batch(kFew)>(a, s, base + slot, slot, threadIdx.x / 32, rows_threads(kFew) / 32);
+      sum_token<kLanes, rows_batch(kKind), rows_chunks(kKind)>(a, s, base + slot, slot, threadIdx.x / 32,
+                                                               rows_threads(kKind) / 32);
   }
 }
+
+// What this block does. For few tokens, where blocks are plenty, the last ones only add up: they wait where the first rows arrive
+// instead of sending before.
+struct Role {
+  bool sends, adds;
+  unsigned senders;  // the blocks that send, from 0 on
+  Share share;       // of own tokens
+};
+template <RowsKind kKind>
+__device__ __forceinline__ Role role_of(const CombineOp& a, unsigned warps) {
+  const bool sends = a.op.parts & kSends, adds = a.op.parts & kReceives;
+  const unsigned adders = a.route.num_tokens * ((a.shape.chunks + warps - 1) / warps);
+  if (kKind != RowsKind::kFewTokens || !sends || !adds || 2 * adders > gridDim.x)
+    return {sends, adds, gridDim.x, share_of_tokens(a, warps, blockIdx.x, gridDim.x)};
+  const unsigned senders = gridDim.x - adders;
+  if (blockIdx.x < senders) return {true, false, senders, {a.route.num_tokens, 1, 0, 1}};
+  return {false, true, senders, share_of_tokens(a, warps, blockIdx.x - senders, adders)};
+}
+
 // Begins the operation: headers, and where rows of each owner go. One warp.
 __device__ __forceinline__ void begin(const CombineOp& a, const Shared& s) {
   const Op& op = a.op;
@@ -190,18 +284,18 @@ __device__ __forceinline__ void begin(const CombineOp& a, const Shared& s) {
 }  // namespace
 }  // namespace gpu
 
-template <int kLanes, bool kFew>
-__global__ void __launch_bounds__(gpu::rows_threads(kFew), 1) combine_rows(const __grid_constant__ gpu::CombineOp a) {
+template <int kLanes, gpu::RowsKind kKind>
+__global__ void __launch_bounds__(gpu::rows_threads(kKind), 1) combine_rows(const __grid_constant__ gpu::CombineOp a) {
   using namespace gpu;
-  constexpr int kWarps = rows_threads(kFew) / 32;
+  constexpr int kWarps = rows_threads(kKind) / 32;
   constexpr int kControl = kWarps - 1;  // the warp that begins the operation,
   constexpr int kEntries = kWarps - 2;  // and the one that loads the entries: they have the fewest rows to send
   const Shared s = carve(a);
-  const Share share = share_of_tokens(a, kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  unsigned next = blockIdx.x + warp * gridDim.x;
-  Item<kRowsPiece, kRowsAhead> item;
+  const Role role = role_of<kKind>(a, kWarps);
+  const Share& share = role.share;
+  unsigned next = blockIdx.x + warp * role.senders;
+  RowsItem<kKind> item;
   item.locate(a, next);
   // worked out here, not where it is used
   asm volatile("" : "+r"(item.rank), "+r"(item.number), "+r"(item.piece), "+r"(item.entry));
@@ -210,44 +304,47 @@ __global__ void __launch_bounds__(gpu::rows_threads(kFew), 1) combine_rows(const
   unsigned items = 0;
   if (warp == kControl) begin(a, s);
   if (warp == kEntries) load_entries(a, share, a.route.num_tokens, s.own, lane, 32);
-  if (warp == kControl) sync_some(kAll, rows_threads(kFew));  // nobody waits for its rows
-  if (sends) {
+  if (warp == kControl) sync_some(kAll, rows_threads(kKind));  // nobody waits for its rows
+  if (role.sends) {
     const int count = load_count(a, lane);
     item.load(a, count);
     items = static_cast<unsigned>(most_messages(a, count)) * (a.op.ranks - 1) * a.shape.pieces * a.split;
   }
-  if (warp != kControl) sync_some(kAll, rows_threads(kFew));
+  if (warp != kControl) sync_some(kAll, rows_threads(kKind));
+  if (next < items) send_rows<kLanes>(a, s, item);
+  const bool receives = a.op.parts & kReceives;
   if (warp == kControl && receives && blockIdx.x == 0) await_headers(a, *s.block, s.peers);
   // Sends in rounds; after a round the sums of tokens whose messages were sent, everywhere, at least one round before.
-  const unsigned in_round = kWarps * gridDim.x, per_token = (a.op.ranks - 1) * a.shape.pieces * a.split;
+  const unsigned in_round = kWarps * role.senders, per_token = (a.op.ranks - 1) * a.shape.pieces * a.split;
   const int first = share.part * kWarps + (kWarps - 1 - warp), step = share.parts * kWarps;
   int token = share.first, slot = 0;
 #pragma unroll 1
   for (unsigned past = 0;; past += in_round) {
-    const bool all_sent = next >= items;
-    if (!all_sent && item.exists && s.peers[item.rank].active) send_rows<kLanes>(a, s.peers[item.rank], item);
-    if (receives)
+    const bool all_sent = next + in_round >= items;
+    if (role.adds)
 #pragma unroll 1
       for (; token < a.route.num_tokens && (all_sent || (token + 1) * per_token <= past); token += share.step, ++slot)
-        sum_token<kLanes, rows_batch(kFew)>(a, s, token, slot, first, step);
+        sum_token<kLanes, rows_batch(kKind), rows_chunks(kKind)>(a, s, token, slot, first, step);
     if (all_sent) break;
     next += in_round;
-    if (next < items) {
-      item.locate(a, next);
-      item.load(a, load_count(a, lane));
-    }
+    RowsItem<kKind> following;  // not the first one again: its rows would be kept while sums are made
+    following.locate(a, next);
+    following.load(a, load_count(a, lane));
+    send_rows<kLanes>(a, s, following);
   }
   if (!receives) return finish_sending(a.op, *s.block);
-  if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kFew>(a, s);
+  if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kKind>(a, s);
 }
 
 namespace gpu {
-const void* combine_rows_kernel(int lanes, bool few) {
-  if (lanes == 1)
-    return few ? reinterpret_cast<const void*>(combine_rows<1, true>)
-               : reinterpret_cast<const void*>(combine_rows<1, false>);
-  return few ? reinterpret_cast<const void*>(combine_rows<8, true>)
-             : reinterpret_cast<const void*>(combine_rows<8, false>);
+template <int kLanes>
+const void* rows_kernel(RowsKind kind) {
+  return kind == RowsKind::kFewTokens ? reinterpret_cast<const void*>(combine_rows<kLanes, RowsKind::kFewTokens>)
+         : kind == RowsKind::kFewRows ? reinterpret_cast<const void*>(combine_rows<kLanes, RowsKind::kFewRows>)
+                                      : reinterpret_cast<const void*>(combine_rows<kLanes, RowsKind::kMany>);
+}
+const void* combine_rows_kernel(int lanes, RowsKind kind) {
+  return lanes == 1 ? rows_kernel<1>(kind) : rows_kernel<8>(kind);
 }
 }  // namespace gpu
 }  // namespace nixl::core::ep

@@ -15,6 +15,7 @@ namespace {
 
 using gpu::Change;
 using gpu::PeerChange;
+using gpu::RowsKind;
 using gpu::State;
 using nixl::ep::Combine;
 using nixl::ep::Phase;
@@ -32,7 +33,6 @@ constexpr Nanoseconds kCloseGrace = 1'000'000'000;  // for operations under way 
 
 constexpr int kMaxExperts = 8192;         // a table of them lies in shared memory
 constexpr std::int64_t kSmallBatch = 16;  // up to here rows travel unsummed: one hop instead of two
-constexpr int kFewRows = 2;               // the same for this many rows of a token: hardly more bytes
 constexpr std::int64_t kFewSums = 64;     // up to here short pieces of sums
 
 // 128-byte lines arrive whole over NVLink; 16-byte cells are for GPUs joined by anything else, and for ranks that share one.
@@ -154,7 +154,8 @@ Result<void> CudaPath::allocate() {
   num_blocks_ = options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors;
   for (const void* kernel :
        {gpu::dispatch_kernel(lanes_), gpu::combine_sums_kernel(lanes_, true), gpu::combine_sums_kernel(lanes_, false),
-        gpu::combine_rows_kernel(lanes_, true), gpu::combine_rows_kernel(lanes_, false), gpu::barrier_kernel()}) {
+        gpu::combine_rows_kernel(lanes_, RowsKind::kFewTokens), gpu::combine_rows_kernel(lanes_, RowsKind::kFewRows),
+        gpu::combine_rows_kernel(lanes_, RowsKind::kMany), gpu::barrier_kernel()}) {
     cudaFuncAttributes found;
     NIXL_TRY(cuda_check(cudaFuncGetAttributes(&found, kernel), "kernels for this GPU (sm_90 and newer are built)"));
     NIXL_TRY(cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -303,11 +304,14 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   a.hidden = static_cast<int>(args.hidden);
   const bool weighted = args.sends_only && args.recv_weights;
   a.exact = options_.combine == Combine::kExact || (args.sends_only && !weighted);
-  const bool few_rows = args.max_tokens <= kSmallBatch || args.topk <= kFewRows;
+  const bool few_rows = args.max_tokens <= kSmallBatch || args.topk <= gpu::kFewRows;  // hardly more bytes than sums
   const bool summed = !a.exact && (weighted || (!args.sends_only && !few_rows));
   const bool few = args.max_tokens <= (summed ? kFewSums : kSmallBatch);
+  const RowsKind kind = args.max_tokens <= kSmallBatch ? RowsKind::kFewTokens
+                        : args.topk <= gpu::kFewRows   ? RowsKind::kFewRows
+                                                       : RowsKind::kMany;
   NIXL_ASSIGN(a.shape,
-              shape_of(2 * args.hidden, args.max_tokens, summed ? gpu::sums_piece(few) : gpu::kRowsPiece, 0, 0));
+              shape_of(2 * args.hidden, args.max_tokens, summed ? gpu::sums_piece(few) : gpu::rows_piece(kind), 0, 0));
   const std::int64_t all_rows = args.max_tokens * args.topk * a.shape.row_bytes;
   a.rows = summed ? gpu::Rows::kSummed : all_rows <= layout_.slot_bytes ? gpu::Rows::kInSlot : gpu::Rows::kByPlace;
   a.split = summed || args.max_tokens > kSmallBatch ? 1 : args.max_tokens > 4 ? 2 : 4;
@@ -335,8 +339,8 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   const auto shared = gpu::make_combine_shared(a, grid);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  const void* kernel = summed ? gpu::combine_sums_kernel(lanes_, few) : gpu::combine_rows_kernel(lanes_, few);
-  const int threads = summed ? gpu::kSumsThreads : gpu::rows_threads(few);
+  const void* kernel = summed ? gpu::combine_sums_kernel(lanes_, few) : gpu::combine_rows_kernel(lanes_, kind);
+  const int threads = summed ? gpu::kSumsThreads : gpu::rows_threads(kind);
   NIXL_TRY(launch_operation(kernel, grid, threads, shared.total, &a, args.stream));
   sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kCombine, args.records}) : std::nullopt;
   return {};

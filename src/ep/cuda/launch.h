@@ -49,7 +49,7 @@ NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
 // lanes: 1 or 8 (ep/layout/push.h). Each takes its Op struct by value.
 const void* dispatch_kernel(int lanes);
 const void* combine_sums_kernel(int lanes, bool few);
-const void* combine_rows_kernel(int lanes, bool few);
+const void* combine_rows_kernel(int lanes, RowsKind kind);
 const void* barrier_kernel();
 
 // What a change of peers does, for the ranks listed in pinned host memory.

@@ -20,12 +20,17 @@ constexpr int sums_piece(bool few) {
 constexpr int sums_ahead(bool few) {
   return few ? 4 : 2;
 }
-// Of a combine of rows as they are: fewer threads, more registers each, most of all for few tokens.
-constexpr int rows_threads(bool few) {
-  return few ? 256 : 384;
+// Of a combine of rows as they are: for few tokens, for few rows a token, and for what needs exact sums. Fewer threads, more registers
+// each, most of all for few tokens.
+enum class RowsKind { kFewTokens, kFewRows, kMany };
+inline constexpr int kFewRows = 2;  // most rows of a token there
+constexpr int rows_threads(RowsKind kind) {
+  return kind == RowsKind::kFewTokens ? 256 : 384;
 }
-inline constexpr int kRowsPiece = 4;  // most chunks of a piece there
-inline constexpr int kSenders = 8;    // warps that send first; the others receive from the start
+constexpr int rows_piece(RowsKind kind) {  // most chunks of a piece there
+  return kind == RowsKind::kFewTokens ? 2 : 4;
+}
+inline constexpr int kSenders = 8;  // warps that send first; the others receive from the start
 
 // Private to one rank, in device memory. An operation is numbered by tickets: its blocks together add kTicket to each word,
 // whatever their number, so the first ticket of the next operation follows without anybody resetting anything. Several words, since

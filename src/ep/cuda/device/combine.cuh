@@ -8,13 +8,13 @@
 
 namespace nixl::core::ep::gpu {
 
-// The own tokens of this block: first, first + step, ... Where there are at least twice as many blocks as tokens, `parts` blocks
-// share a token. Tokens are spread over blocks, so that what arrives first gives every block something to add up.
+// The own tokens of block `block` of the `grid` that add up: first, first + step, ... Where there are at least twice as many blocks as
+// tokens, `parts` blocks share a token. Tokens are spread over blocks, so that what arrives first gives every block something to add up.
 struct Share {
   int first, step, part, parts;
 };
-__device__ __forceinline__ Share share_of_tokens(const CombineOp& a, unsigned warps) {
-  const unsigned grid = gridDim.x, block = blockIdx.x, n = a.route.num_tokens;
+__device__ __forceinline__ Share share_of_tokens(const CombineOp& a, unsigned warps, unsigned block, unsigned grid) {
+  const unsigned n = a.route.num_tokens;
   const unsigned wanted = (a.shape.chunks + warps - 1) / warps;
   if (n == 0 || 2 * n > grid) return {static_cast<int>(block), static_cast<int>(grid), 0, 1};
   const unsigned most = grid / n, parts = most < wanted ? most : wanted;
@@ -79,8 +79,7 @@ struct Piece {
   uint4 chunk[kChunks];
   __device__ __forceinline__ void load(const CombineOp& a, const std::uint16_t* row, int first, int chunks, int lane) {
 #pragma unroll
-    for (int u = 0; u < kChunks; ++u)
-      chunk[u] = load_row(a, u < chunks ? row : nullptr, first + u, lane);
+    for (int u = 0; u < kChunks; ++u) chunk[u] = load_row(a, u < chunks ? row : nullptr, first + u, lane);
   }
 };
 

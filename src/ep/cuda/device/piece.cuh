@@ -13,6 +13,7 @@ class PieceSender {
   __device__ PieceSender(const RowShape& shape, std::uint8_t* to, std::uint32_t tag)
       : to_(to), tail_(to + shape.per * kChunkBytes), tag_(tag) {}
   __device__ __forceinline__ void send(int chunk, int lane, uint4 v) {
+    Line::store(to_ + chunk * kChunkBytes, lane, v, tag_);
     if (kLanes == 1) {  // eleven cells take the 32 words
       uint4 cell;
       cell.x = __shfl_sync(~0u, v.w, 3 * lane % 32);
@@ -25,7 +26,6 @@ class PieceSender {
                                       __shfl_sync(~0u, v.w, 31)};
       if (lane == chunk) displaced_ = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    Line::store(to_ + chunk * kChunkBytes, lane, v, tag_);
   }
   __device__ __forceinline__ void finish(int lane) {
     if (kLanes != 1) Line::store(tail_, lane, displaced_, tag_, 1);
@@ -42,21 +42,35 @@ class PieceSender {
 template <int kLanes>
 struct Arriving {
   using Line = Lines<kLanes>;
-  uint4 data, tail;
-  // `data_at`, `tail_at`: offsets inside the row of the chunk and of what this lane reads of its tail.
-  __device__ __forceinline__ void load(const std::uint8_t* row, int data_at, int tail_at, int lane) {
-    data = Line::load(row + data_at, lane);
-    tail = kLanes == 1 ? load_cell(row + tail_at) : load_line(row + tail_at);
+  uint4 data;
+  std::uint32_t
+      word;  // of the tail: this lane's of the line; with 16-byte lines the one that this lane's tag displaced
+  std::uint32_t word_tag;  // with 16-byte lines: beside that word
+
+  // Where this lane reads in the tail of a piece.
+  static __device__ __forceinline__ int tail_at(int chunk, int lane) {
+    return kLanes == 1 ? (chunk * 11 + lane / 3) * 16 : lane * 4;
+  }
+  // `at`, `tail`: offsets inside the row of the chunk and of what this lane reads of its tail, if there is one.
+  __device__ __forceinline__ void load(const std::uint8_t* row, int at, int tail, int lane, bool with_tail = true) {
+    data = Line::load(row + at, lane);
+    if (!with_tail) return;
+    if (kLanes == 1) {
+      const uint4 cell = load_cell(row + tail);
+      const int q = lane % 3;
+      word = q == 0 ? cell.x : q == 1 ? cell.y : cell.z;
+      word_tag = cell.w;
+    } else {
+      word = load_word(row + tail);
+    }
   }
   __device__ __forceinline__ bool fresh(int lane, std::uint32_t tag) const {
-    return Line::fresh(data, lane, tag) && (!Line::holds_tag(lane) || tail.w == tag);
+    return Line::fresh(data, lane, tag) && (kLanes == 1 ? word_tag == tag : lane != 31 || word == tag);
   }
-  __device__ __forceinline__ uint4 value(int c, int lane) const {
-    const int q = kLanes == 1 ? lane % 3 : lane / 8;
-    std::uint32_t word = q == 0 ? tail.x : q == 1 ? tail.y : q == 2 ? tail.z : tail.w;
-    if (kLanes != 1) word = __shfl_sync(~0u, word, lane / 8 * 8 + c);
+  __device__ __forceinline__ uint4 value(int chunk, int lane, bool with_tail = true) const {
+    const std::uint32_t displaced = kLanes == 1 ? word : __shfl_sync(~0u, word, 4 * chunk + lane / 8);
     uint4 v = data;
-    if (Line::holds_tag(lane)) v.w = word;
+    if (with_tail && Line::holds_tag(lane)) v.w = displaced;
     return v;
   }
 };
