@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
-from . import _native, layout
+from . import _native, layout, operations
 from .agreement import Agreements
 from .config import COMBINE, DISPATCH, Config, recommended
 from .construction import DEFAULT_TIMEOUT_MS, SIGNATURE, Arguments, choose, parse  # noqa: F401
@@ -17,12 +17,11 @@ from .results import PHASES, Fault, Handle
 from .runtime import Runtime
 from .stores import StoreOfTorch
 from .streams import Streams
-from .tensors import Allocator, Ranks, address, check, rank_list, torch
+from .tensors import Allocator, Ranks, address, check, extents, rank_list, torch
 from .utils import EventHandle, EventOverlap
 
 _DEVICES = {"cpu": 0, "cuda": 1}
 _COMBINES = {"exact": 0, "reduced": 1}
-_WHOLE, _SEND, _RECEIVE = 0, 1, 2
 
 
 class Buffer:
@@ -219,21 +218,14 @@ class Buffer:
         require(isinstance(dtype, torch().dtype), f"dtype is {dtype!r}; a torch dtype is needed")
         whole = native.data_bytes()
         item, offset = dtype.itemsize, integer("offset", offset, 64)
-        count = None
-        if size is not None:
-            require(hasattr(size, "__iter__"), f"size is {size!r}; a sequence of extents is needed, such as [{size!r}]")
-            size = [integer("an extent of size", extent, 64) for extent in size]
-            require(all(extent >= 0 for extent in size), f"size is {size}; extents from 0 are allowed")
-            count = math.prod(size)
         require(0 <= offset <= whole and offset % item == 0,
                 f"offset is {offset} bytes; multiples of {item} from 0 to {whole} are allowed")
         room = (whole - offset) // item
-        require(count is None or count <= room,
-                f"size {list(size or ())} needs {count} elements of {dtype}; there are {room} from offset {offset}")
-        bytes_ = (room if count is None else count) * item
-        block = torch().from_dlpack(native.data_memory(offset, bytes_, _DEVICES[self._device], self._device_id))
-        flat = block.view(dtype)
-        return flat if size is None else flat.view(tuple(size))
+        shape = (room,) if size is None else extents("size", size)
+        count = math.prod(shape)
+        require(count <= room, f"size {shape} needs {count} elements of {dtype}; there are {room} from offset {offset}")
+        block = torch().from_dlpack(native.data_memory(offset, count * item, _DEVICES[self._device], self._device_id))
+        return block.view(dtype).view(shape)
 
     def clean_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Zeroes the exchanged memory; never needed, kept for programs that call it."""
@@ -337,44 +329,26 @@ class Buffer:
         if topk_weights is not None:
             check("topk_weights", topk_weights, (t.float32,), (tokens, topk), self._device)
         require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
-        payload = _payload(use_fp8, round_scale, use_ue8m0, hidden)
-        bound = integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
-        experts = self._experts_per_rank
-        ranks = self._ranks_of(num_experts)
-        require(0 < bound, f"num_max_dispatch_tokens_per_rank is {bound}; it must be positive")
-        require(tokens <= bound, f"x has {tokens} tokens; num_max_dispatch_tokens_per_rank is {bound}")
-        needed = native_call(_native.size_hint, bound, hidden, ranks, self.group_size * experts)
-        require(needed <= self.num_rdma_bytes,
-                f"{bound} tokens of hidden size {hidden} need {needed} bytes; update_memory_buffers got {self.num_rdma_bytes} "
-                "(get_rdma_size_hint tells how many the largest call needs)")
-        if cumulative_local_expert_recv_stats is not None:
-            check("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, (t.int32,), (experts,), self._device)
-        if dispatch_wait_recv_cost_stats is not None:
-            check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, (t.int64,), (ranks,), self._device)
+        payload = operations.payload_of(use_fp8, round_scale, use_ue8m0, hidden)
+        bound, experts = operations.check_bound(num_max_dispatch_tokens_per_rank, tokens), self._experts_per_rank
+        ranks = operations.ranks_covered(num_experts, experts, native.active_rank_bound(), self.group_size)
+        extent = operations.Extent(experts, ranks, bound, hidden)
+        operations.check_room(extent, self.group_size, self.num_rdma_bytes)
+        stats, costs = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        if stats is not None:
+            check("cumulative_local_expert_recv_stats", stats, (t.int32,), (experts,), self._device)
+        if costs is not None:
+            check("dispatch_wait_recv_cost_stats", costs, (t.int64,), (ranks,), self._device)
 
-        rows, empty = ranks * bound, self._allocator.empty
+        record_bytes = native_call(_native.record_bytes, _DEVICES[self._device], bound, topk, ranks)
         args = _native.Dispatch(
             address(x), tokens, hidden, address(topk_idx), topk, topk_idx.element_size(), address(topk_weights), bound, ranks,
-            payload, address(cumulative_local_expert_recv_stats), address(dispatch_wait_recv_cost_stats),
-            self._streams.of_operation(async_finish))
-        recv = empty((experts, rows, hidden), t.float8_e4m3fn if payload else t.bfloat16)
-        storage = None
-        if payload:
-            groups = hidden // 512 if payload == 3 else hidden // 128
-            storage = empty((experts, groups, rows), t.int32 if payload == 3 else t.float32)
-        count = empty((experts,), t.int32)
-        handle = Handle((empty((experts, rows), t.int32), empty((experts, ranks), t.int64), bound, hidden))
-        if topk_weights is not None:
-            handle.weights, handle.places = empty((experts, rows), t.float32), empty((experts, rows), t.uint8)
-        noted = native_call(_native.record_bytes, _DEVICES[self._device], bound, topk, ranks)
-        if noted:
-            handle.records = handle[0].nixl_records = empty((noted,), t.uint8)
-        args.outputs(address(recv), address(storage), address(count), address(handle[0]), address(handle[1]),
-                     address(handle.weights), address(handle.places), address(handle.records))
-        keep = (x, topk_idx, topk_weights, recv, storage, count, handle, handle.weights, handle.places, handle.records,
-                cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+            payload, address(stats), address(costs), self._streams.of_operation(async_finish))
+        received = operations.Received(self._allocator, extent, payload, topk_weights is not None, record_bytes)
+        received.give_to(args)
+        keep = (x, topk_idx, topk_weights, stats, costs, *received.tensors())
         event, hook = self._run(native.dispatch, args, async_finish, return_recv_hook, keep)
-        return (recv, storage.transpose(1, 2)) if payload else recv, count, handle, event, hook
+        return received.recv_x, received.count, received.handle, event, hook
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Tuple[Any, Any, Handle, EventOverlap, Optional[Callable[[], None]]]:
         """:meth:`low_latency_dispatch`."""
@@ -402,10 +376,9 @@ class Buffer:
         """
         native = self._operation()
         t = torch()
-        src_info, layout_range, bound, hidden, ranks = self._check_handle(handle)
-        rows, experts = ranks * bound, self._experts_per_rank
+        src_info, layout_range, (experts, ranks, bound, hidden) = self._check_handle(handle)
         if not zero_copy:
-            check("x", x, (t.bfloat16,), (experts, rows, hidden), self._device)
+            check("x", x, (t.bfloat16,), (experts, ranks * bound, hidden), self._device)
         check("topk_idx", topk_idx, (t.int32, t.int64), (None, None), self._device)
         tokens, topk = topk_idx.shape
         check("topk_weights", topk_weights, (t.float32,), (tokens, topk), self._device)
@@ -442,7 +415,7 @@ class Buffer:
         Any operation in between invalidates it. Its memory is allocated at the first request.
         """
         native = self._operation()
-        _, _, bound, hidden, ranks = self._check_handle(handle)
+        _, _, (_, ranks, bound, hidden) = self._check_handle(handle)
         view = native_call(native.next_combine_buffer, bound, hidden, ranks, _DEVICES[self._device], self._device_id)
         return torch().from_dlpack(view).view(torch().bfloat16)
 
@@ -507,51 +480,20 @@ class Buffer:
         require(not error, f"an earlier operation dropped part of its input: {error}")
         return native
 
-    def _ranks_of(self, num_experts: Optional[int]) -> int:
-        bound, per_rank = self._native().active_rank_bound(), self._experts_per_rank
-        if num_experts is None:
-            return bound
-        low, high, num_experts = bound * per_rank, self.group_size * per_rank, integer("num_experts", num_experts)
-        require(num_experts % per_rank == 0 and low <= num_experts <= high,
-                f"num_experts is {num_experts}; multiples of {per_rank} from {low} (highest active rank {bound - 1}) to {high} "
-                "are allowed")
-        return num_experts // per_rank
-
-    def _check_handle(self, handle: tuple) -> Tuple[Any, Any, int, int, int]:
-        require(isinstance(handle, (tuple, list)), f"handle is a {type(handle).__name__}; the tuple that dispatch returned is needed")
-        require(len(handle) in (4, 5), f"handle has {len(handle)} entries; the tuple that dispatch returned has 4")
-        t, experts = torch(), self._experts_per_rank
-        src_info, layout_range, bound, hidden = handle[:4]
-        check("layout_range of the handle", layout_range, (t.int64,), (experts, None), self._device)
-        ranks, low = layout_range.shape[1], self._native().active_rank_bound()
-        require(low <= ranks <= self.group_size,
-                f"the handle covers {ranks} ranks; from {low} (highest active rank {low - 1}) to {self.group_size} are allowed")
-        require(isinstance(bound, int) and isinstance(hidden, int) and bound > 0 and hidden > 0,
-                f"the handle's sizes are {bound!r} and {hidden!r}; positive integers are needed")
-        check("src_info of the handle", src_info, (t.int32,), (experts, ranks * bound), self._device)
-        return src_info, layout_range, bound, hidden, ranks
+    def _check_handle(self, handle: tuple) -> Tuple[Any, Any, operations.Extent]:
+        return operations.check_handle(handle, self._experts_per_rank, self._native().active_rank_bound(), self.group_size,
+                                       self._device)
 
     def _run(self, call: Callable, args: Any, async_finish: bool, with_hook: bool, keep: tuple):
         if with_hook:
-            native_call(call, _SEND, args)
+            native_call(call, operations.SEND, args)
 
             def hook() -> None:
-                native_call(call, _RECEIVE, args)
+                native_call(call, operations.RECEIVE, args)
 
             hook.tensors = keep  # they live as long as the hook
             return EventOverlap(), hook
-        native_call(call, _WHOLE, args)
+        native_call(call, operations.WHOLE, args)
         if not async_finish:
             return EventOverlap(), None
         return self._streams.event_of_asynchronous(keep), None
-
-
-def _payload(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -> int:
-    """The number of nixl::ep::Payload."""
-    require(not use_ue8m0 or (round_scale and use_fp8), "use_ue8m0 needs use_fp8 and round_scale")
-    unit = 512 if use_ue8m0 else 128 if use_fp8 else 8
-    kind = "ue8m0" if use_ue8m0 else "fp8" if use_fp8 else "bfloat16"
-    require(hidden > 0 and hidden % unit == 0, f"the hidden size is {hidden}; {kind} dispatch needs a multiple of {unit}")
-    if not use_fp8:
-        return 0
-    return 3 if use_ue8m0 else 2 if round_scale else 1

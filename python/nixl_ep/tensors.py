@@ -1,6 +1,6 @@
 """Checks of the caller's tensors, and allocation of the results."""
 import sys
-from typing import Any, List, Optional, Sequence, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 from . import _native
 from .errors import NixlEpError, integer, require
@@ -25,6 +25,14 @@ def rank_list(name: str, ranks: Ranks) -> List[int]:
         return [integer(name, rank) for rank in ranks] if hasattr(ranks, "__iter__") else [integer(name, ranks)]
     except TypeError:
         raise TypeError(f"{name} is {ranks!r}; a rank or a list of ranks is needed, each an integer") from None
+
+
+def extents(name: str, shape: Sequence[int]) -> Tuple[int, ...]:
+    """The shape as a tuple; NixlEpError, TypeError naming the argument when it is none."""
+    require(hasattr(shape, "__iter__"), f"{name} is {shape!r}; a sequence of extents is needed, such as [{shape!r}]")
+    sizes = tuple(integer(f"an extent of {name}", extent, 64) for extent in shape)
+    require(min(sizes, default=0) >= 0, f"{name} is {list(sizes)}; extents from 0 are allowed")
+    return sizes
 
 
 def address(tensor: Optional[Any]) -> int:
