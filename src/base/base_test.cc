@@ -97,6 +97,8 @@ TEST(environment_words) {
   CHECK_EQ(**env_int("NIXL_TEST_WORD"), -12);
   unsetenv("NIXL_TEST_WORD");
   CHECK(!*env_bool("NIXL_TEST_WORD"));
+  CHECK(parse_words(" a,b c,, ") == (std::vector<std::string>{"a", "b", "c"}));
+  CHECK(parse_words("").empty() && parse_words(", ,").empty());
 }
 
 TEST(fd_closes_once) {

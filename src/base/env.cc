@@ -30,6 +30,16 @@ std::optional<std::int64_t> parse_int(std::string_view text) {
   return value;
 }
 
+std::vector<std::string> parse_words(std::string_view text) {
+  std::vector<std::string> words;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t start = std::min(text.find_first_not_of(", ", at), text.size());
+    at = std::min(text.find_first_of(", ", start), text.size());
+    if (at > start) words.emplace_back(text.substr(start, at - start));
+  }
+  return words;
+}
+
 Result<std::optional<bool>> env_bool(const char* name) {
   const auto text = env_text(name);
   if (!text) return std::optional<bool>();

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/result.h"
 
@@ -15,5 +16,6 @@ Result<std::optional<std::int64_t>> env_int(const char* name);  // whole value m
 
 std::optional<bool> parse_bool(std::string_view text);
 std::optional<std::int64_t> parse_int(std::string_view text);
+std::vector<std::string> parse_words(std::string_view text);  // with commas or blanks between them; none is empty
 
 }  // namespace nixl::core

@@ -14,20 +14,6 @@
 namespace nixl::core::mooncake {
 namespace {
 
-std::vector<std::string> words(const std::string& text) {
-  std::vector<std::string> found;
-  std::string word;
-  for (const char letter : text + ",") {
-    if (letter != ',' && letter != ' ') {
-      word += letter;
-    } else if (!word.empty()) {
-      found.push_back(std::move(word));
-      word.clear();
-    }
-  }
-  return found;
-}
-
 std::vector<std::string> entries_of(const std::string& folder) {
   std::vector<std::string> names;
   std::error_code ignored;
@@ -85,7 +71,7 @@ Result<EngineOptions> engine_options(const Params& params, const Machine& machin
   if (options.protocol != "auto" && options.protocol != "tcp" && options.protocol != "rdma")
     return fail(Code::kInvalidArgument, "Mooncake parameter protocol is '%s': auto, tcp or rdma is needed",
                 options.protocol.c_str());
-  options.devices = words(value_of(params, "mooncake_devices"));
+  options.devices = parse_words(value_of(params, "mooncake_devices"));
   const std::vector<std::string> present = entries_of(machine.rdma_folder);
   NIXL_TRY(check_devices(options, present, machine.rdma_folder));
   if (options.protocol == "tcp" && !options.devices.empty())
