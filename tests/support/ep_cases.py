@@ -367,3 +367,19 @@ def compare_rows(name: str, want: np.ndarray, got: np.ndarray) -> list[str]:
         return []
     where = tuple(int(i) for i in np.argwhere(differs)[0])
     return [f"{name}: {differs.sum()} of {want.size} differ, first at {where}: {got[where]}, must be {want[where]}"]
+
+
+def run_operations(buffer, rank, present, count, first=0, ranks=4, shape: Shape = Shape(), combine="exact"):
+    """`count` checked operations of the ranks `present`, in a layout of `ranks`, of every payload in turn."""
+    problems = []
+    for seed in range(first, first + count):
+        payload = list(Payload)[seed % 4]
+        operation = group_operation(shape, payload, combine, seed, present=tuple(present), ranks=ranks)
+        problems += run_operation(buffer, rank, operation, Options(payload, combine=combine))
+    return problems
+
+
+def no_problems(results):
+    """Fails with what the ranks of a call complain of."""
+    problems = [problem for result in results.values() for problem in result]
+    assert not problems, "\n".join(problems[:20])

@@ -1,16 +1,11 @@
 """Wrong arguments: each a clear exception, and the buffer goes on working."""
 
 import pytest
-from ep_cases import Options, Shape, group_operation, open_buffer, run_operation
+from ep_cases import Options, Shape, group_operation, no_problems, open_buffer, run_operation
 from ep_oracle import Payload
 
 SHAPE = Shape(ranks=2)
 HIDDEN, TOKENS, TOPK = SHAPE.hidden, SHAPE.max_tokens, SHAPE.topk
-
-
-def no_problems(results):
-    problems = [problem for result in results.values() for problem in result]
-    assert not problems, "\n".join(problems[:20])
 
 
 def good_dispatch(torch, device):

@@ -12,6 +12,7 @@ from ep_cases import (
     expected_operation,
     group_operation,
     make_tokens,
+    no_problems,
     open_buffer,
     run_combine,
     run_dispatch,
@@ -21,11 +22,6 @@ from ep_oracle import Payload
 
 SHAPE = Shape()
 BF16 = Options()
-
-
-def no_problems(results):
-    problems = [problem for result in results.values() for problem in result]
-    assert not problems, "\n".join(problems[:20])
 
 
 def read_mask(buffer, capacity, device):

@@ -15,30 +15,16 @@ from ep_cases import (
     group_operation,
     make_tokens,
     memory_bytes,
+    no_problems,
     open_buffer,
     run_operation,
+    run_operations,
     tensor_bf16,
 )
 from ep_fixtures import ALL
 from ep_oracle import Payload
 
 SHAPE = Shape()
-PAYLOADS = list(Payload)
-
-
-def no_problems(results):
-    problems = [problem for result in results.values() for problem in result]
-    assert not problems, "\n".join(problems[:20])
-
-
-def run_some(buffer, rank, present, count, first=0, ranks=4, shape=SHAPE, combine="exact"):
-    """`count` checked operations of the ranks `present`, in a layout of `ranks`."""
-    problems = []
-    for seed in range(first, first + count):
-        payload = PAYLOADS[seed % 4]
-        operation = group_operation(shape, payload, combine, seed, present=tuple(present), ranks=ranks)
-        problems += run_operation(buffer, rank, operation, Options(payload, combine=combine))
-    return problems
 
 
 # --------------------------------------------------------------------------------------------------------------- joining
@@ -48,11 +34,11 @@ def join_after(rank, operations, combine):
     problems = []
     if rank.rank < 2:
         buffer = open_buffer(rank, SHAPE, combine, connect=[0, 1])
-        problems += run_some(buffer, rank, [0, 1], operations, combine=combine)
+        problems += run_operations(buffer, rank, [0, 1], operations, combine=combine)
         buffer.connect_ranks([2, 3])
     else:
         buffer = open_buffer(rank, SHAPE, combine)
-    problems += run_some(buffer, rank, range(4), 3, first=10, combine=combine)
+    problems += run_operations(buffer, rank, range(4), 3, first=10, combine=combine)
     buffer.destroy()
     return problems
 
@@ -68,16 +54,16 @@ def leave_and_return(rank):
     """A middle rank leaves; the same id comes back with a new buffer, over and over, after odd counts too."""
     store = rank.store()
     buffer = open_buffer(rank, SHAPE, store=store)
-    problems = run_some(buffer, rank, range(4), 1)
+    problems = run_operations(buffer, rank, range(4), 1)
     for turn in range(3):
         if rank.rank == 1:
             buffer.destroy()
             buffer = open_buffer(rank, SHAPE, store=store)
         else:
             buffer.disconnect_ranks([1])
-            problems += run_some(buffer, rank, [0, 2, 3], turn + 1, first=20)
+            problems += run_operations(buffer, rank, [0, 2, 3], turn + 1, first=20)
             buffer.connect_ranks([1])
-        problems += run_some(buffer, rank, range(4), turn + 1, first=30)
+        problems += run_operations(buffer, rank, range(4), turn + 1, first=30)
     buffer.destroy()
     return problems
 
@@ -92,15 +78,15 @@ def shrink_and_grow(rank):
     problems = []
     buffer = open_buffer(rank, SHAPE, store=store)
     for turn in range(2):
-        problems += run_some(buffer, rank, range(4), 2, first=turn)
+        problems += run_operations(buffer, rank, range(4), 2, first=turn)
         if rank.rank >= 2:
             buffer.destroy()
             buffer = open_buffer(rank, SHAPE, store=store)
         else:
             buffer.disconnect_ranks([2, 3])
-            problems += run_some(buffer, rank, [0, 1], 1, first=turn, ranks=2)
+            problems += run_operations(buffer, rank, [0, 1], 1, first=turn, ranks=2)
             buffer.connect_ranks([3, 2])
-    problems += run_some(buffer, rank, range(4), 2)
+    problems += run_operations(buffer, rank, range(4), 2)
     buffer.destroy()
     return problems
 
@@ -118,7 +104,7 @@ def staged_join(rank):
         buffer = open_buffer(rank, SHAPE)
     else:
         buffer = open_buffer(rank, SHAPE, connect=serving)
-        problems += run_some(buffer, rank, serving, 2)
+        problems += run_operations(buffer, rank, serving, 2)
         failures = []
 
         def stage():
@@ -130,7 +116,7 @@ def staged_join(rank):
         thread = threading.Thread(target=stage)
         thread.start()
         for number in range(30):
-            problems += run_some(buffer, rank, serving, 3, first=number)
+            problems += run_operations(buffer, rank, serving, 3, first=number)
             if number == 3:
                 store.set(f"serving/{rank.rank}", b"1")
         thread.join()
@@ -138,7 +124,7 @@ def staged_join(rank):
         rank.meet("served", serving)
         buffer.update_mask_buffer(3, False)
     rank.meet("commit", range(4))
-    problems += run_some(buffer, rank, range(4), 5)
+    problems += run_operations(buffer, rank, range(4), 5)
     problems += [f"fault {fault}" for fault in buffer.fault_status()]
     buffer.destroy()
     return problems
@@ -156,7 +142,7 @@ def sparse_ids(rank, capacity):
     me = replace(rank, rank=ids[rank.rank])
     buffer = open_buffer(me, shape, connect=list(reversed(ids)))
     buffer.barrier()
-    problems = run_some(buffer, me, ids, 3, ranks=capacity, shape=shape)
+    problems = run_operations(buffer, me, ids, 3, ranks=capacity, shape=shape)
     buffer.destroy()
     return problems
 
@@ -175,23 +161,23 @@ def grow(rank):
     problems = []
     if rank.rank < 2:
         buffer = open_buffer(rank, small, connect=[0, 1])
-        problems += run_some(buffer, rank, [0, 1], 3, ranks=2)
+        problems += run_operations(buffer, rank, [0, 1], 3, ranks=2)
         try:
             buffer.update_memory_buffers(4, SHAPE.experts_per_rank + 1, memory_bytes(SHAPE))
             problems.append("the number of experts a rank was changed")
         except RuntimeError as error:
             if "Multiple calls to update_memory_buffers are not supported" not in str(error):
                 problems.append(f"refused with {error}")
-        problems += run_some(buffer, rank, [0, 1], 1, ranks=2)
+        problems += run_operations(buffer, rank, [0, 1], 1, ranks=2)
         buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
         if buffer.group_size != 4:
             problems.append(f"group_size is {buffer.group_size}")
-        problems += run_some(buffer, rank, [0, 1], 2, ranks=2)  # connections stay
+        problems += run_operations(buffer, rank, [0, 1], 2, ranks=2)  # connections stay
         rank.meet("grown", [0, 1])
         buffer.connect_ranks([2, 3])
     else:
         buffer = open_buffer(rank, SHAPE)
-    problems += run_some(buffer, rank, range(4), 4)
+    problems += run_operations(buffer, rank, range(4), 4)
     buffer.destroy()
     return problems
 
@@ -207,7 +193,7 @@ def zero_exposed(rank):
     buffer = open_buffer(rank, SHAPE)
     problems = []
     for turn in range(6):
-        problems += run_some(buffer, rank, range(4), 1, first=turn)
+        problems += run_operations(buffer, rank, range(4), 1, first=turn)
         if (turn + rank.rank) % 3 == 0:
             view = buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True)
             if view.numel() > memory_bytes(SHAPE):
@@ -231,7 +217,7 @@ def absent_peer(rank):
     problems = []
     try:
         buffer = open_buffer(rank, SHAPE, connect=[0, 1])
-        problems += run_some(buffer, rank, [0, 1], 1)
+        problems += run_operations(buffer, rank, [0, 1], 1)
         for turn in range(2):
             try:
                 buffer.connect_ranks([2, 1])
@@ -239,7 +225,7 @@ def absent_peer(rank):
             except RuntimeError as error:
                 if "2" not in str(error):
                     problems.append(f"does not name rank 2: {error}")
-            problems += run_some(buffer, rank, [0, 1], 1)
+            problems += run_operations(buffer, rank, [0, 1], 1)
             rank.meet(f"failed {turn}", [0, 1])
     finally:
         del os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"]
@@ -271,118 +257,13 @@ def refused_lists(rank):
     buffer.connect_ranks([rank.rank])  # own rank alone is allowed and does nothing
     buffer.connect_ranks([3, 0, 2, 1, 0])
     buffer.connect_ranks(list(range(4)))  # connected ids are passed over, without waiting for anyone
-    problems += run_some(buffer, rank, range(4), 2)
+    problems += run_operations(buffer, rank, range(4), 2)
     buffer.destroy()
     return problems
 
 
 def test_refused_lists_leave_the_buffer_usable(ranks_of):
     no_problems(ranks_of(4).run(refused_lists))
-
-
-class PlainStore:
-    """A store that is no torch store: it tells expiry by Python's own TimeoutError, without a text."""
-
-    def __init__(self, store):
-        self.inner = store
-        self.set, self.multi_get, self.delete_key = store.set, store.multi_get, store.delete_key
-
-    def wait(self, keys, timeout):
-        end = time.monotonic() + timeout.total_seconds()
-        while not self.inner.check(keys):
-            if time.monotonic() >= end:
-                raise TimeoutError
-            time.sleep(0.001)
-
-
-def plain_store(rank):
-    import nixl_ep
-
-    os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"] = "1500"
-    problems = []
-    try:
-        buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
-        buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
-        buffer.set_tcp_store_group(PlainStore(rank.store()))
-        if rank.rank == 1:
-            time.sleep(0.2)  # waits of the other expire meanwhile
-        buffer.connect_ranks([0, 1])
-        problems += run_some(buffer, rank, [0, 1], 1)
-        try:
-            buffer.connect_ranks([3])
-            problems.append("a connect with an absent rank returned")
-        except RuntimeError as error:
-            if "3" not in str(error):
-                problems.append(f"does not name rank 3: {error}")
-        buffer.destroy()
-    finally:
-        del os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"]
-    return problems
-
-
-def test_a_store_that_raises_timeout_error(ranks_of):
-    no_problems(ranks_of(4).run(plain_store, ranks=[0, 1], timeout=30))
-
-
-class StoreOfFour:
-    """Offers the four methods that a store must have, and nothing else."""
-
-    def __init__(self, store):
-        self.inner, self.keys, self.deleted = store, set(), set()
-
-    def set(self, key, value):
-        self.keys.add(key)
-        self.inner.set(key, value)
-
-    def wait(self, keys, timeout=None):
-        self.inner.wait(keys) if timeout is None else self.inner.wait(keys, timeout)
-
-    def multi_get(self, keys):
-        return self.inner.multi_get(keys)
-
-    def delete_key(self, key):
-        self.deleted.add(key)
-        return self.inner.delete_key(key)
-
-
-def store_use(rank):
-    """The README's flow on a store of four methods; every key under NIXL_EP/ and gone at the end."""
-    import nixl_ep
-
-    store = StoreOfFour(rank.store())
-    buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
-    buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
-    try:
-        buffer.connect_ranks([r for r in range(2) if r != rank.rank] or [0])
-        problems = ["connected without a store"]
-    except RuntimeError:
-        problems = []
-    buffer.set_tcp_store_group(store)
-    if rank.rank < 2:
-        buffer.connect_ranks([0, 1])
-        problems += run_some(buffer, rank, [0, 1], 1)
-        buffer.connect_ranks([2, 3])
-    else:
-        buffer.connect_ranks(range(4))
-    problems += run_some(buffer, rank, range(4), 2)
-    if rank.rank == 3:
-        buffer.destroy()
-    else:
-        buffer.disconnect_ranks([3])
-        problems += run_some(buffer, rank, range(3), 2)
-        buffer.set_tcp_store_group(None)
-        buffer.destroy()
-    if not all(key.startswith("NIXL_EP/") for key in store.keys):
-        problems.append(f"keys {store.keys}")
-    if f"NIXL_EP/{rank.rank}" not in store.keys:
-        problems.append(f"no key NIXL_EP/{rank.rank} among {store.keys}")
-    if store.keys - store.deleted:
-        problems.append(f"left in the store: {store.keys - store.deleted}")
-    return problems
-
-
-def test_store_protocol(ranks_of):
-    no_problems(ranks_of(4).run(store_use))
 
 
 def two_buffers(rank):
@@ -393,7 +274,7 @@ def two_buffers(rank):
     second = open_buffer(rank, other, store=stores[1], combine="reduced")
     problems = []
     for seed in range(3):
-        problems += run_some(first, rank, range(4), 1, first=seed)
+        problems += run_operations(first, rank, range(4), 1, first=seed)
         operation = group_operation(other, Payload.BF16, "reduced", seed)
         problems += run_operation(second, rank, operation, Options(combine="reduced"))
     first.destroy()
@@ -427,7 +308,7 @@ def meet_at_barrier(rank):
         if not store.check(keys[4 * turn : 4 * turn + 4]):
             problems.append(f"rank {rank.rank} left barrier {turn} before all had come")
         if turn == 1:
-            problems += run_some(buffer, rank, range(4), 1)
+            problems += run_operations(buffer, rank, range(4), 1)
     buffer.destroy()
     return problems
 
@@ -481,7 +362,7 @@ def left_alone_at_barrier(rank):
     buffer.clean_mask_buffer()
     rank.meet("clean", range(4))
     buffer.barrier()
-    problems += run_some(buffer, rank, range(4), 3)
+    problems += run_operations(buffer, rank, range(4), 3)
     buffer.barrier()
     finish_queued(rank)
     problems += [f"late {fault}" for fault in buffer.fault_status()]
@@ -506,7 +387,7 @@ def many_cycles(rank, cycles):
     peer, problems, marks = 1 - rank.rank, [], []
     for cycle in range(cycles):
         buffer.connect_ranks([peer])
-        problems += run_some(buffer, rank, range(2), 1, first=cycle % 3, ranks=2, shape=shape)
+        problems += run_operations(buffer, rank, range(2), 1, first=cycle % 3, ranks=2, shape=shape)
         rank.meet(f"done {cycle}", range(2))
         buffer.disconnect_ranks([peer])
         if cycle in (cycles // 2, cycles - 1):
@@ -528,7 +409,7 @@ def test_cycles_leave_nothing_behind(ranks_of):
 def destroy_while_used(rank):
     """A rank that the others have masked may destroy its buffer while they dispatch."""
     buffer = open_buffer(rank, SHAPE)
-    problems = run_some(buffer, rank, range(4), 2)
+    problems = run_operations(buffer, rank, range(4), 2)
     if rank.rank == 2:
         rank.meet("masked", range(4))
         buffer.destroy()

@@ -13,6 +13,7 @@ from ep_cases import (
     compare_rows,
     group_operation,
     make_outputs,
+    no_problems,
     open_buffer,
     run_combine,
     run_dispatch,
@@ -23,11 +24,6 @@ from ep_oracle import Payload, Tokens
 
 SHAPE = Shape()
 BF16 = Options()
-
-
-def no_problems(results):
-    problems = [problem for result in results.values() for problem in result]
-    assert not problems, "\n".join(problems[:20])
 
 
 def count_statistics(rank):

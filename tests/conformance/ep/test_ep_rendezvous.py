@@ -10,16 +10,119 @@ import time
 import urllib.request
 
 import pytest
-from ep_cases import Options, Shape, group_operation, memory_bytes, open_buffer, run_operation
+from ep_cases import Options, Shape, group_operation, memory_bytes, no_problems, open_buffer, run_operation, run_operations
 from hosts import etcd_server, far_host
 
 SHAPE = Shape()
 LIMIT_S = 30
 
 
-def no_problems(results):
-    problems = [problem for result in results.values() for problem in result]
-    assert not problems, "\n".join(problems[:20])
+# --------------------------------------------------------------------------------------------------------------- stores
+
+
+class PlainStore:
+    """A store that is no torch store: it tells expiry by Python's own TimeoutError, without a text."""
+
+    def __init__(self, store):
+        self.inner = store
+        self.set, self.multi_get, self.delete_key = store.set, store.multi_get, store.delete_key
+
+    def wait(self, keys, timeout):
+        end = time.monotonic() + timeout.total_seconds()
+        while not self.inner.check(keys):
+            if time.monotonic() >= end:
+                raise TimeoutError
+            time.sleep(0.001)
+
+
+def plain_store(rank):
+    import nixl_ep
+
+    os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"] = "1500"
+    problems = []
+    try:
+        buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
+        buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
+        buffer.set_tcp_store_group(PlainStore(rank.store()))
+        if rank.rank == 1:
+            time.sleep(0.2)  # waits of the other expire meanwhile
+        buffer.connect_ranks([0, 1])
+        problems += run_operations(buffer, rank, [0, 1], 1)
+        try:
+            buffer.connect_ranks([3])
+            problems.append("a connect with an absent rank returned")
+        except RuntimeError as error:
+            if "3" not in str(error):
+                problems.append(f"does not name rank 3: {error}")
+        buffer.destroy()
+    finally:
+        del os.environ["NIXL_EP_CONNECT_TIMEOUT_MS"]
+    return problems
+
+
+def test_a_store_that_raises_timeout_error(ranks_of):
+    no_problems(ranks_of(4).run(plain_store, ranks=[0, 1], timeout=30))
+
+
+class StoreOfFour:
+    """Offers the four methods that a store must have, and nothing else."""
+
+    def __init__(self, store):
+        self.inner, self.keys, self.deleted = store, set(), set()
+
+    def set(self, key, value):
+        self.keys.add(key)
+        self.inner.set(key, value)
+
+    def wait(self, keys, timeout=None):
+        self.inner.wait(keys) if timeout is None else self.inner.wait(keys, timeout)
+
+    def multi_get(self, keys):
+        return self.inner.multi_get(keys)
+
+    def delete_key(self, key):
+        self.deleted.add(key)
+        return self.inner.delete_key(key)
+
+
+def store_use(rank):
+    """The README's flow on a store of four methods; every key under NIXL_EP/ and gone at the end."""
+    import nixl_ep
+
+    store = StoreOfFour(rank.store())
+    buffer = nixl_ep.Buffer(rank.rank, explicitly_destroy=True, device=rank.device, combine="exact")
+    buffer.update_memory_buffers(4, SHAPE.experts_per_rank, memory_bytes(SHAPE))
+    try:
+        buffer.connect_ranks([r for r in range(2) if r != rank.rank] or [0])
+        problems = ["connected without a store"]
+    except RuntimeError:
+        problems = []
+    buffer.set_tcp_store_group(store)
+    if rank.rank < 2:
+        buffer.connect_ranks([0, 1])
+        problems += run_operations(buffer, rank, [0, 1], 1)
+        buffer.connect_ranks([2, 3])
+    else:
+        buffer.connect_ranks(range(4))
+    problems += run_operations(buffer, rank, range(4), 2)
+    if rank.rank == 3:
+        buffer.destroy()
+    else:
+        buffer.disconnect_ranks([3])
+        problems += run_operations(buffer, rank, range(3), 2)
+        buffer.set_tcp_store_group(None)
+        buffer.destroy()
+    if not all(key.startswith("NIXL_EP/") for key in store.keys):
+        problems.append(f"keys {store.keys}")
+    if f"NIXL_EP/{rank.rank}" not in store.keys:
+        problems.append(f"no key NIXL_EP/{rank.rank} among {store.keys}")
+    if store.keys - store.deleted:
+        problems.append(f"left in the store: {store.keys - store.deleted}")
+    return problems
+
+
+def test_store_protocol(ranks_of):
+    no_problems(ranks_of(4).run(store_use))
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement
