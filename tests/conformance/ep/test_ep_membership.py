@@ -350,7 +350,7 @@ def left_alone_at_barrier(rank):
     buffer = open_buffer(rank, SHAPE, timeout_ms=500)
     problems = []
     for seed in range(3):
-        group_operation(SHAPE, PAYLOADS[seed % 4], "exact", seed, present=tuple(range(4)), ranks=4)  # takes its time now
+        group_operation(SHAPE, list(Payload)[seed % 4], "exact", seed, present=tuple(range(4)), ranks=4)  # takes its time now
     rank.meet("ready", range(4))
     if rank.rank != 0:
         buffer.barrier()
