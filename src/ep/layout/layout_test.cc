@@ -31,6 +31,19 @@ static_assert(token_of(make_entry(kMaxTokens, 31)) == kMaxTokens && place_of(mak
 static_assert(range_first(make_range(7, 5)) == 7 && range_count(make_range(7, 5)) == 5);
 static_assert(lead_of(-3, 8) == Lead::kSkip && lead_of(7, 8) == Lead::kExpert && lead_of(8, 8) == Lead::kOutside);
 
+TEST(divisors_divide) {
+  for (std::uint32_t d = 1; d < 70'000; d = d < 300 ? d + 1 : d * 5 / 4) {
+    const Divisor by(d);
+    const std::uint64_t end = (1ull << 32) / d;
+    for (std::uint64_t n = 0; n < 3000 && n < end; ++n) CHECK_EQ(by.quotient(n), n / d);
+    for (std::uint64_t n = end - 1, i = 0; i < 3000 && n > 0; --n, ++i) CHECK_EQ(by.quotient(n), n / d);
+    for (std::uint64_t n = d; n < end; n += end / 97 / d * d + d) {
+      CHECK_EQ(by.quotient(n), n / d);
+      CHECK_EQ(by.quotient(n - 1), (n - 1) / d);
+    }
+  }
+}
+
 TEST(capacity_covers_every_allowed_call) {
   for (std::int64_t experts : {1, 3, 32, 288})
     for (std::int64_t hidden : {8, 128, 520, 7168, 16384})

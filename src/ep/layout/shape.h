@@ -13,7 +13,7 @@ namespace nixl::core::ep {
 inline constexpr int kMaxRanks = 1024;
 inline constexpr int kMaxTopk = 32;
 inline constexpr std::int64_t kMaxHidden = 16384;
-inline constexpr std::int64_t kMostExperts = 1 << 18;       // of all ranks: so that every size stays below 2^63
+inline constexpr std::int64_t kMostExperts = 1 << 18;      // of all ranks: so that every size stays below 2^63
 inline constexpr std::int64_t kMaxTokens = (1 << 27) - 1;  // an entry packs token and place in the top-k into 32 bits
 inline constexpr std::int64_t kGroup = 128;                // channels that share a scale
 
@@ -21,6 +21,20 @@ template <typename T>
 NIXL_HD constexpr T align_up(T value, T alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
+
+// Division by a number that a launch knows beforehand, as a multiplication: right for every n below 2^32 / divisor.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit constexpr Divisor(std::uint32_t divisor)
+      : inverse_(divisor < 2 ? 0 : static_cast<std::uint32_t>(((1ull << 32) + divisor - 1) / divisor)) {}
+  NIXL_HD constexpr std::uint32_t quotient(std::uint32_t n) const {
+    return inverse_ == 0 ? n : static_cast<std::uint32_t>(std::uint64_t{n} * inverse_ >> 32);
+  }
+
+ private:
+  std::uint32_t inverse_ = 0;  // 2^32 / divisor, rounded up; 0: by 1
+};
 
 // Hands out consecutive ranges; the walk that gives the offsets also gives the total, so the two cannot disagree.
 class Walk {
