@@ -33,6 +33,13 @@ def parse_size(text):
     return int(float(number) * units[unit])
 
 
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; 1 or more is needed")
+    return number
+
+
 def make_shard(shard, size, seed):
     """The tensors of one shard as a transformer has them: four matrices and two vectors a layer, about `size` bytes in all."""
     layer_bytes = (4 * HIDDEN * HIDDEN + 2 * HIDDEN) * 2
@@ -76,8 +83,9 @@ def run(what, action, *arguments, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=parse_size, default=parse_size("512MB"), help="of all shards together")
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--size", type=parse_size, default=parse_size("512MB"),
+                        help="of all shards together; each holds whole layers of 34 MB")
+    parser.add_argument("--shards", type=positive, default=4)
     parser.add_argument("--folder", default=os.path.join(tempfile.gettempdir(), "nixl_checkpoint"), help="folder, or prefix of the keys")
     parser.add_argument("--backend", default="auto", help="auto, POSIX, GDS, GDS_MT, OBJ, AZURE_BLOB")
     parser.add_argument("--params", type=json.loads, default={}, help="parameters of the backend, as JSON")

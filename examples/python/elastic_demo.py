@@ -246,6 +246,8 @@ def main() -> int:
     options = parser.parse_args()
     if not 4 <= options.ranks <= 16:
         parser.error(f"--ranks {options.ranks}: 4 to 16")
+    if options.seconds <= 0 or options.tokens <= 0 or options.hidden <= 0 or options.hidden % 8:
+        parser.error("--seconds, --tokens and --hidden must be positive, --hidden a multiple of 8")
     device, why = choose_device(options.device, options.ranks)
     return Demo(options, device, why).run()
 

@@ -215,6 +215,13 @@ def main(argv=None):
                 process.kill()
 
 
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; 1 or more is needed")
+    return number
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value, text in (
@@ -222,7 +229,7 @@ def parse(argv):
             ("heads", 8, "heads of all ranks"), ("dim", 128, "elements of a head"), ("tokens", 500, "tokens of a request"),
             ("requests", 3, "requests"), ("blocks", 64, "blocks of a cache, at least"),
             ("prefill_page", 16, "tokens of a block"), ("decode_page", 16, "tokens of a block")):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
+        parser.add_argument(f"--{name}", type=positive, default=value, help=f"{text} (default {value})")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pull", action="store_true", help="decode reads instead of prefill writing")
     options = parser.parse_args(argv)

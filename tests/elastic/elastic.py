@@ -25,15 +25,22 @@ KILL_AFTER_S = 0.0001
 ACCEPTED_EXITS = (0, -signal.SIGTERM)
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; 1 or more is needed")
+    return number
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--plan", default="plan.json", help="the phases (README.md); those shipped lie beside this file")
-    add("--num-processes", type=int, default=8, help="rank processes that this launcher starts")
-    add("--num-tokens", type=int, default=128, help="tokens a rank dispatches")
-    add("--num-experts-per-rank", type=int, default=2)
-    add("--hidden-dim", type=int, default=7168)
-    add("--num-topk", type=int, default=8)
+    add("--num-processes", type=positive, default=8, help="rank processes that this launcher starts")
+    add("--num-tokens", type=positive, default=128, help="tokens a rank dispatches")
+    add("--num-experts-per-rank", type=positive, default=2)
+    add("--hidden-dim", type=positive, default=7168)
+    add("--num-topk", type=positive, default=8)
     add("--tcp-server", metavar="ADDRESS", help="join the servers of a launcher on this host instead of starting them")
     add("--kineto", action="store_true", help="measure kernel time with the profiler (CUDA)")
     add("--disable-ll-nvlink", action="store_true", help="do not use NVLink")
@@ -43,7 +50,7 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--report", metavar="FILE", help="write one JSON line a phase and rank")
     add("--store-port", type=int, default=9999, help="port of the TCPStore; 0: any free one")
     add("--rank-server-port", type=int, default=10_000, help="port of the rank server; 0: any free one")
-    add("--runs", type=int, default=50, help="warm-up and timed operations a phase")
+    add("--runs", type=positive, default=50, help="warm-up and timed operations a phase")
     add("--limit-seconds", type=float, default=1800, help="everything is stopped after this time")
     return parser.parse_args(arguments)
 
