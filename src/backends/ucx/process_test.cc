@@ -15,30 +15,12 @@
 
 using namespace nixl::core;
 using namespace nixl::core::ucx::test;
+using nixl::core::test::check_data;
+using nixl::core::test::done;
+using nixl::core::test::run_command;
+using nixl::core::test::stop;
 
 namespace {
-
-bool done(const Result<TransferState>& state) {
-  if (!state) std::fprintf(stderr, "transfer: %s\n", state.error().reason.c_str());
-  return state && *state == TransferState::kDone;
-}
-
-void check_data(Pair& pair) {
-  pair.prepare(Op::kWrite, 1);
-  CHECK(done(pair.run()));
-  CHECK_EQ(pair.peer.ask("c 2"), "1");
-  const std::vector<char> sent = pair.buffer;
-  std::fill(pair.buffer.begin(), pair.buffer.end(), 0);
-  pair.prepare(Op::kRead, 4096, true);
-  CHECK(done(pair.run()));
-  CHECK(pair.buffer == sent);
-}
-
-void stop(pid_t pid) {
-  kill(pid, SIGSTOP);
-  int status = 0;
-  CHECK(waitpid(pid, &status, WUNTRACED) == pid && WIFSTOPPED(status));
-}
 
 TEST(data_between_processes_over_tcp) {
   Pair pair("tcp");
@@ -233,49 +215,6 @@ TEST(idle_costs_nothing) {
 
 // ---- two hosts ----
 
-bool run_command(const std::string& command) {
-  return std::system((command + " >/dev/null 2>&1").c_str()) == 0;
-}
-
-// A network namespace held by a child process, joined to ours by a veth pair: everything vanishes with the child.
-struct TwoHosts {
-  TwoHosts() {
-    int ready[2];
-    CHECK(pipe2(ready, O_CLOEXEC) == 0);
-    holder = fork();
-    if (holder == 0) {
-      prctl(PR_SET_PDEATHSIG, SIGKILL);
-      const char ok = unshare(CLONE_NEWNET) == 0 ? 'y' : 'n';
-      (void)!write(ready[1], &ok, 1);
-      for (;;) pause();
-    }
-    char ok = 'n';
-    (void)!read(ready[0], &ok, 1);
-    close(ready[0]);
-    close(ready[1]);
-    const std::string pid = std::to_string(holder), subnet = "10.97." + std::to_string(holder % 250) + ".";
-    name = "nx" + pid;
-    enter = "nsenter -t " + pid + " -n ";
-    made = ok == 'y' && run_command("ip link add " + name + "a type veth peer name " + name + "b netns " + pid) &&
-           run_command("ip addr add " + subnet + "1/24 dev " + name + "a") &&
-           run_command("ip link set " + name + "a up") &&
-           run_command(enter + "ip addr add " + subnet + "2/24 dev " + name + "b") &&
-           run_command(enter + "ip link set " + name + "b up") && run_command(enter + "ip link set lo up");
-    const Deadline deadline = Deadline::after(kPatience);
-    const auto up = [&](const std::string& prefix, const char* side) {
-      return run_command(prefix + "ip -o link show dev " + name + side + " | grep -q 'state UP'");
-    };
-    while (made && !(up("", "a") && up(enter, "b")) && !deadline.passed()) usleep(10'000);
-  }
-  ~TwoHosts() {
-    kill(holder, SIGKILL);
-    waitpid(holder, nullptr, 0);
-  }
-  pid_t holder = -1;
-  std::string name, enter;
-  bool made = false;
-};
-
 // UCX reads the routing table once a process, so this one runs in a process of its own that starts after the link is
 // made.
 void two_hosts_over_tcp() {
@@ -285,7 +224,7 @@ void two_hosts_over_tcp() {
     return;
   }
   {
-    Pair pair("tcp", hosts.name);
+    Pair pair("tcp", hosts);
     check_data(pair);
     CHECK(pair.transfer->path().find(hosts.name) != std::string::npos);  // the veth device
     kill(pair.peer.pid, SIGKILL);
@@ -293,7 +232,7 @@ void two_hosts_over_tcp() {
   }
   // A lossy, slow link: right bytes all the same.
   if (run_command("tc qdisc add dev " + hosts.name + "a root netem delay 2ms loss 1%")) {
-    Pair pair("tcp", hosts.name);
+    Pair pair("tcp", hosts);
     pair.prepare(Op::kWrite, 64, true, 4 << 20);
     CHECK(done(pair.run()));
     pair.prepare(Op::kRead, 64, true, 4 << 20);
@@ -325,7 +264,8 @@ int main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
   const Probe probe = backends_of_ucx()[0].probe();
   if (!probe.viable) SKIP(probe.reason.c_str());
-  if (argc == 5 && std::string(argv[1]) == "peer") return serve(argv);
+  nixl::core::test::tested = &backends_of_ucx()[0];
+  if (argc > 2 && std::string(argv[1]) == "peer") return nixl::core::test::serve(argv + 2);
   if (argc == 2 && std::string(argv[1]) == "two hosts") {
     two_hosts_over_tcp();
     return 0;

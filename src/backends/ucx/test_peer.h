@@ -1,245 +1,28 @@
-// For the tests between processes: a backend driven as an agent drives it, and a peer, which is this program started again with
-// the argument "peer".
+// For UCX's tests between processes: peers by their transports.
 #pragma once
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
-
 #include "backends/ucx/entry.h"
-#include "base/clock.h"
-#include "check.h"
+#include "peer_process.h"
 
 namespace nixl::core::ucx::test {
 
-inline constexpr Nanoseconds kPatience = 20'000'000'000;
-inline constexpr std::size_t kBytes = 64 << 20;
+using core::test::kBytes;
+using core::test::kPatience;
+using core::test::Node;
+using core::test::TwoHosts;
 
-struct Lost final : Events {
-  void peer_lost(const PeerId&, Error) noexcept override { ++count; }
-  std::atomic<int> count{0};
+// Two namespaces have one boot id, so that UCX would try the loopback device between them: then the device is named.
+inline Params params(const std::string& tls, const std::string& device = "") {
+  return {{"UCX_TLS", tls}, {"UCX_NET_DEVICES", device}};
+}
+
+struct Peer : core::test::Peer {
+  Peer(std::uint64_t incarnation, const std::string& tls) : core::test::Peer(incarnation, params(tls)) {}
 };
 
-// A backend driven as an agent drives it: polling for a while after the last activity, then asleep on its descriptor.
-struct Node {
-  Node(const std::string& name, std::uint64_t incarnation, const Params& params) : id{name, incarnation} {
-    BackendConfig config;
-    config.self = id;
-    config.params = backends_of_ucx()[0].params;
-    for (const auto& [key, value] : params) config.params[key] = value;
-    config.events = &lost;
-    backend = std::move(*CHECK_OK(backends_of_ucx()[0].open(std::move(config))));
-    thread = std::thread([this] { drive(); });
-  }
-  ~Node() {
-    stop = true;
-    thread.join();
-  }
-  void drive() {
-    Nanoseconds active = now_ns();
-    while (!stop) {
-      if (backend->progress()) active = now_ns();
-      if (now_ns() - active < 100'000) continue;
-      if (!backend->arm()) continue;
-      pollfd wait{backend->event_fd(), POLLIN, 0};
-      poll(&wait, 1, 50);
-      active = now_ns();
-    }
-  }
-  Lost lost;
-  PeerId id;
-  std::unique_ptr<Backend> backend;
-  std::atomic<bool> stop{false};
-  std::thread thread;
-};
-
-inline std::string to_hex(const std::string& bytes) {
-  std::string text;
-  for (const unsigned char byte : bytes) {
-    char two[3];
-    std::snprintf(two, sizeof two, "%02x", byte);
-    text += two;
-  }
-  return text;
-}
-inline std::string from_hex(const std::string& text) {
-  std::string bytes;
-  for (std::size_t i = 0; i + 1 < text.size(); i += 2)
-    bytes += static_cast<char>(std::stoi(text.substr(i, 2), nullptr, 16));
-  return bytes;
-}
-
-inline std::vector<char> pattern(std::size_t size, unsigned seed) {
-  std::vector<char> bytes(size);
-  std::mt19937_64 random(seed);
-  for (std::size_t at = 0; at + 8 <= size; at += 8) {
-    const std::uint64_t word = random();
-    std::memcpy(bytes.data() + at, &word, 8);
-  }
-  return bytes;
-}
-
-// The peer's whole life: exposes one buffer filled with pattern 1, does and answers what the initiator asks for over its pipes.
-inline int serve(char** argv) {
-  prctl(PR_SET_PDEATHSIG, SIGKILL);
-  Node node("peer", std::stoull(argv[2]), {{"UCX_TLS", argv[3]}, {"UCX_NET_DEVICES", argv[4]}});
-  std::vector<char> buffer = pattern(kBytes, 1);
-  const Region region{MemKind::kDram, reinterpret_cast<std::uint64_t>(buffer.data()), kBytes, 0, ""};
-  auto local = std::move(*CHECK_OK(node.backend->add_region(region)));
-  std::printf("%s %s %llu\n", to_hex(*CHECK_OK(node.backend->export_connection())).c_str(),
-              to_hex(*CHECK_OK(node.backend->export_region(*local))).c_str(),
-              static_cast<unsigned long long>(region.address));
-  std::fflush(stdout);
-  char line[64];
-  while (std::fgets(line, sizeof line, stdin)) {
-    if (line[0] == 'c') {  // compare with a pattern
-      std::printf("%d\n", buffer == pattern(kBytes, static_cast<unsigned>(std::atoi(line + 1))));
-    } else if (line[0] == 'n') {  // wait for a notification
-      std::vector<Notification> seen;
-      const Deadline deadline = Deadline::after(kPatience);
-      while (seen.empty() && !deadline.passed()) {
-        node.backend->notifier()->drain(seen);
-        usleep(100);
-      }
-      std::printf("%s\n", seen.empty() ? "none" : (seen[0].sender + ":" + seen[0].message).c_str());
-    } else if (line[0] == 'd') {  // deregister
-      local.reset();
-      std::printf("gone\n");
-    }
-    std::fflush(stdout);
-  }
-  std::_Exit(0);
-}
-
-struct Peer {
-  Peer(std::uint64_t peer_incarnation, const std::string& tls, const std::string& netns = "")
-      : incarnation(peer_incarnation) {
-    int in[2], out[2];
-    CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0);
-    char self[512] = {};
-    CHECK(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
-    const std::string number = std::to_string(incarnation);
-    pid = fork();
-    if (pid == 0) {
-      dup2(in[0], 0);
-      dup2(out[1], 1);
-      if (netns.empty())
-        execl(self, self, "peer", number.c_str(), tls.c_str(), "", nullptr);
-      else  // UCX finds devices in /sys, which shows those of whoever mounted it; both "hosts" have one boot id, so
-            // that UCX would try the loopback device: name the device
-        execlp("nsenter", "nsenter", "-t", netns.c_str() + 2, "-n", "unshare", "-m", "sh", "-c",
-               "mount -t sysfs sysfs /sys && exec \"$0\" \"$@\"", self, "peer", number.c_str(), tls.c_str(),
-               (netns + "b").c_str(), nullptr);
-      _exit(127);
-    }
-    close(in[0]);
-    close(out[1]);
-    to = fdopen(in[1], "w");
-    from = fdopen(out[0], "r");
-    const std::string hello = line();
-    const std::size_t a = hello.find(' '), b = hello.rfind(' ');
-    CHECK(a != std::string::npos && b > a);
-    connection = from_hex(hello.substr(0, a));
-    key = from_hex(hello.substr(a + 1, b - a - 1));
-    address = std::stoull(hello.substr(b + 1));
-  }
-  ~Peer() {
-    if (pid > 0) kill(pid, SIGKILL), waitpid(pid, nullptr, 0);
-    fclose(to);
-    fclose(from);
-  }
-  std::string line() {
-    char* text = nullptr;
-    std::size_t size = 0;
-    const ssize_t got = getline(&text, &size, from);
-    std::string out = got > 0 ? std::string(text, got - 1) : "";
-    free(text);
-    return out;
-  }
-  std::string ask(const std::string& question) {
-    std::fprintf(to, "%s\n", question.c_str());
-    std::fflush(to);
-    return line();
-  }
-  std::uint64_t incarnation;
-  pid_t pid = -1;
-  FILE *to = nullptr, *from = nullptr;
-  std::string connection, key;
-  std::uint64_t address = 0;
-};
-
-// Our side with everything towards one peer.
-struct Pair {
-  explicit Pair(const std::string& tls, const std::string& netns = "", std::uint64_t incarnation = 2)
-      : peer(incarnation, tls, netns),
-        node("initiator", 1, {{"UCX_TLS", tls}, {"UCX_NET_DEVICES", netns.empty() ? "" : netns + "a"}}),
-        buffer(pattern(kBytes, 2)) {
-    const Region here{MemKind::kDram, reinterpret_cast<std::uint64_t>(buffer.data()), kBytes, 0, ""};
-    const Region there{MemKind::kDram, peer.address, kBytes, 0, ""};
-    local = std::move(*CHECK_OK(node.backend->add_region(here)));
-    line = std::move(*CHECK_OK(node.backend->connect({"peer", peer.incarnation}, peer.connection)));
-    remote = std::move(*CHECK_OK(node.backend->import_region(*line, there, peer.key)));
-  }
-  ~Pair() {
-    transfer.reset();
-    remote.reset();
-    line.reset();
-    local.reset();
-  }
-  // The whole buffer in `pieces` equal pieces, the remote ones in random order if asked for.
-  void prepare(Op op, std::size_t pieces, bool scattered = false, std::size_t bytes = kBytes) {
-    transfer.reset();
-    Plan plan;
-    plan.op = op;
-    plan.peer = line.get();
-    plan.local_regions = {local.get()};
-    plan.remote_regions = {remote.get()};
-    const std::size_t size = bytes / pieces;
-    std::vector<std::size_t> order(pieces);
-    std::iota(order.begin(), order.end(), 0);
-    if (scattered) std::shuffle(order.begin(), order.end(), std::mt19937(3));
-    for (std::size_t i = 0; i < pieces; ++i) {
-      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(buffer.data()) + order[i] * size);
-      plan.remote_address.push_back(peer.address + order[i] * size);
-      plan.length.push_back(size);
-    }
-    plan.local_region.assign(pieces, 0);
-    plan.remote_region.assign(pieces, 0);
-    plan.num_blocks = pieces;
-    plan.total_bytes = bytes;
-    transfer = std::move(*CHECK_OK(node.backend->prepare(std::move(plan))));
-  }
-  Result<TransferState> finish(Nanoseconds patience = kPatience) {
-    const Deadline deadline = Deadline::after(patience);
-    for (;;) {
-      auto state = transfer->poll();
-      if (!state || *state == TransferState::kDone) return state;
-      if (deadline.passed()) return state;
-    }
-  }
-  Result<TransferState> run(Nanoseconds patience = kPatience) {
-    auto state = transfer->submit({});
-    return !state || *state == TransferState::kDone ? state : finish(patience);
-  }
-  Peer peer;
-  Node node;
-  std::vector<char> buffer;
-  std::unique_ptr<LocalRegion> local;
-  std::unique_ptr<Connection> line;
-  std::unique_ptr<RemoteRegion> remote;
-  std::unique_ptr<Transfer> transfer;
+struct Pair : core::test::Pair {
+  explicit Pair(const std::string& tls) : core::test::Pair(params(tls), params(tls)) {}
+  Pair(const std::string& tls, const TwoHosts& hosts)
+      : core::test::Pair(params(tls, hosts.name + "a"), params(tls, hosts.name + "b"), hosts.pid) {}
 };
 
 }  // namespace nixl::core::ucx::test
