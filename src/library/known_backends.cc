@@ -38,7 +38,8 @@ std::span<const KnownBackend> known_backends() {
        true,
        true,
        true,
-       "not in this build; it needs libfabric.so.1, 1.17 or above",
+       "not in this build: libfabric's headers were not found; install libfabric-dev and build again. It then needs "
+       "libfabric.so.1, 1.17 or above",
        {{"num_threads", "0"},
         {"split_batch_size", "1024"},
         {"striping_threshold", "131072"},

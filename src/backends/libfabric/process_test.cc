@@ -1,0 +1,277 @@
+// The backend between processes and, where namespaces are permitted, between two hosts: data, notifications, peers that
+// are killed, stopped and resumed.
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "backends/libfabric/entry.h"
+#include "peer_process.h"
+
+using namespace nixl::core;
+using namespace nixl::core::test;
+
+namespace {
+
+const Params kTcp = {{"provider", "tcp"}};
+
+TEST(data_between_processes) {
+  for (const char* provider : {"tcp", "sockets"}) {
+    const Params params = {{"provider", provider}};
+    Pair pair(params, params);
+    check_data(pair);
+    CHECK(pair.transfer->path().starts_with(provider));
+  }
+}
+
+TEST(data_with_a_thread_of_its_own_and_few_operations_in_flight) {
+  const Params params = {
+      {"provider", "tcp"}, {"num_threads", "1"}, {"post_queue_size", "3"}, {"split_batch_size", "2"}};
+  Pair pair(params, params);
+  check_data(pair);
+  CHECK(pair.transfer->submit("after the data").has_value());
+  CHECK_EQ(pair.peer.ask("n"), "initiator:after the data");
+  CHECK(done(pair.finish()));
+}
+
+TEST(attached_notification_leaves_when_nobody_polls) {
+  Pair pair(kTcp, kTcp);
+  pair.prepare(Op::kWrite, 16);
+  CHECK(pair.transfer->submit("after the data").has_value());
+  CHECK_EQ(pair.peer.ask("n"), "initiator:after the data");
+  CHECK_EQ(pair.peer.ask("c 2"), "1");
+  CHECK(done(pair.finish()));
+}
+
+// Round 0: before anything was said; 1: after a transfer; 2: well within one.
+void kill_peer(const Params& params, Op op, int round) {
+  Pair pair(params, params);
+  pair.prepare(op, 1024, true);
+  if (round > 0) CHECK(done(pair.run()));
+  CHECK(pair.transfer->submit("never").has_value());
+  if (round == 2) CHECK_OK(pair.finish(500'000));
+  kill(pair.peer.pid, SIGKILL);
+  const Nanoseconds start = now_ns();
+  const auto state = pair.finish();
+  if (!state) CHECK(state.error().code == Code::kPeerLost);
+  CHECK(now_ns() - start < 10'000'000'000);
+  while (pair.node.lost.count == 0) CHECK(now_ns() - start < 10'000'000'000);
+  CHECK(pair.run().error().code == Code::kPeerLost);
+  CHECK_EQ(pair.node.lost.count.load(), 1);
+  CHECK(pair.node.backend->notifier()->send(*pair.line, "x").error().code == Code::kPeerLost);
+}
+
+TEST(killed_peer_is_lost_in_time) {
+  kill_peer(kTcp, Op::kWrite, 0);
+  kill_peer(kTcp, Op::kRead, 1);
+  for (const Op op : {Op::kWrite, Op::kRead}) kill_peer(kTcp, op, 2);
+  kill_peer({{"provider", "sockets"}}, Op::kWrite, 2);
+}
+
+TEST(killed_peer_is_noticed_when_nothing_is_under_way) {
+  Pair pair(kTcp, kTcp);
+  pair.prepare(Op::kWrite, 4);
+  CHECK(done(pair.run()));
+  kill(pair.peer.pid, SIGKILL);
+  const Deadline deadline = Deadline::after(kPatience);
+  while (pair.node.lost.count == 0) {
+    CHECK(!deadline.passed());
+    usleep(10'000);
+  }
+}
+
+TEST(stopped_peer_stalls_and_goes_on) {
+  for (const Op op : {Op::kWrite, Op::kRead}) {
+    Pair pair(kTcp, kTcp);
+    pair.prepare(op, 64);
+    CHECK(done(pair.run()));
+    stop(pair.peer.pid);
+    CHECK(pair.transfer->submit({}).has_value());
+    const auto state = pair.finish(1'500'000'000);
+    CHECK(state && *state == TransferState::kRunning);
+    kill(pair.peer.pid, SIGCONT);
+    CHECK(done(pair.finish()));
+  }
+}
+
+TEST(what_a_stopped_peer_holds_is_cancelled_when_it_lets_go) {
+  for (const Op op : {Op::kWrite, Op::kRead}) {
+    Pair pair(kTcp, kTcp);
+    pair.prepare(op, 64);
+    CHECK(done(pair.run()));
+    stop(pair.peer.pid);
+    CHECK(pair.transfer->submit({}).has_value());
+    for (int i = 0; i < 100; ++i) {
+      CHECK(!pair.transfer->cancel());
+      usleep(1000);
+    }
+    kill(pair.peer.pid, SIGCONT);
+    const Deadline deadline = Deadline::after(kPatience);
+    while (!pair.transfer->cancel()) CHECK(!deadline.passed());
+    CHECK(pair.transfer->poll().error().code == Code::kCancelled);
+    CHECK(done(pair.run()));
+    if (op == Op::kWrite) CHECK_EQ(pair.peer.ask("c 2"), "1");
+  }
+}
+
+TEST(closing_towards_a_stopped_peer_harms_nobody) {
+  std::unique_ptr<Transfer> stuck;  // outlives the backend, as what cannot be stopped does with an agent
+  Pair fine(kTcp, kTcp);
+  {
+    Peer stopped(20, kTcp);
+    auto line = std::move(*CHECK_OK(fine.node.backend->connect({"peer", 20}, stopped.connection)));
+    CHECK_OK(line->wait_ready(Deadline::after(kPatience)));
+    const Region there{MemKind::kDram, stopped.address, kBytes, 0, ""};
+    auto remote = std::move(*CHECK_OK(fine.node.backend->import_region(*line, there, stopped.key)));
+    Plan plan;
+    plan.op = Op::kWrite;
+    plan.peer = line.get();
+    plan.local_address = {reinterpret_cast<std::uint64_t>(fine.buffer.data())};
+    plan.remote_address = {stopped.address};
+    plan.length = {kBytes};
+    plan.local_region = plan.remote_region = {0};
+    plan.local_regions = {fine.local.get()};
+    plan.remote_regions = {remote.get()};
+    plan.num_blocks = 1;
+    plan.total_bytes = kBytes;
+    stuck = std::move(*CHECK_OK(fine.node.backend->prepare(std::move(plan))));
+    stop(stopped.pid);
+    CHECK(stuck->submit({}).has_value());
+    (void)stuck->cancel();
+    const Nanoseconds start = now_ns();
+    remote.reset();
+    line.reset();
+    CHECK(now_ns() - start < 2'000'000'000);
+    CHECK(!stuck->poll());
+  }
+  check_data(fine);
+}
+
+TEST(deregistered_memory_is_refused_at_the_initiator) {
+  for (const Op op : {Op::kRead, Op::kWrite}) {
+    Pair pair(kTcp, kTcp);
+    pair.prepare(op, 4);
+    CHECK(done(pair.run()));
+    CHECK_EQ(pair.peer.ask("d"), "gone");
+    const Deadline deadline = Deadline::after(kPatience);
+    Result<TransferState> state;
+    do {
+      state = pair.run();
+      CHECK(!deadline.passed());
+    } while (state);  // the notice may still be under way for the first ones
+    CHECK(state.error().code == Code::kNotFound);
+    CHECK_EQ(pair.node.lost.count.load(), 0);
+  }
+}
+
+TEST(memory_that_goes_under_a_transfer_costs_the_transfer_and_not_the_peer) {
+  for (const Op op : {Op::kRead, Op::kWrite}) {
+    Pair pair(kTcp, kTcp);
+    pair.prepare(op, 4096, true);
+    for (int round = 0; round < 3; ++round) CHECK(done(pair.run()));
+    CHECK(pair.transfer->submit("never").has_value());
+    CHECK_EQ(pair.peer.ask("d"), "gone");
+    auto state = pair.finish();
+    if (state) state = pair.run();
+    CHECK(!state && state.error().code != Code::kPeerLost);
+    CHECK_OK(pair.node.backend->notifier()->send(*pair.line, "still there"));
+    const std::string seen = pair.peer.ask("n");
+    CHECK(seen == "initiator:still there" || seen == "initiator:never");
+    CHECK_EQ(pair.node.lost.count.load(), 0);
+  }
+}
+
+TEST(a_stranger_at_the_address_is_not_the_peer) {
+  Peer peer(7, kTcp);
+  Node node("initiator", 1, kTcp);
+  auto line = std::move(*CHECK_OK(node.backend->connect({"peer", 6}, peer.connection)));
+  const auto ready = line->wait_ready(Deadline::after(kPatience));
+  CHECK(!ready);
+  CHECK(ready.error().code == Code::kPeerLost);
+}
+
+TEST(peers_with_other_providers_are_refused_at_once) {
+  Peer peer(7, {{"provider", "sockets"}});
+  Node node("initiator", 1, kTcp);
+  const auto line = node.backend->connect({"peer", 7}, peer.connection);
+  CHECK(!line && line.error().code == Code::kUnsupported);
+  CHECK(check::has(line.error().reason, "sockets"));
+}
+
+TEST(restarted_peer_is_a_new_one_and_nothing_leaks) {
+  Node node("initiator", 1, kTcp);
+  const auto num_fds = [] {
+    int count = 0;
+    for (int fd = 0; fd < 4096; ++fd) count += fcntl(fd, F_GETFD) >= 0;
+    return count;
+  };
+  int before = 0;
+  for (int round = 0; round < 6; ++round) {
+    {
+      Peer peer(10u + static_cast<unsigned>(round), kTcp);
+      auto line = std::move(*CHECK_OK(node.backend->connect({"peer", peer.incarnation}, peer.connection)));
+      CHECK_OK(line->wait_ready(Deadline::after(kPatience)));
+      kill(peer.pid, SIGKILL);
+      const Deadline deadline = Deadline::after(kPatience);
+      while (node.lost.count <= round) {
+        CHECK(!deadline.passed());
+        (void)node.backend->notifier()->send(*line, "are you there");
+        usleep(1000);
+      }
+    }
+    if (round == 2) before = num_fds();
+  }
+  const Deadline deadline = Deadline::after(kPatience);
+  while (num_fds() > before) CHECK(!deadline.passed());  // connections are closed as the node goes on
+}
+
+double cpu_seconds() {
+  timespec cpu{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
+  return static_cast<double>(cpu.tv_sec) + 1e-9 * static_cast<double>(cpu.tv_nsec);
+}
+
+TEST(idle_costs_nothing) {
+  Pair pair(kTcp, kTcp);
+  pair.prepare(Op::kWrite, 4);
+  CHECK(done(pair.run()));
+  usleep(300'000);
+  const double before = cpu_seconds();
+  usleep(1'000'000);
+  const double used = cpu_seconds() - before;
+  if (used >= 0.02) std::fprintf(stderr, "used %.3f s of CPU in 1 s\n", used);
+  CHECK(used < 0.02);
+}
+
+// ---- two hosts ----
+
+TEST(two_hosts_with_two_links) {
+  TwoHosts hosts(2);
+  if (!hosts.made) {
+    std::fprintf(stderr, "SKIP two_hosts_with_two_links: a network namespace needs root, ip and nsenter\n");
+    return;
+  }
+  Pair pair(kTcp, kTcp, hosts.pid);
+  CHECK_OK(pair.line->wait_ready(Deadline::after(kPatience)));
+  check_data(pair);
+  for (const char* device : {"a", "c"}) CHECK(check::has(pair.transfer->path(), (hosts.name + device).c_str()));
+  kill(pair.peer.pid, SIGKILL);
+  CHECK(pair.run().error().code == Code::kPeerLost);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+#ifdef __SANITIZE_THREAD__
+  SKIP(
+      "the peer's buffer is written by libfabric, whose synchronisation the thread sanitizer cannot see; "
+      "libfabric_test "
+      "covers threads");
+#endif
+  signal(SIGPIPE, SIG_IGN);
+  const Probe probe = backends_of_libfabric()[0].probe();
+  if (!probe.viable) SKIP(probe.reason.c_str());
+  tested = &backends_of_libfabric()[0];
+  if (argc > 2 && std::string(argv[1]) == "peer") return serve(argv + 2);
+  return check::run_tests(argc, argv);
+}
