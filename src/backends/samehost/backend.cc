@@ -6,9 +6,11 @@
 
 #include <cerrno>
 
+#include "backends/samehost/puller.h"
 #include "backends/samehost/transfer.h"
 #include "backends/samehost/vram.h"
 #include "base/bytes.h"
+#include "base/env.h"
 #include "base/log.h"
 #include "contract/entry.h"
 
@@ -48,6 +50,7 @@ class SameHostBackend final : public Backend, private Notifier, private CostMode
   Result<void> send(Connection& peer, std::string_view message) override;
   void drain(std::vector<Notification>& out) override;
   Result<CostEstimate> estimate(const Transfer& transfer) override;
+  void pull_offered();
   Result<Vram*> vram();  // opened at the first GPU region; set-up calls only
 
   BackendConfig config_;
@@ -58,8 +61,9 @@ class SameHostBackend final : public Backend, private Notifier, private CostMode
   std::shared_ptr<CopyThreads> threads_;
   std::shared_ptr<HugePages> pages_;  // null: off
   SharedMemory shared_;
+  std::unique_ptr<Puller> puller_;  // null: nothing is pulled, here and at peers
   std::atomic<bool> pages_started_{false};
-  std::string address_, host_;
+  std::string host_;
   std::atomic<bool> slept_{false};
   std::atomic<Nanoseconds> looked_at_{0};
   std::atomic<bool> warned_{false}, warned_vram_{false};
@@ -77,6 +81,8 @@ Result<std::unique_ptr<Backend>> SameHostBackend::open(BackendConfig config) {
   NIXL_ASSIGN(backend->mailbox_, Mailbox::open(incarnation, config.self.name));
   NIXL_ASSIGN(backend->peers_, PeerTable::open(config.events, backend->mailbox_->socket()));
   backend->slots_ = std::make_shared<SlotTable>(backend->mailbox_);
+  NIXL_ASSIGN(const std::optional<bool> pull, env_bool(Puller::kEnv));
+  if (pull.value_or(true)) backend->puller_ = std::make_unique<Puller>(backend->mailbox_, backend->slots_);
   backend->abilities_.local_kinds = backend->abilities_.remote_kinds = usable_kinds();
   backend->abilities_.remote = backend->abilities_.local = true;
   Address address;
@@ -88,7 +94,7 @@ Result<std::unique_ptr<Backend>> SameHostBackend::open(BackendConfig config) {
   address.header_address = reinterpret_cast<std::uint64_t>(&segment.header());
   address.incarnation = incarnation;
   address.doorbell = backend->mailbox_->doorbell_name();
-  backend->address_ = address.encode();
+  backend->mailbox_->set_address(address.encode());
   backend->config_ = std::move(config);
   return backend;
 }
@@ -115,10 +121,11 @@ Result<std::unique_ptr<LocalRegion>> SameHostBackend::add_region(const Region& r
   } else if (region.kind != MemKind::kDram) {
     return fail(Code::kUnsupported, "%s is not moved by the same-host path", name(region.kind));
   }
-  NIXL_ASSIGN(const auto slot, slots_->take());
-  HugeRange pages(region.kind == MemKind::kDram ? pages_ : nullptr, region.address, region.length);
+  const bool is_dram = region.kind == MemKind::kDram;
+  NIXL_ASSIGN(const auto slot, slots_->take(is_dram ? region.address : 0, is_dram ? region.length : 0));
+  HugeRange pages(is_dram ? pages_ : nullptr, region.address, region.length);
   auto own = std::make_unique<OwnRegion>(slots_, slot.first, slot.second, std::move(exported), std::move(pages));
-  if (region.kind == MemKind::kDram) own->shared = shared_.find(region);
+  if (is_dram) own->shared = shared_.find(region);
   return own;
 }
 
@@ -158,7 +165,7 @@ Result<std::unique_ptr<RemoteRegion>> SameHostBackend::import_region(Connection&
 
 Result<std::string> SameHostBackend::export_connection() {
   allow_peers();
-  return address_;
+  return mailbox_->address();
 }
 
 Result<std::unique_ptr<Connection>> SameHostBackend::connect(const PeerId& peer, std::string_view bytes) {
@@ -182,7 +189,7 @@ Result<std::unique_ptr<Connection>> SameHostBackend::connect(const PeerId& peer,
 
 Result<std::unique_ptr<Transfer>> SameHostBackend::prepare(Plan plan) {
   if (plan.local_kind == MemKind::kDram && plan.remote_kind == MemKind::kDram)
-    return make_copy(std::move(plan), mailbox_, threads_);
+    return make_copy(std::move(plan), mailbox_, threads_, puller_ != nullptr);
   if (!abilities_.local_kinds.has(plan.local_kind) || !abilities_.remote_kinds.has(plan.remote_kind))
     return fail(Code::kInvalidArgument, "%s to %s is not moved by the same-host path", name(plan.local_kind),
                 name(plan.remote_kind));
@@ -197,8 +204,14 @@ SameHostBackend::~SameHostBackend() {
   if (header.pid == static_cast<std::uint32_t>(::getpid())) header.closed.store(1, std::memory_order_release);
 }
 
+void SameHostBackend::pull_offered() {
+  for (const std::string& offer : mailbox_->take_offers())
+    if (puller_) puller_->accept(offer);
+}
+
 bool SameHostBackend::progress() noexcept {
   bool any = mailbox_->collect();
+  if (mailbox_->has_offers()) pull_offered();
   if (pages_ && mailbox_->met_peer() && !pages_started_.load(std::memory_order_relaxed) &&
       !pages_started_.exchange(true))
     pages_->start();
@@ -234,6 +247,7 @@ Result<void> SameHostBackend::send(Connection& peer, std::string_view message) {
 
 void SameHostBackend::drain(std::vector<Notification>& out) {
   mailbox_->drain(out);
+  if (mailbox_->has_offers()) pull_offered();
   if (peers_->has_backlog()) peers_->push_backlogs();
 }
 

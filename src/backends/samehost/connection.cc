@@ -9,7 +9,9 @@
 #include <cerrno>
 #include <cstdint>
 
+#include "backends/samehost/pull_board.h"
 #include "backends/samehost/vram.h"
+#include "base/log.h"
 
 namespace nixl::core::samehost {
 namespace {
@@ -66,6 +68,22 @@ void PeerConnection::send(std::string_view message) {
     backlog_.store(true, std::memory_order_release);
     table_->note_backlog();
   }
+}
+
+void PeerConnection::offer(std::string_view payload) noexcept {
+  std::lock_guard lock(mutex_);
+  if (writer_.try_send(payload, kOffer)) mailbox_->ring(process_.segment(), doorbell_);
+}
+
+std::shared_ptr<PullDesk> PeerConnection::pull_desk() {
+  std::lock_guard lock(mutex_);
+  // Within one process pushing and pulling take the same threads.
+  if (desk_ || process_.pid() == static_cast<std::uint32_t>(::getpid())) return desk_;
+  if (auto board = PullBoard::create())
+    desk_ = std::make_shared<PullDesk>(std::move(*board));
+  else
+    NIXL_DEBUG("agent '%s' is not asked to pull: %s", id_.name.c_str(), board.error().reason.c_str());
+  return desk_;
 }
 
 void PeerConnection::wake_locked() noexcept {
@@ -170,7 +188,7 @@ bool PeerTable::push_backlogs() {
   return true;
 }
 
-Result<std::pair<std::uint32_t, std::uint64_t>> SlotTable::take() {
+Result<std::pair<std::uint32_t, std::uint64_t>> SlotTable::take(std::uint64_t address, std::uint64_t length) {
   std::lock_guard lock(mutex_);
   std::uint32_t slot;
   if (!free_.empty()) {
@@ -178,9 +196,11 @@ Result<std::pair<std::uint32_t, std::uint64_t>> SlotTable::take() {
     free_.pop_back();
   } else if (used_ < kNumSlots) {
     slot = used_++;
+    ranges_.emplace_back();
   } else {
     return fail(Code::kUnsupported, "all %u regions of the same-host segment are in use", kNumSlots);
   }
+  ranges_[slot] = {address, length};
   const std::uint64_t generation = next_generation_++;
   mailbox_->segment().slot(slot).store(generation, std::memory_order_release);
   return std::pair{slot, generation};
@@ -192,6 +212,13 @@ void SlotTable::give_back(std::uint32_t slot) noexcept {
   std::lock_guard lock(mutex_);
   mailbox_->segment().slot(slot).store(0, std::memory_order_release);
   free_.push_back(slot);
+}
+
+bool SlotTable::holds(std::uint32_t slot, std::uint64_t generation, std::uint64_t address, std::uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  if (slot >= used_ || mailbox_->segment().slot(slot).load(std::memory_order_acquire) != generation) return false;
+  const auto [start, length] = ranges_[slot];
+  return address >= start && address - start <= length && bytes <= length - (address - start);
 }
 
 OwnRegion::OwnRegion(std::shared_ptr<SlotTable> slots, std::uint32_t slot, std::uint64_t generation,
@@ -208,7 +235,8 @@ OwnRegion::~OwnRegion() {
 
 FarRegion::FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation,
                      std::unique_ptr<VramMapping> vram, std::unique_ptr<SharedMapping> shared)
-    : slot_(&peer.process().segment().slot(slot)),
+    : index_(slot),
+      slot_(&peer.process().segment().slot(slot)),
       generation_(generation),
       vram_(std::move(vram)),
       shared_(std::move(shared)) {}

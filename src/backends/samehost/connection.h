@@ -17,6 +17,7 @@
 namespace nixl::core::samehost {
 
 class PeerTable;
+struct PullDesk;
 class VramExport;
 class VramMapping;
 
@@ -37,6 +38,10 @@ class PeerConnection final : public Connection {
   // Wakes the peer, if it sleeps, to see that we have connected.
   void announce() noexcept { mailbox_->ring(process_.segment(), doorbell_); }
   void send(std::string_view message);
+  // Tells the peer, now or never, what it may pull.
+  void offer(std::string_view payload) noexcept;
+  // The board of writes that this peer may pull; null when there can be none. Set-up calls only.
+  std::shared_ptr<PullDesk> pull_desk();
   // Moves queued message parts into the peer's lane; true while some are left.
   bool push();
 
@@ -48,7 +53,8 @@ class PeerConnection final : public Connection {
   Doorbell doorbell_;
   std::shared_ptr<Mailbox> mailbox_;
   std::shared_ptr<PeerTable> table_;
-  std::mutex mutex_;  // of writer_ and events_
+  std::mutex mutex_;  // of writer_, events_ and desk_
+  std::shared_ptr<PullDesk> desk_;
   LaneWriter writer_;
   CallersEvents events_;
   std::atomic<bool> backlog_{false};
@@ -102,13 +108,17 @@ class OwnRegion final : public LocalRegion {
 class SlotTable {
  public:
   explicit SlotTable(std::shared_ptr<Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
-  Result<std::pair<std::uint32_t, std::uint64_t>> take();
+  // For the region of `length` bytes at `address`, 0 if nothing may be pulled into it.
+  Result<std::pair<std::uint32_t, std::uint64_t>> take(std::uint64_t address, std::uint64_t length);
   void give_back(std::uint32_t slot) noexcept;
+  // `slot` is of this generation and its region holds all of these bytes.
+  bool holds(std::uint32_t slot, std::uint64_t generation, std::uint64_t address, std::uint64_t bytes);
 
  private:
   std::shared_ptr<Mailbox> mailbox_;
   std::mutex mutex_;
   std::vector<std::uint32_t> free_;
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges_;  // address and length, by slot
   std::uint32_t used_ = 0;
   std::uint64_t next_generation_ = 1;
 };
@@ -122,8 +132,11 @@ class FarRegion final : public RemoteRegion {
   const SharedMapping* shared() const noexcept { return shared_.get(); }  // null: not mapped here
   // false once the owner has deregistered it.
   bool registered() const noexcept { return slot_->load(std::memory_order_acquire) == generation_; }
+  std::uint32_t slot() const noexcept { return index_; }
+  std::uint64_t generation() const noexcept { return generation_; }
 
  private:
+  std::uint32_t index_;
   std::atomic<std::uint64_t>* slot_;
   std::uint64_t generation_;
   std::unique_ptr<VramMapping> vram_;

@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace nixl::core::samehost {
+namespace {
+
+thread_local unsigned own_index = CopyThreads::kMost;
+
+}  // namespace
 
 void Job::start() {
   {
@@ -60,16 +65,23 @@ std::shared_ptr<CopyThreads> CopyThreads::shared() {
   std::lock_guard lock(mutex);
   auto threads = current.lock();
   if (!threads) {
-    // One core is left to the thread that waits, which copies too; more than four threads gain nothing on one memory.
-    const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
-    threads.reset(new CopyThreads(std::clamp(cores - 1, 1u, 3u)));
+    threads.reset(new CopyThreads(count()));
     current = threads;
   }
   return threads;
 }
 
+unsigned CopyThreads::count() noexcept {
+  static const unsigned count = std::clamp(std::thread::hardware_concurrency(), 1u, kMost);
+  return count;
+}
+
+unsigned CopyThreads::index() noexcept {
+  return own_index;
+}
+
 CopyThreads::CopyThreads(unsigned count) {
-  for (unsigned i = 0; i < count; ++i) threads_.emplace_back([this] { work(); });
+  for (unsigned i = 0; i < count; ++i) threads_.emplace_back([this, i] { work(i); });
 }
 
 CopyThreads::~CopyThreads() {
@@ -81,26 +93,28 @@ CopyThreads::~CopyThreads() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void CopyThreads::add(std::shared_ptr<Job> job) {
+void CopyThreads::add(std::shared_ptr<Work> work, bool waiter) {
+  const std::size_t count = std::max<std::size_t>(threads_.size() - waiter, 1);
   {
     std::lock_guard lock(mutex_);
-    for (std::size_t i = 0; i < threads_.size(); ++i) jobs_.push_back(job);
+    for (std::size_t i = 0; i < count; ++i) queue_.push_back(work);
   }
-  wake_.notify_all();
+  for (std::size_t i = 0; i < count; ++i) wake_.notify_one();
 }
 
-void CopyThreads::work() {
+void CopyThreads::work(unsigned index) {
+  own_index = index;
   std::unique_lock lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
+    wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
     if (stop_) return;
-    auto job = std::move(jobs_.front());
-    jobs_.pop_front();
+    auto next = std::move(queue_.front());
+    queue_.pop_front();
     lock.unlock();
-    const bool more = job->run_one();
+    const bool more = next->work();
     lock.lock();
-    // To the back after every chunk, so that jobs share the threads evenly.
-    if (more) jobs_.push_back(std::move(job));
+    // To the back after every chunk, so that all work shares the threads evenly.
+    if (more) queue_.push_back(std::move(next));
   }
 }
 

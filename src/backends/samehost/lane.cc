@@ -14,6 +14,7 @@ constexpr std::uint64_t kLeaving = 1;
 constexpr std::size_t rounded(std::size_t bytes) {
   return (bytes + 7) & ~std::size_t{7};
 }
+constexpr std::size_t kMaxOffers = 64;  // what is not taken is pushed all the same
 constexpr std::size_t kMaxPart = kLaneBytes / 2 - sizeof(FrameHeader);
 
 bool owner_is_dead(std::uint64_t owner) {
@@ -84,6 +85,13 @@ void LaneWriter::send(std::string_view message) {
   }
   queue_.push_back({std::string(message), 0, kLast});
   push();
+}
+
+bool LaneWriter::try_send(std::string_view payload, FrameKind kind) noexcept {
+  if (!queue_.empty() || payload.size() > kMaxPart || room() < sizeof(FrameHeader) + rounded(payload.size()))
+    return false;
+  put(payload, kind);
+  return true;
 }
 
 bool LaneWriter::push() {
@@ -171,6 +179,9 @@ void LaneReader::take_frame(Sender& sender, FrameKind kind, std::string payload,
         sender.partial += payload;
         out.push_back({sender.name, std::exchange(sender.partial, {})});
       }
+      return;
+    case kOffer:
+      if (offers_.size() < kMaxOffers) offers_.push_back(std::move(payload));
       return;
   }
 }

@@ -6,6 +6,7 @@
 #include <deque>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "backends/samehost/segment.h"
@@ -21,6 +22,8 @@ class LaneWriter {
 
   // Puts the message at the end of the queue and as much of the queue as fits into the lane.
   void send(std::string_view message);
+  // At once and in one part, or not at all: nothing that anyone waits for.
+  bool try_send(std::string_view payload, FrameKind kind) noexcept;
   // Moves queued parts into the lane; true when something moved.
   bool push();
   bool idle() const noexcept { return queue_.empty(); }
@@ -49,6 +52,9 @@ class LaneReader {
   bool has_news() const noexcept;
   // Appends whole messages that have arrived; true when a lane had anything.
   bool collect(std::vector<Notification>& out);
+  // Offers of writes to be pulled, as they came; the oldest are kept, the others dropped.
+  bool has_offers() const noexcept { return !offers_.empty(); }
+  std::vector<std::string> take_offers() noexcept { return std::exchange(offers_, {}); }
   // Another agent than the one named in the constructor has opened a lane; stays true. Any thread.
   bool met_peer() const noexcept { return met_peer_.load(std::memory_order_relaxed); }
 
@@ -63,6 +69,7 @@ class LaneReader {
   Segment* own_;
   const std::string own_name_;
   std::vector<Sender> senders_;
+  std::vector<std::string> offers_;
   std::atomic<bool> met_peer_{false};
 };
 

@@ -81,13 +81,25 @@ void Mailbox::arm_callers() noexcept {
 bool Mailbox::collect() {
   if (!reader_.has_news()) return false;
   std::lock_guard lock(mutex_);
-  return reader_.collect(arrived_);
+  return collect_locked();
+}
+
+bool Mailbox::collect_locked() {
+  const bool any = reader_.collect(arrived_);
+  if (reader_.has_offers()) has_offers_.store(true, std::memory_order_release);
+  return any;
+}
+
+std::vector<std::string> Mailbox::take_offers() {
+  std::lock_guard lock(mutex_);
+  has_offers_.store(false, std::memory_order_relaxed);
+  return reader_.take_offers();
 }
 
 void Mailbox::drain(std::vector<Notification>& out) {
   std::lock_guard lock(mutex_);
   arm_callers();
-  if (reader_.has_news()) reader_.collect(arrived_);
+  if (reader_.has_news()) collect_locked();
   out.insert(out.end(), std::make_move_iterator(arrived_.begin()), std::make_move_iterator(arrived_.end()));
   arrived_.clear();
 }

@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -30,6 +31,9 @@ class Mailbox {
   Segment& segment() noexcept { return segment_; }
   int socket() const noexcept { return socket_.get(); }
   const std::string& doorbell_name() const noexcept { return name_; }
+  // The bytes by which peers find this process; set once, before anything is connected.
+  const std::string& address() const noexcept { return address_; }
+  void set_address(std::string address) noexcept { address_ = std::move(address); }
 
   // Wakes the owner of `segment` if it sleeps. Call after putting something into one of its lanes.
   void ring(Segment& segment, const Doorbell& doorbell) noexcept;
@@ -44,20 +48,25 @@ class Mailbox {
   bool collect();
   // Some other agent of this host has connected to us; stays true.
   bool met_peer() const noexcept { return reader_.met_peer(); }
+  // Offers of pulled writes that have arrived.
+  bool has_offers() const noexcept { return has_offers_.load(std::memory_order_acquire); }
+  std::vector<std::string> take_offers();
   // Collects, and appends all messages set aside.
   void drain(std::vector<Notification>& out);
 
  private:
   void arm_callers() noexcept;
+  bool collect_locked();
   Mailbox(Segment segment, const std::string& own_name) : segment_(std::move(segment)), reader_(segment_, own_name) {}
 
   Segment segment_;
   Fd socket_;
-  std::string name_;
+  std::string name_, address_;
   Doorbell own_;
   std::mutex mutex_;
   LaneReader reader_;
   std::vector<Notification> arrived_;
+  std::atomic<bool> has_offers_{false};
   std::size_t num_callers_events_ = 0;  // more than fit into the header: none is used
 };
 

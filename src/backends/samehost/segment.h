@@ -47,7 +47,7 @@ struct FrameHeader {
   std::uint32_t bytes;  // of payload; the next frame starts at the next multiple of 8
   std::uint32_t kind;
 };
-enum FrameKind : std::uint32_t { kHello = 1, kPart = 2, kLast = 3 };
+enum FrameKind : std::uint32_t { kHello = 1, kPart = 2, kLast = 3, kOffer = 4 };
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && sizeof(std::atomic<std::uint64_t>) == 8);
 static_assert(sizeof(LaneHeader) == 192 && sizeof(SegmentHeader) == 192 && sizeof(FrameHeader) == 8);

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "backends/samehost/offered_copy.h"
+
 namespace nixl::core::samehost {
 
 void Ending::set_message(std::optional<std::string_view> message) {
@@ -61,17 +63,24 @@ Result<void> CopyJob::copy_chunk(std::uint32_t index) {
 }
 
 JobTransfer::JobTransfer(const Plan& plan, std::shared_ptr<TransferJob> job, std::shared_ptr<CopyThreads> threads,
-                         std::string path)
-    : SizedTransfer(plan), job_(std::move(job)), threads_(std::move(threads)), path_(std::move(path)) {}
+                         std::string path, std::shared_ptr<OfferedCopy> offered)
+    : SizedTransfer(plan),
+      job_(job),
+      plain_(std::move(job)),
+      offered_(std::move(offered)),
+      threads_(std::move(threads)),
+      path_(std::move(path)) {}
 
 Result<TransferState> JobTransfer::submit(std::optional<std::string_view> message) {
-  job_->ending.set_message(message);
   if (!threads_) {  // the chunk asks for itself whether the peer lives
+    job_->ending.set_message(message);
     auto done = job_->run_alone();
     alone_ = done ? std::nullopt : std::optional<Error>(std::move(done).error());
     return outcome();
   }
   NIXL_TRY(job_->ending.peer().check_alive());
+  if (offered_) job_ = offered_->acquire() ? offered_ : plain_;
+  job_->ending.set_message(message);
   job_->start();
   threads_->add(job_);
   return TransferState::kRunning;
@@ -94,13 +103,15 @@ bool JobTransfer::cancel() noexcept {
   return job_->finished();
 }
 
-std::unique_ptr<Transfer> make_copy(Plan plan, std::shared_ptr<Mailbox> mailbox,
-                                    std::shared_ptr<CopyThreads>& threads) {
+std::unique_ptr<Transfer> make_copy(Plan plan, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads>& threads,
+                                    bool pull) {
   auto starts = cut(plan);
   const bool small = starts.size() <= 2;
   if (!small && !threads) threads = CopyThreads::shared();
-  auto job = std::make_shared<CopyJob>(std::move(plan), std::move(starts), std::move(mailbox));
-  return std::make_unique<JobTransfer>(job->plan(), job, small ? nullptr : threads, job->mapped() ? "shm" : "cma");
+  auto job = std::make_shared<CopyJob>(std::move(plan), std::move(starts), mailbox);
+  auto offered = pull && !job->mapped() ? OfferedCopy::make(job->plan(), std::move(mailbox)) : nullptr;
+  return std::make_unique<JobTransfer>(job->plan(), job, small ? nullptr : threads, job->mapped() ? "shm" : "cma",
+                                       std::move(offered));
 }
 
 }  // namespace nixl::core::samehost

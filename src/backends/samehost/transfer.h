@@ -39,7 +39,6 @@ class TransferJob : public Job {
   Result<void> complete() override { return ending.finish(); }
   void announce() noexcept override { mailbox_->ring_own(); }
 
- private:
   const std::shared_ptr<Mailbox> mailbox_;
 };
 
@@ -65,11 +64,13 @@ class SizedTransfer : public Transfer {
   const std::uint64_t num_blocks, total_bytes;
 };
 
+class OfferedCopy;
+
 // Runs a TransferJob: where it is submitted when it has one chunk, else on the copy threads and in poll().
 class JobTransfer final : public SizedTransfer {
  public:
   JobTransfer(const Plan& plan, std::shared_ptr<TransferJob> job, std::shared_ptr<CopyThreads> threads,
-              std::string path);
+              std::string path, std::shared_ptr<OfferedCopy> offered = nullptr);
   Result<TransferState> submit(std::optional<std::string_view> message) override;
   Result<TransferState> poll() override;
   bool cancel() noexcept override;
@@ -78,13 +79,16 @@ class JobTransfer final : public SizedTransfer {
  private:
   Result<TransferState> outcome() const;
 
-  std::shared_ptr<TransferJob> job_;
-  std::shared_ptr<CopyThreads> threads_;  // null: one chunk at most, copied where it is submitted
-  std::optional<Error> alone_;            // how that went
+  std::shared_ptr<TransferJob> job_;  // of the last submission: one of the next two
+  const std::shared_ptr<TransferJob> plain_;
+  const std::shared_ptr<OfferedCopy> offered_;  // null: nothing the peer could pull
+  std::shared_ptr<CopyThreads> threads_;        // null: one chunk at most, copied where it is submitted
+  std::optional<Error> alone_;                  // how that went
   std::string path_;
 };
 
-// DRAM to DRAM. `threads` is started when it is first needed.
-std::unique_ptr<Transfer> make_copy(Plan plan, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads>& threads);
+// DRAM to DRAM. `threads` is started when it is first needed. `pull`: the peer may be asked to pull.
+std::unique_ptr<Transfer> make_copy(Plan plan, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads>& threads,
+                                    bool pull);
 
 }  // namespace nixl::core::samehost
