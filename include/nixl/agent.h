@@ -55,6 +55,8 @@ template <class T>
 std::uint64_t number(T value, const char* what) {
   if constexpr (std::is_pointer_v<T>) {
     return reinterpret_cast<std::uintptr_t>(value);
+  } else if constexpr (std::is_null_pointer_v<T>) {
+    return 0;
   } else {
     static_assert(std::is_integral_v<T> || std::is_enum_v<T>, "a pointer or an integer is needed");
     if constexpr (std::is_signed_v<T>)

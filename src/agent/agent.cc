@@ -128,7 +128,7 @@ Result<std::vector<Slot*>> Agent::chosen(BackendIds backends, bool with_companio
   }
   for (const std::uint32_t id : backends)
     if (!slot(id))
-      return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", id, name().c_str());
+      return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", id + 1, name().c_str());
   if (with_companions) {
     const std::size_t count = list.size();
     for (std::size_t i = 0; i < count; ++i)

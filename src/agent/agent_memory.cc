@@ -177,7 +177,7 @@ Result<std::vector<std::optional<Params>>> Agent::query_memory(const Descs& desc
   NIXL_TRY(usable());
   Slot* const asked = slot(backend);
   if (!asked)
-    return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", backend, name().c_str());
+    return fail(Code::kInvalidArgument, "backend number %u was not created by agent '%s'", backend + 1, name().c_str());
   MemoryQuery* query = asked->backend->memory_query();
   if (!query) return fail(Code::kUnsupported, "backend %s answers no queries about memory", asked->name().c_str());
   std::vector<Region> regions;

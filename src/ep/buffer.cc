@@ -151,6 +151,10 @@ struct Buffer::Impl {
 Result<void> Buffer::Impl::open() {
   if (options.rank < 0 || options.rank >= inner::kMaxRanks)
     return fail(Code::kInvalidArgument, "rank is %d; 0 to %d are allowed", options.rank, inner::kMaxRanks - 1);
+  if (const int device = static_cast<int>(options.device); device != 0 && device != 1)
+    return fail(Code::kInvalidArgument, "device is %d; 0 (the CPU) and 1 (CUDA) are known", device);
+  if (const int combine = static_cast<int>(options.combine); combine != 0 && combine != 1)
+    return fail(Code::kInvalidArgument, "combine is %d; 0 (exact) and 1 (reduced) are known", combine);
   if (options.timeout_ms < 0 || options.connect_timeout_ms < 0)
     return fail(Code::kInvalidArgument, "timeout_ms is %lld and connect_timeout_ms %lld; 0 or more are allowed",
                 static_cast<long long>(options.timeout_ms), static_cast<long long>(options.connect_timeout_ms));
@@ -378,6 +382,7 @@ void Buffer::clean_masks(void* stream) {
   check(impl_->clean_masks(stream));
 }
 void Buffer::query_masks(std::int32_t* out, void* stream) const {
+  if (!out) throw Error("query_masks: out is null; memory for one int32 a rank is needed");
   check(value_of(impl_->ready()).path->query_masks(out, stream));
 }
 

@@ -285,6 +285,19 @@ TEST(a_rank_that_does_not_come_is_masked_and_named) {
   a.operate({0}, 0);
 }
 
+TEST(numbers_that_name_nothing_are_refused) {
+  Options wrong;
+  wrong.device = static_cast<Device>(7);
+  CHECK_ERROR("device is 7; 0 (the CPU) and 1 (CUDA) are known", Buffer{wrong});
+  wrong = Options();
+  wrong.combine = static_cast<Combine>(2);
+  CHECK_ERROR("combine is 2; 0 (exact) and 1 (reduced) are known", Buffer{wrong});
+  Buffer alone{Options()};
+  alone.update_memory(1, 1, 1 << 20);
+  CHECK_ERROR("query_masks: out is null", alone.query_masks(nullptr, nullptr));
+  CHECK_ERROR("top-k is 33; 1 to 32 are allowed", record_bytes(Device::kCpu, 1, 33, 1));
+}
+
 TEST(wrong_calls_are_refused_and_the_buffer_stays_usable) {
   CHECK_ERROR("rank is -1", Buffer(options_of(-1)));
   CHECK_ERROR("timeout_ms is -5", Buffer(options_of(0, -5)));

@@ -33,18 +33,43 @@ XferState state_of(core::Result<bool> done) {
 }
 
 core::Op op_of(OpType op) {
+  if (op != OpType::READ && op != OpType::WRITE)
+    throwInvalid("operation " + std::to_string(static_cast<int>(op)) + " is unknown; known: READ (0), WRITE (1)");
   return op == OpType::READ ? core::Op::kRead : core::Op::kWrite;
 }
 
 // The core counts backends from 0.
 std::vector<std::uint32_t> places(const Agent::BackendIds& ids) {
   std::vector<std::uint32_t> list;
-  for (const Agent::BackendId id : ids) list.push_back(id - 1);
+  for (const Agent::BackendId id : ids) {
+    if (id == 0) throwInvalid("backend number 0 is none; they count from 1");
+    list.push_back(id - 1);
+  }
   return list;
 }
 
+MemType checked(MemType type) {
+  if (static_cast<int>(type) < 0 || static_cast<int>(type) >= core::kNumMemKinds)
+    throwInvalid("memory type " + std::to_string(static_cast<int>(type)) + " is unknown; 0 to " +
+                 std::to_string(core::kNumMemKinds - 1) + " are known");
+  return type;
+}
+
+// Everything inside counts on columns of one length.
+const Descs& checked(const Descs& descs) {
+  checked(descs.type);
+  const std::size_t rows = descs.rows(), runs = descs.count.size();
+  if (descs.len.size() != rows || descs.dev.size() != rows || descs.stride.size() != runs ||
+      (runs != 0 && runs != rows) || (!descs.meta.empty() && descs.meta.size() != rows))
+    throwInvalid("columns of " + std::to_string(rows) + " addresses, " + std::to_string(descs.len.size()) +
+                 " lengths, " + std::to_string(descs.dev.size()) + " devices, " + std::to_string(descs.stride.size()) +
+                 " strides, " + std::to_string(runs) + " counts, " + std::to_string(descs.meta.size()) +
+                 " texts: the first three must have one length, the others the same or none");
+  return descs;
+}
+
 Descs columns(const std::vector<MemDescriptor>& list) {
-  Descs descs(list.empty() ? MemType::DRAM : list[0].type);
+  Descs descs(list.empty() ? MemType::DRAM : checked(list[0].type));
   for (const MemDescriptor& desc : list) {
     if (desc.type != descs.type) throwInvalid("one side of a transfer mixes kinds of memory; each side has one");
     descs.add(desc.addr, desc.len, desc.dev_id, desc.meta);
@@ -196,10 +221,10 @@ Agent::BackendIds ids_of(const core::Agent& agent, const std::string& backend) {
 // ---- memory
 
 void Agent::registerDescs(const Descs& descs, const BackendIds& backends) {
-  unwrap(impl_->core->register_memory(descs, places(backends)));
+  unwrap(impl_->core->register_memory(checked(descs), places(backends)));
 }
 void Agent::deregisterDescs(const Descs& descs, const BackendIds& backends) {
-  unwrap(impl_->core->deregister_memory(descs, places(backends)));
+  unwrap(impl_->core->deregister_memory(checked(descs), places(backends)));
 }
 
 RegHandle Agent::registerMemory(const std::vector<MemDescriptor>& descs, const std::string& backend) {
@@ -208,8 +233,8 @@ RegHandle Agent::registerMemory(const std::vector<MemDescriptor>& descs, const s
   record->backends = ids_of(*impl_->core, backend);
   for (const MemDescriptor& desc : descs) {
     auto place = std::find_if(record->lists.begin(), record->lists.end(),
-                              [&](const Descs& list) { return list.type == desc.type; });
-    if (place == record->lists.end()) place = record->lists.insert(place, Descs(desc.type));
+                              [&](const Descs& list) { return list.type == checked(desc.type); });
+    if (place == record->lists.end()) place = record->lists.insert(place, Descs(checked(desc.type)));
     place->add(desc.addr, desc.len, desc.dev_id, desc.meta);
   }
   for (std::size_t i = 0; i < record->lists.size(); ++i) {
@@ -237,7 +262,7 @@ void Agent::deregisterMemory(const RegHandle& memory) {
 
 std::vector<std::optional<Params>> Agent::queryMemory(const Descs& descs, BackendId backend) {
   std::vector<std::optional<Params>> out;
-  for (auto& answer : unwrap(impl_->core->query_memory(descs, backend - 1)))
+  for (auto& answer : unwrap(impl_->core->query_memory(checked(descs), places({backend})[0])))
     out.push_back(answer ? std::optional<Params>({answer->begin(), answer->end()}) : std::nullopt);
   return out;
 }
@@ -245,6 +270,7 @@ std::vector<std::optional<Params>> Agent::queryMemory(const Descs& descs, Backen
 // ---- transfers
 
 Agent::Handle Agent::prepareDescs(const std::string& agent, Descs descs, const BackendIds& backends) {
+  checked(descs);
   return unwrap(impl_->core->prepare_list(agent, std::move(descs), places(backends)));
 }
 void Agent::releaseDescs(Handle list) {
@@ -259,6 +285,8 @@ Agent::Handle Agent::makeTransfer(OpType op, Handle local, Indices local_index, 
 }
 Agent::Handle Agent::makeTransfer(OpType op, Descs local, Descs remote, const std::string& agent,
                                   std::optional<std::string> notif, const BackendIds& backends) {
+  checked(local);
+  checked(remote);
   return unwrap(impl_->core->make_request(op_of(op), std::move(local), std::move(remote), agent, std::move(notif),
                                           places(backends)));
 }
@@ -338,7 +366,7 @@ std::string Agent::getMetadata() const {
   return unwrap(impl_->core->metadata());
 }
 std::string Agent::partialMetadata(const Descs& descs, bool connections, const BackendIds& backends) const {
-  return unwrap(impl_->core->partial_metadata(descs, connections, places(backends)));
+  return unwrap(impl_->core->partial_metadata(checked(descs), connections, places(backends)));
 }
 std::string Agent::addRemoteAgent(const std::string& metadata) {
   return unwrap(impl_->core->load(metadata));
@@ -350,6 +378,7 @@ bool Agent::checkRemoteMetadata(const std::string& agent) {
   return impl_->core->check_peer(agent, nullptr).has_value();
 }
 void Agent::requirePeer(const std::string& agent, const Descs* descs) {
+  if (descs) checked(*descs);
   unwrap(impl_->core->check_peer(agent, descs));
 }
 
@@ -358,7 +387,7 @@ void Agent::sendLocalMetadata(const std::string& ip, std::uint16_t port) {
 }
 void Agent::sendPartialMetadata(const Descs& descs, bool connections, const BackendIds& backends, const std::string& ip,
                                 std::uint16_t port, const std::string& label) {
-  unwrap(impl_->core->send_partial(descs, connections, places(backends), ip, port, label));
+  unwrap(impl_->core->send_partial(checked(descs), connections, places(backends), ip, port, label));
 }
 void Agent::fetchRemoteMetadata(const std::string& agent, const std::string& ip, std::uint16_t port) {
   fetchLabelled(agent, ip, port, "");
@@ -404,7 +433,7 @@ std::uint16_t Agent::listenPort() const noexcept {
 }
 
 Agent::Handle Agent::openView(const std::string& agent, const Descs& descs, const BackendIds& backends) {
-  if (descs.rows() == 0) throwInvalid("a memory view needs descriptors; the list is empty");
+  if (checked(descs).rows() == 0) throwInvalid("a memory view needs descriptors; the list is empty");
   if (!agent.empty()) unwrap(impl_->core->check_peer(agent, nullptr));
   std::string asked;
   for (const auto& [backend, id] : backendsHeld())

@@ -92,6 +92,36 @@ TEST(errors_have_status_and_reason) {
   CHECK_EQ(error_of([&] { pair.a.sendNotif("nobody", "x"); }).code(), -4);
 }
 
+TEST(values_outside_their_types_are_refused_by_name) {
+  Pair pair;
+  Agent& a = pair.a;
+  std::vector<char> memory(64);
+  const std::vector<MemDescriptor> mine = {{memory.data(), 64, 0}};
+  a.registerMemory(mine);
+  const MemType kind = static_cast<MemType>(9);
+  const auto says = [](const Error& error, const char* text) {
+    if (error.code() == -2 && error.reason().find(text) != std::string::npos) return true;
+    std::fprintf(stderr, "'%s' is not in: %s\n", text, error.what());
+    return false;
+  };
+  const auto refused = [&](const char* text, auto&& call) { CHECK(says(error_of(call), text)); };
+  refused("memory type 9 is unknown; 0 to 4", [&] { a.registerMemory({{memory.data(), 64, 0, kind}}); });
+  refused("memory type 9 is unknown", [&] { a.prepareDescs("", Descs(kind)); });
+  refused("memory type 9 is unknown", [&] { a.prepareTransfer(OpType::READ, {{nullptr, 1, 0, kind}}, mine, "a"); });
+  refused("operation 7 is unknown", [&] { a.prepareTransfer(static_cast<OpType>(7), mine, mine, "a"); });
+  refused("backend number 99 was not created", [&] { a.registerDescs(Descs(), {99}); });
+  refused("backend number 0 is none", [&] { a.queryMemory(Descs(), 0); });
+  Descs uneven;
+  uneven.addr = Column(3, 0);
+  uneven.len = Column(1, 64);
+  refused("columns of 3 addresses, 1 lengths, 0 devices", [&] { a.registerDescs(uneven); });
+  Descs texts(MemType::FILE);
+  texts.add(0, 1, 0);
+  texts.add(0, 1, 1);
+  texts.meta = {"one"};
+  refused("1 texts", [&] { a.queryMemory(texts, 1); });
+}
+
 TEST(handles_outlive_their_agent) {
   char buffer[64];
   std::vector<MemDescriptor> descs = {{buffer, 64, 0}};
