@@ -86,7 +86,7 @@ Result<std::unique_ptr<Connection>> MooncakeBackend::connect(const PeerId& peer,
   if (contact.protocol != options_.protocol)
     return fail(Code::kUnsupported, "agent '%s' uses Mooncake over %s, this one over %s (parameter protocol)",
                 peer.name.c_str(), contact.protocol.c_str(), options_.protocol.c_str());
-  const Line::Owner owner{*engine_, config_.self, config_.events, news_};
+  const Line::Owner owner{*engine_, *office_, config_.self, config_.events, news_};
   if (peer.name == config_.self.name && contact.incarnation == config_.self.incarnation)
     return Line::open_to_self(owner);
   return Line::open(owner, peer, std::move(contact));

@@ -11,9 +11,10 @@
 namespace nixl::core::mooncake {
 namespace {
 
-constexpr Nanoseconds kCallTime = 10'000'000'000;  // for a connection and a welcome
-constexpr Nanoseconds kDialTime = 500'000'000;     // one attempt: a stop is noticed in between
-constexpr Nanoseconds kFlushTime = 1'000'000'000;  // of messages that wait at the end
+constexpr Nanoseconds kCallTime = 10'000'000'000;    // for a connection and a welcome
+constexpr Nanoseconds kDialTime = 500'000'000;       // one attempt: a stop is noticed in between
+constexpr Nanoseconds kLastWordsTime = 500'000'000;  // for what a peer that has ended sent before
+constexpr Nanoseconds kFlushTime = 1'000'000'000;    // of messages that wait at the end
 
 }  // namespace
 
@@ -106,6 +107,8 @@ void Line::run() {
 }
 
 void Line::end(Error why) {
+  // Whoever hears of the end has been given everything that was said before it.
+  owner_.office.wait_for_end(peer_.incarnation, Deadline::after(kLastWordsTime));
   why = {Code::kPeerLost, "agent '" + peer_.name + "' by Mooncake: " + why.reason};
   bool left;
   {

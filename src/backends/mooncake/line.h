@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "backends/mooncake/engine.h"
+#include "backends/mooncake/post_office.h"
 #include "backends/mooncake/wire.h"
 #include "contract/backend.h"
 #include "net/channel.h"
@@ -23,6 +24,7 @@ class Line final : public Connection {
   enum class State { kCalling, kReady, kLost };
   struct Owner {  // outlives the line
     Engine& engine;
+    PostOffice& office;
     PeerId self;
     Events* events;
     net::Wakeup& news;  // woken when the state has changed

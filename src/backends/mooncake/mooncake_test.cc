@@ -2,12 +2,14 @@
 // an engine that fails, peers that go, come back or are none.
 #include "backends/mooncake/mooncake.h"
 
-#include <poll.h>
+#include <fcntl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <vector>
 
@@ -17,6 +19,7 @@
 #include "base/clock.h"
 #include "check.h"
 #include "fuzz.h"
+#include "net/tcp.h"
 
 using namespace nixl::core;
 
@@ -150,8 +153,6 @@ TEST(without_the_library) {
 }
 
 TEST(gpu_memory_needs_an_engine_with_cuda) {
-  ::setenv("NIXL_MOONCAKE_LIBRARY", STAND_IN_MOONCAKE, 1);
-  ::setenv("NIXL_MOONCAKE_IP_ADDR", "127.0.0.1", 1);
   const Probe probe = entry().probe();
   CHECK(probe.viable && !probe.kinds.has(MemKind::kVram) && has(probe.reason, "without CUDA"));
   Node node("here", 1);
@@ -363,6 +364,65 @@ TEST(a_peer_that_leaves_and_one_that_comes_back) {
   pair.theirs.reset();
 }
 
+// The engine does not let go of what is under way to a peer that is gone.
+TEST(a_peer_that_is_gone_holds_nobody_for_ever) {
+  Pair pair(4096);
+  pair.prepare(Op::kRead, 1);
+  CHECK_OK(pair.run());
+  ::setenv("STAND_IN_FAULT", "stall", 1);
+  CHECK_OK(pair.transfer->submit({}));
+  pair.theirs.reset();
+  pair.there.reset();
+  const Nanoseconds start = now_ns();
+  until([&] { return pair.here.lost.num_left == 1; });
+  CHECK(*CHECK_OK(pair.transfer->poll()) == TransferState::kRunning && !pair.transfer->cancel());
+  until([&] { return !pair.transfer->poll(); });
+  CHECK(pair.transfer->poll().error().code == Code::kPeerLost && now_ns() - start < 8'000'000'000);
+  CHECK(pair.transfer->cancel());
+  ::unsetenv("STAND_IN_FAULT");
+  pair.here.backend->progress();  // takes back what the engine has let go of at last
+}
+
+TEST(last_words_come_before_the_end) {
+  for (int round = 0; round < 20; ++round) {
+    Node here("here", 1);
+    auto there = std::make_unique<Node>("there", 2);
+    auto line = here.connect(*there);
+    CHECK_OK(line->wait_ready(Deadline::after(kPatience)));
+    auto back = there->connect(here);
+    CHECK_OK(back->wait_ready(Deadline::after(kPatience)));
+    CHECK_OK(there->backend->notifier()->send(*back, std::string(1 << 20, 'w')));
+    back.reset();
+    there.reset();
+    until([&] { return here.lost.num_left == 1; });
+    std::vector<Notification> seen;
+    here.backend->notifier()->drain(seen);
+    CHECK_EQ(seen.size(), 1u);
+  }
+}
+
+TEST(without_descriptors_callers_wait) {
+  check::in_child([] {
+    Node here("here", 1), there("there", 2);
+    const auto contact = CHECK_OK(mooncake::Contact::decode(*CHECK_OK(there.backend->export_connection())));
+    rlimit before{};
+    CHECK(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+    const int next = ::dup(0);
+    ::close(next);
+    rlimit few = before;
+    few.rlim_cur = static_cast<rlim_t>(next) + 1;  // one more, for our own end
+    CHECK(::setrlimit(RLIMIT_NOFILE, &few) == 0);
+    const Fd caller =
+        std::move(*CHECK_OK(net::connect_tcp({contact->address, contact->port}, Deadline::after(kPatience))));
+    const std::clock_t start = std::clock();
+    ::usleep(300'000);
+    CHECK(std::clock() - start < CLOCKS_PER_SEC / 10);  // nobody spins
+    CHECK(::setrlimit(RLIMIT_NOFILE, &before) == 0);
+    auto line = here.connect(there);
+    CHECK_OK(line->wait_ready(Deadline::after(kPatience)));
+  });
+}
+
 TEST(somebody_else_at_the_same_address) {
   Node here("here", 1), there("there", 2);
   auto line = std::move(*CHECK_OK(here.backend->connect({"there", 7}, [&] {
@@ -405,5 +465,7 @@ TEST(protocols_must_agree) {
 }
 
 int main(int argc, char** argv) {
+  ::setenv("NIXL_MOONCAKE_LIBRARY", STAND_IN_MOONCAKE, 1);
+  ::setenv("NIXL_MOONCAKE_IP_ADDR", "127.0.0.1", 1);
   return check::run_tests(argc, argv);
 }

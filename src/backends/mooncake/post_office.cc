@@ -1,6 +1,7 @@
 #include "backends/mooncake/post_office.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "backends/mooncake/sockets.h"
 #include "net/local.h"
@@ -60,7 +61,7 @@ void PostOffice::loop() {
     for (std::size_t i = 0; i < callers_.size(); ++i) {
       const bool tired = callers_[i]->name.empty() && callers_[i]->patience.passed();
       const bool ready = callers_[i]->more || entries[i + 2].revents != 0;
-      if (tired || (ready && !receive(*callers_[i]))) callers_[i].reset();
+      if (tired || (ready && !receive(*callers_[i]))) dismiss(callers_[i]);
     }
     std::erase(callers_, nullptr);
     if (entries[1].revents != 0) accept_all();
@@ -76,8 +77,22 @@ void PostOffice::accept_all() {
     }
     watch_over(socket->get());
     callers_.push_back(std::make_unique<Caller>(
-        Caller{net::Channel(std::move(*socket), kMaxFrame), "", Deadline::after(kPatienceForHello)}));
+        Caller{net::Channel(std::move(*socket), kMaxFrame), "", 0, Deadline::after(kPatienceForHello)}));
   }
+}
+
+void PostOffice::dismiss(std::unique_ptr<Caller>& caller) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto held = connected_.find(caller->incarnation); held != connected_.end()) connected_.erase(held);
+  }
+  ended_.notify_all();
+  caller.reset();
+}
+
+void PostOffice::wait_for_end(std::uint64_t incarnation, Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  ended_.wait_for(lock, std::chrono::nanoseconds(deadline.left()), [&] { return !connected_.count(incarnation); });
 }
 
 bool PostOffice::receive(Caller& caller) {
@@ -112,6 +127,11 @@ bool PostOffice::greet(Caller& caller, std::string_view frame) {
   const auto hello = Hello::decode(frame);
   if (!hello || hello->wanted_incarnation != incarnation_ || hello->caller.name.empty()) return false;
   caller.name = hello->caller.name;
+  caller.incarnation = hello->caller.incarnation;
+  {
+    const std::lock_guard lock(mutex_);
+    connected_.insert(caller.incarnation);
+  }
   return caller.channel.send(frame_of(FrameKind::kWelcome), Deadline::after(1'000'000'000)).has_value();
 }
 

@@ -1,8 +1,10 @@
 // PostOffice: where other agents' messages come in. One thread takes callers and what they send; nobody's silence holds up another.
 #pragma once
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -23,11 +25,14 @@ class PostOffice {
   std::uint16_t port() const noexcept { return port_; }
   void drain(std::vector<Notification>& out);
   bool empty() const;
+  // Waits until no caller of this incarnation is connected: all that it has sent is in drain() then.
+  void wait_for_end(std::uint64_t incarnation, Deadline deadline);
 
  private:
   struct Caller {
     net::Channel channel;
-    std::string name;   // empty: has not said hello
+    std::string name;  // empty: has not said hello
+    std::uint64_t incarnation = 0;
     Deadline patience;  // for the hello
     bool more = false;  // frames wait that poll() does not see
   };
@@ -40,6 +45,7 @@ class PostOffice {
         closed_in_children_(socket_.get()) {}
   void loop();
   void accept_all();
+  void dismiss(std::unique_ptr<Caller>& caller);
   bool receive(Caller& caller);  // false: it is over with this one
   bool greet(Caller& caller, std::string_view frame);
 
@@ -52,7 +58,9 @@ class PostOffice {
   std::vector<std::unique_ptr<Caller>> callers_;
   Deadline no_callers_before_ = Deadline::passed_already();  // there was no descriptor for one
   mutable std::mutex mutex_;
+  std::condition_variable ended_;
   std::vector<Notification> inbox_;
+  std::multiset<std::uint64_t> connected_;  // incarnations of those who have said hello
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

@@ -6,8 +6,8 @@ namespace nixl::core::mooncake {
 namespace {
 
 constexpr Nanoseconds kVerdictTime = 100'000'000;  // for the end of a peer to show after a failed request
-constexpr Nanoseconds kLettingGo =
-    10'000'000'000;  // for the engine to end what it has under way to a peer that is gone
+// For the engine to end what it has under way to a peer that is gone.
+constexpr Nanoseconds kLettingGo = 5'000'000'000;
 
 }  // namespace
 
