@@ -18,14 +18,10 @@ constexpr const char* kLibraries[] = {"libdoca_gpunetio.so", "libdoca_verbs.so",
                                       "libmlx5.so.1"};
 
 Result<void> open_library(const char* soname) {
-  void* const library = ::dlopen(soname, RTLD_LAZY | RTLD_LOCAL);
-  if (!library) {
-    const char* error = ::dlerror();
-    if (error && std::string_view(error).starts_with(soname)) return fail(Code::kUnsupported, "%s", error);
-    return fail(Code::kUnsupported, "%s cannot be opened: %s", soname, error ? error : "the loader gives no reason");
-  }
-  ::dlclose(library);
-  return {};
+  if (::dlopen(soname, RTLD_LAZY | RTLD_LOCAL)) return {};  // kept open: some leave memory behind when they are closed
+  const char* error = ::dlerror();
+  if (error && std::string_view(error).starts_with(soname)) return fail(Code::kUnsupported, "%s", error);
+  return fail(Code::kUnsupported, "%s cannot be opened: %s", soname, error ? error : "the loader gives no reason");
 }
 
 // The open kernel module shares GPU memory with adapters as dma-buf, the proprietary one only through nvidia-peermem.
