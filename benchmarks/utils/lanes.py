@@ -35,11 +35,12 @@ class RemoteFar:
         self.agent.send_notif(self.peer, f"bench:ask:{self._next}:{json.dumps(request)}".encode())
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
+            gone = not self.agent.check_remote_metadata(self.peer)  # asked first: its answer may be here all the same
             for message in self.agent.get_new_notifs().get(self.peer, []):
                 text = message.decode(errors="replace")
                 if text.startswith(tag):
                     return json.loads(text[len(tag):])
-            if not self.agent.check_remote_metadata(self.peer):
+            if gone:
                 raise Failure(f"the partner '{self.peer}' is gone")
         raise Failure(f"the partner '{self.peer}' did not answer '{request['do']}' within {limit_s} s")
 
