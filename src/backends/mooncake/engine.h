@@ -72,7 +72,7 @@ class Engine {
   Result<int> open_segment(const std::string& name);
   void close_segment(int segment) noexcept;
 
-  // Starts up to kMaxBatch requests. On failure some may have been started all the same: `batch` is set as soon as there is one,
+  // Starts the requests as one batch. On failure some may have been started all the same: `batch` is set as soon as there is one,
   // and must be polled to its end and freed like that of a success.
   Result<void> submit(std::span<EngineRequest> requests, std::uint64_t& batch);
   TaskState poll(std::uint64_t batch, std::size_t task, std::string& why) noexcept;

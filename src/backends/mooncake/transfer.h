@@ -1,7 +1,5 @@
 // One transfer through the engine: its pieces go out in batches, a few at a time, since the engine refuses more.
 #pragma once
-#include <array>
-#include <deque>
 #include <optional>
 #include <string>
 #include <vector>
