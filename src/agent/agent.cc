@@ -18,6 +18,20 @@ std::uint64_t new_incarnation() {
   return static_cast<std::uint64_t>(random()) << 32 | random() | 1;
 }
 
+// Whether a variable or the owner's parameters say no to a stand-in.
+Result<bool> is_off(const BackendEntry& stand_in, const Params& params) {
+  NIXL_ASSIGN(const auto by_variable, env_bool(stand_in.off_env.c_str()));
+  const bool off = !by_variable.value_or(true);
+  const auto given = params.find(stand_in.off_param);
+  if (given == params.end() || given->second.empty()) return off;
+  const auto wanted = parse_bool(given->second);
+  if (!wanted)
+    return fail(Code::kInvalidArgument,
+                "parameter %s is '%s'; allowed: y yes on 1 true enable, n no off 0 false disable",
+                stand_in.off_param.c_str(), given->second.c_str());
+  return off || !*wanted;
+}
+
 }  // namespace
 
 Agent::Agent(AgentOptions options, Catalog& catalog)
@@ -202,13 +216,8 @@ Result<Slot*> Agent::open_slot(const BackendEntry& entry, Params params, bool co
   return raw;
 }
 
-void Agent::add_companions(Slot& owner) {
-  for (const BackendEntry* entry : catalog_.stand_ins(owner.name())) {
-    const auto says_no = [](const std::optional<std::string>& text) {
-      return text && !text->empty() && !parse_bool(*text).value_or(true);
-    };
-    const auto off = owner.params.find(entry->off_param);
-    if (says_no(env_text(entry->off_env.c_str())) || (off != owner.params.end() && says_no(off->second))) continue;
+void Agent::add_companion(Slot& owner, const std::vector<const BackendEntry*>& candidates) {
+  for (const BackendEntry* entry : candidates) {
     if (Slot* existing = slot(entry->name)) {
       owner.companion = existing;
       return;
@@ -247,8 +256,13 @@ Result<std::uint32_t> Agent::create_backend(const std::string& asked, const Para
                   other->name().c_str());
   }
   NIXL_ASSIGN(Params params, full_params(*entry, given));
+  std::vector<const BackendEntry*> stand_ins;
+  for (const BackendEntry* stand_in : catalog_.stand_ins(entry->name)) {
+    NIXL_ASSIGN(const bool off, is_off(*stand_in, params));
+    if (!off) stand_ins.push_back(stand_in);
+  }
   NIXL_ASSIGN(Slot* const fresh, open_slot(*entry, std::move(params), false));
-  add_companions(*fresh);
+  add_companion(*fresh, stand_ins);
   NIXL_INFO("Backend %s was instantiated", entry->name.c_str());
   memory_changed();
   return fresh->id;

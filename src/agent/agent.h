@@ -99,7 +99,7 @@ class Agent {
   std::vector<Slot*> slots() const;
   Result<std::vector<Slot*>> chosen(BackendIds backends, bool with_companions) const;
   Result<Slot*> open_slot(const BackendEntry& entry, Params params, bool companion);
-  void add_companions(Slot& slot);
+  void add_companion(Slot& owner, const std::vector<const BackendEntry*>& candidates);
   Result<Params> full_params(const BackendEntry& entry, const Params& given) const;
 
   Result<void> register_in(Slot& slot, const Descs& descs);

@@ -1,6 +1,7 @@
 #include "agent/settings.h"
 
 #include <cctype>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
@@ -79,9 +80,11 @@ Result<Settings> Settings::read() {
   const auto home = env_text("HOME");
   for (const std::string& path : {named.value_or(""), home ? *home + "/.nixl.cfg" : "", std::string("/etc/nixl.cfg")}) {
     if (path.empty()) continue;
+    std::error_code ignored;
     std::ifstream file(path);
-    if (!file) {
-      if (named && path == *named) return fail(Code::kIo, "NIXL_CONFIG_FILE=%s cannot be read", path.c_str());
+    if (!file || std::filesystem::is_directory(path, ignored)) {
+      if (named && path == *named)
+        return fail(Code::kIo, "NIXL_CONFIG_FILE=%s cannot be read; the path of a TOML file is needed", path.c_str());
       continue;
     }
     std::ostringstream text;

@@ -112,6 +112,27 @@ def test_the_backend_that_was_asked_is_named():
         agent.get_partial_agent_metadata([memory, np.zeros(3)])
 
 
+@pytest.mark.parametrize("variables, params, text", [
+    ({"NIXL_SAME_HOST": "maybe"}, {}, "NIXL_SAME_HOST is 'maybe'; allowed: y yes"),
+    ({}, {"same_host": "maybe"}, "parameter same_host is 'maybe'; allowed: y yes"),
+])
+def test_words_that_are_neither_yes_nor_no(agent, monkeypatch, variables, params, text):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(nixl.nixlInvalidParamError, match=text):
+        agent.create_backend("UCX", params)
+    assert "UCX" not in agent.backends
+    monkeypatch.undo()
+    agent.create_backend("UCX")
+
+
+@pytest.mark.parametrize("path", ["/", "/nowhere/nixl.toml"])
+def test_a_configuration_file_that_is_none(monkeypatch, path):
+    monkeypatch.setenv("NIXL_CONFIG_FILE", path)
+    with pytest.raises(RuntimeError, match=f"NIXL_CONFIG_FILE={path} cannot be read; the path of a TOML file"):
+        nixl_agent("configured", nixl_agent_config(backends=[]))
+
+
 def test_a_list_of_very_many_zeros_takes_no_time():
     assert nixl.nixlXferDList(nixl.DRAM_SEG, 10**13).descCount() == 10**13
 
