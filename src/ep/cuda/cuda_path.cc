@@ -151,7 +151,7 @@ Result<void> CudaPath::allocate() {
                       "number of multiprocessors"));
   NIXL_TRY(cuda_check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
                       "shared memory of a block"));
-  num_blocks_ = options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors;
+  num_blocks_ = std::max(2, options_.max_blocks > 0 ? std::min(options_.max_blocks, processors) : processors);
   for (const void* kernel :
        {gpu::dispatch_kernel(lanes_), gpu::combine_sums_kernel(lanes_, true), gpu::combine_sums_kernel(lanes_, false),
         gpu::combine_rows_kernel(lanes_, RowsKind::kFewTokens), gpu::combine_rows_kernel(lanes_, RowsKind::kFewRows),
@@ -193,7 +193,7 @@ Result<void> CudaPath::launch(const void* kernel, int grid, int threads, std::in
 }
 
 int CudaPath::grid_for(std::int64_t items) const {
-  return static_cast<int>(std::clamp<std::int64_t>(items, 1, num_blocks_));
+  return static_cast<int>(std::clamp<std::int64_t>(items, 2, num_blocks_));
 }
 
 Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
@@ -215,7 +215,7 @@ Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
   op.ranks = num_ranks;
   op.all_ranks = capacity_.num_ranks;
   op.experts = capacity_.experts_per_rank;
-  op.experts_inverse = gpu::inverse_of(op.experts);
+  op.by_experts = Divisor(static_cast<std::uint32_t>(op.experts));
   op.phase = static_cast<int>(phase);
   op.parts = parts;
   return op;
@@ -280,11 +280,20 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   a.recv_stats = args.recv_stats;
   a.wait_cost = args.wait_cost;
   const int grid =
-      grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4));
-  const auto shared = gpu::make_dispatch_shared(a, grid);
+      grid_for(std::max<std::int64_t>(args.num_tokens, args.max_tokens * args.num_ranks * a.shape.pieces / 4) + 1);
+  const int most_ranks = std::min(args.num_ranks - 1, args.topk);
+  const int at_once = std::max(1, gpu::kSenders / std::max(1, most_ranks));  // pieces that a block sends at once
+  a.plan = gpu::plan_tokens(a.route.num_tokens, grid, (a.shape.pieces + at_once - 1) / at_once);
+  a.shared = gpu::make_dispatch_shared(a);
+  a.together = 32 / args.topk;
+  const auto divisor = [](int by) { return Divisor(static_cast<std::uint32_t>(by)); };
+  a.by_topk = divisor(args.topk);
+  a.by_pieces = divisor(a.shape.pieces);
+  a.by_others = divisor(args.num_ranks - 1);
+  a.by_cells = divisor(a.op.words.cells);
   last_stream_ = args.stream;
   has_last_stream_ = true;
-  NIXL_TRY(launch_operation(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, shared.total, &a, args.stream));
+  NIXL_TRY(launch_operation(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, a.shared.total, &a, args.stream));
   sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kDispatch, args.records}) : std::nullopt;
   return {};
 }

@@ -7,28 +7,26 @@ namespace nixl::core::ep::gpu {
 
 inline constexpr int kPeerBytes = 88;  // of Peer in device/op.cuh
 
-struct DispatchShared {
-  std::int64_t peers = 0, base = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, stage = 0,
-               scratch = 0, total = 0;
-  int stage_bytes = 0, scratch_words = 0;
-};
-NIXL_HD inline DispatchShared make_dispatch_shared(const DispatchOp& a, int grid) {
+inline DispatchShared make_dispatch_shared(const DispatchOp& a) {
   DispatchShared at;
   Walk walk;
+  const auto take = [&](std::int64_t bytes, std::int64_t alignment) {
+    return static_cast<int>(walk.take(bytes, alignment));
+  };
   const std::int64_t experts = std::int64_t{a.op.ranks} * a.op.experts;
-  const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
+  const std::int64_t own = a.plan.each + (a.plan.more > 0 ? 1 : 0);
   at.stage_bytes = static_cast<int>(align_up<std::int64_t>(a.shape.chunks * (kChunkBytes + 4 * a.chunk_words), 128));
   at.scratch_words = (a.shape.piece_bytes - a.shape.per * kChunkBytes) / 4;
-  at.stage = walk.take(2 * at.stage_bytes, 128);
-  at.scratch = walk.take(4 * at.scratch_words * kWarps, 16);
-  at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
-  at.base = walk.take(4 * experts, 16);
-  at.per_expert = walk.take(4 * experts, 16);
-  at.per_rank = walk.take(4 * a.op.ranks, 16);
-  at.expert = walk.take(4 * own * a.route.topk, 16);
-  at.index = walk.take(4 * own * a.route.topk, 16);
-  at.message = walk.take(4 * own * a.route.topk, 16);
-  at.total = walk.total(16);
+  at.stage = take(2 * at.stage_bytes, 128);
+  at.scratch = take(4 * at.scratch_words * kWarps, 16);
+  at.peers = take(kPeerBytes * a.op.ranks, 16);
+  at.base = take(4 * experts, 16);
+  at.per_expert = take(4 * experts, 16);
+  at.per_rank = take(4 * a.op.ranks, 16);
+  at.expert = take(4 * own * a.route.topk, 16);
+  at.index = take(4 * own * a.route.topk, 16);
+  at.message = take(4 * own * a.route.topk, 16);
+  at.total = static_cast<int>(walk.total(16));
   return at;
 }
 

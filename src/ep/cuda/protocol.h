@@ -99,18 +99,13 @@ struct Op {
   std::int64_t timeout_ns = 0;
   std::uint32_t incarnation = 0;
   int rank = 0;
-  int ranks = 0;                      // of the call
-  int all_ranks = 0;                  // that there is room for
-  int experts = 0;                    // of a rank
-  std::uint32_t experts_inverse = 0;  // rounded up 2^32 / experts; 0 stands for 1 expert
-  int phase = 0;                      // nixl::ep::Phase
+  int ranks = 0;       // of the call
+  int all_ranks = 0;   // that there is room for
+  int experts = 0;     // of a rank
+  Divisor by_experts;  // of expert ids, which are below 2^16
+  int phase = 0;       // nixl::ep::Phase
   int parts = kSends | kReceives;
 };
-
-// Rank of an expert id below 2^16.
-NIXL_HD inline std::uint32_t inverse_of(int experts) {
-  return experts == 1 ? 0 : static_cast<std::uint32_t>(((1ull << 32) + experts - 1) / experts);
-}
 
 struct RouteArgs {
   const void* topk_idx = nullptr;
@@ -120,10 +115,40 @@ struct RouteArgs {
   int max_tokens = 0;
 };
 
+// Which tokens a block of a dispatch sends. The first block sends none, it counts: it is placed first, so that the counts leave before
+// rows fill the links. Where there are at least twice as many others as tokens, `parts` of them share a token, each takes its part
+// of the pieces. Worked out on the host: a division in a kernel's first instructions costs every block time.
+struct TokenPlan {
+  int parts = 1;
+  int each = 0, more = 0;  // with one part: tokens of every block; so many blocks, the first, have one more
+  Divisor by_parts;
+};
+inline TokenPlan plan_tokens(int tokens, int blocks, int wanted_parts) {
+  TokenPlan plan;
+  const int senders = blocks - 1;
+  if (tokens == 0) return plan;
+  if (2 * tokens <= senders) plan.parts = senders / tokens < wanted_parts ? senders / tokens : wanted_parts;
+  plan.each = tokens / senders;
+  plan.more = tokens % senders;
+  plan.by_parts = Divisor(static_cast<std::uint32_t>(plan.parts));
+  return plan;
+}
+
+// Where a block's parts of shared memory lie, in bytes.
+struct DispatchShared {
+  int peers = 0, base = 0, per_expert = 0, per_rank = 0, expert = 0, index = 0, message = 0, stage = 0, scratch = 0,
+      total = 0;
+  int stage_bytes = 0, scratch_words = 0;
+};
+
 struct DispatchOp {
   Op op;
   RouteArgs route;
   RowShape shape;
+  TokenPlan plan;
+  DispatchShared shared;
+  int together = 0;  // tokens whose entries a warp looks at at once
+  Divisor by_topk, by_pieces, by_others, by_cells;
   const std::uint16_t* x = nullptr;
   const float* weights = nullptr;
   bool with_weights = false;  // they travel; a rank without tokens has none to send and still receives them

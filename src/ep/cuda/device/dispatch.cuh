@@ -9,10 +9,8 @@ namespace nixl::core::ep::gpu {
 
 constexpr int kSendThreads = kSenders * 32;
 constexpr int kRestThreads = kThreads - kSendThreads;
-constexpr int kCountFirst = kSendThreads + 32,
-              kCountThreads = kRestThreads - 32;  // beside the warp that begins the operation
-constexpr int kEarlyPiece = 2;                    // most chunks of a piece where few are under way
-enum Barrier { kAll, kSending, kResting, kCounting };
+constexpr int kEarlyPiece = 2;  // most chunks of a piece where few are under way
+enum Barrier { kAll, kSending, kResting, kCounting, kRouted, kBegun };
 
 struct Shared {
   Block* block;
@@ -24,22 +22,27 @@ struct Shared {
   int stage_bytes;
 };
 
-// The pieces of its tokens that a block sends, and their chunks: all of them, or one of `parts` blocks' equal shares.
+// The pieces of its tokens that a block sends, and their chunks: all of them, or its part.
 struct Span {
   int first_piece, pieces, first_chunk, end_chunk;
 };
-__device__ __forceinline__ Span span_of(const RowShape& shape, const Share& share) {
-  const unsigned pieces = shape.pieces, part = share.part, parts = share.parts;
-  const unsigned first = pieces * part / parts, end = pieces * (part + 1) / parts;
-  Span span{static_cast<int>(first), static_cast<int>(end - first), static_cast<int>(first) * shape.per,
-            static_cast<int>(end) * shape.per};
-  if (span.end_chunk > shape.chunks) span.end_chunk = shape.chunks;
-  return span;
+__device__ __forceinline__ Span span_of(const DispatchOp& a, int part) {
+  const RowShape& shape = a.shape;
+  const int first = static_cast<int>(a.plan.by_parts.quotient(shape.pieces * part));
+  const int end = static_cast<int>(a.plan.by_parts.quotient(shape.pieces * (part + 1)));
+  return {first, end - first, first * shape.per, min(end * shape.per, shape.chunks)};
+}
+
+// Who counts: in a block with tokens the warps that neither stage them nor begin the operation, in the first block all but the latter.
+__device__ __forceinline__ Crew counting_crew(bool first_block) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (first_block) return {thread < kSendThreads ? thread : thread - 32, kThreads - 32, kCounting};
+  return {thread - (kSendThreads + 32), kRestThreads - 32, kCounting};
 }
 
 static __device__ Shared carve(const DispatchOp& a, std::uint8_t* memory) {
   __shared__ Block block;
-  const DispatchShared at = make_dispatch_shared(a, gridDim.x);
+  const DispatchShared& at = a.shared;
   Shared s;
   s.block = &block;
   s.peers = reinterpret_cast<Peer*>(memory + at.peers);

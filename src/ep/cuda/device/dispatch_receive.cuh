@@ -14,7 +14,7 @@ static __device__ void receive_counts(const DispatchOp& a, const Shared& s, int 
     if (s.peers[rank].active) await_header(op, *s.block, s.peers[rank], rank, a.wait_cost);
 #pragma unroll 1
   for (int i = threads - 1 - tid; i < op.ranks * op.words.cells; i += threads) {
-    const int rank = i / op.words.cells, cell = i % op.words.cells;
+    const int rank = static_cast<int>(a.by_cells.quotient(i)), cell = i - rank * op.words.cells;
     Peer& peer = s.peers[rank];
     const void* at = op.control + op.words.counts_of(rank, flag_slot(peer.expected)) + cell * 16;
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -50,7 +50,7 @@ static __device__ void receive_counts(const DispatchOp& a, const Shared& s, int 
       sum += count;
     }
   }
-  if (tid == 0) {
+  if (tid == threads - 1) {
     int most = 0;
 #pragma unroll 1
     for (int rank = 0; rank < op.ranks; ++rank)
@@ -141,9 +141,9 @@ __device__ __forceinline__ void write_rows(const DispatchOp& a, const Target& ta
 struct Item {
   int rank, message, piece;
   __device__ __forceinline__ Item(const DispatchOp& a, unsigned item) {
-    const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces, ordinal = item / pieces;
+    const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces, ordinal = a.by_pieces.quotient(item);
     piece = static_cast<int>(item - ordinal * pieces);
-    message = static_cast<int>(ordinal / others);
+    message = static_cast<int>(a.by_others.quotient(ordinal));
     rank = a.op.rank + 1 + static_cast<int>(ordinal - message * others);
     if (rank >= a.op.ranks) rank -= a.op.ranks;
   }
@@ -151,6 +151,19 @@ struct Item {
     return s.peers[rank].active && message < s.peers[rank].messages;
   }
 };
+
+// The words of tail line t of a piece, without tags, into this warp's scratch.
+template <int kLanes>
+__device__ __forceinline__ void keep_words(const Shared& s, int t, int lines, uint4 v) {
+  using Line = Lines<kLanes>;
+  const int lane = threadIdx.x % 32;
+  if (lane >= lines * kLanes) return;
+  std::uint32_t* words = s.scratch + t * Line::kWords + Line::first_word(lane);
+  words[0] = v.x;
+  words[1] = v.y;
+  words[2] = v.z;
+  if (!Line::holds_tag(lane)) words[3] = v.w;
+}
 
 // Waits for the lines of a piece: chunks into `data`, the words of the tail into this warp's scratch. False: it does not come.
 // kEarly: how many messages come may not be known yet. One warp.
@@ -164,7 +177,8 @@ __device__ __forceinline__ bool await_piece(const DispatchOp& a, const Shared& s
       peer.local + std::int64_t{item.message} * a.shape.row_bytes + item.piece * a.shape.piece_bytes;
   const int chunks = a.shape.chunks_of(item.piece);
   const std::uint32_t tag = peer.tag_in;
-  const bool eager = kEarly || a.shape.per <= kEarlyPiece;  // few pieces are under way: look at everything at once
+  // Few pieces are under way: look at everything at once. Else the last tag tells that the rest mostly is there.
+  const bool eager = kEarly || a.shape.per <= kEarlyPiece;
   Patience patience;
   unsigned polls = 0;
   if (!eager) {
@@ -173,33 +187,27 @@ __device__ __forceinline__ bool await_piece(const DispatchOp& a, const Shared& s
     while (!__all_sync(~0u, load_word(last) == tag) && warp_patient(a.op, *s.block, item.rank, polls, patience))
       __nanosleep(20);
   }
+  const std::uint8_t* tail_at = from + a.shape.per * kChunkBytes;
+  const int first_lines = a.shape.tail_lines < Line::kPerChunk ? a.shape.tail_lines : Line::kPerChunk;
   bool counted = !kEarly;
 #pragma unroll 1
-  for (;;) {  // tails are sent last, so when they are here the rest mostly is
-    bool fresh = true;
-    if (eager) {
+  for (;;) {
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
-    }
-#pragma unroll 1
-    for (int t = 0, lines = a.shape.tail_lines; lines > 0; ++t, lines -= Line::kPerChunk) {
-      const uint4 v = Line::load(from + (a.shape.per + t) * kChunkBytes, lane, lines);
-      fresh = fresh && Line::fresh(v, lane, tag, lines);
-      if (lane >= lines * kLanes) continue;
-      std::uint32_t* words = s.scratch + t * Line::kWords + Line::first_word(lane);
-      words[0] = v.x;
-      words[1] = v.y;
-      words[2] = v.z;
-      if (!Line::holds_tag(lane)) words[3] = v.w;
-    }
+    for (int c = 0; c < kChunks; ++c)
+      if (c < chunks) data[c] = Line::load(from + c * kChunkBytes, lane);
+    uint4 tail = Line::load(tail_at, lane, first_lines);
+    bool fresh = Line::fresh(tail, lane, tag, first_lines);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
     if (__all_sync(~0u, fresh)) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (c < chunks && !eager) data[c] = Line::load(from + c * kChunkBytes, lane);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (c < chunks) fresh = fresh && Line::fresh(data[c], lane, tag);
+      keep_words<kLanes>(s, 0, first_lines, tail);
+#pragma unroll 1
+      for (int t = 1, lines = a.shape.tail_lines - Line::kPerChunk; lines > 0; ++t, lines -= Line::kPerChunk) {
+        tail = Line::load(tail_at + t * kChunkBytes, lane, lines);
+        fresh = fresh && Line::fresh(tail, lane, tag, lines);
+        keep_words<kLanes>(s, t, lines, tail);
+      }
       if (__all_sync(~0u, fresh)) return true;
     }
     if (kEarly && !counted) {
@@ -294,6 +302,8 @@ __device__ __forceinline__ void write_routes(const DispatchOp& a, const Shared& 
 __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, int warps, const Span& span,
                                           int staged) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_chunk = span.first_chunk + warps - 1 - warp;  // the first warps are those that wait for a piece first
+  if (first_chunk >= span.end_chunk) return;
 #pragma unroll 1
   for (int token = s.block->first_token; token < s.block->end_token; ++token) {
     const OwnEntries own = own_entries(a, s, token);
@@ -302,9 +312,8 @@ __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, 
     const std::uint16_t* row = a.x + std::int64_t{token} * a.hidden;
     const std::uint8_t* stage = s.stage + (token - s.block->first_token) % 2 * s.stage_bytes;
     const auto* scales = reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes);
-    // The first warps are those that wait for a piece first.
 #pragma unroll 1
-    for (int chunk = span.first_chunk + warps - 1 - warp; chunk < span.end_chunk; chunk += warps) {
+    for (int chunk = first_chunk; chunk < span.end_chunk; chunk += warps) {
       std::uint32_t scale = 0;
       uint4 data[1];
       if (token < staged) {
@@ -323,6 +332,7 @@ __device__ __forceinline__ void place_own(const DispatchOp& a, const Shared& s, 
 template <int kLanes>
 static __device__ void receive_messages(const DispatchOp& a, const Shared& s, int turn, int begin, int stride) {
   const unsigned items = static_cast<unsigned>(s.block->most_messages) * (a.op.ranks - 1) * a.shape.pieces;
+  if (static_cast<unsigned>(begin + turn * stride) >= items) return;
 #pragma unroll 1
   for (;;) {
     int next = 0;

@@ -34,14 +34,13 @@ __device__ __forceinline__ void stage_token(const DispatchOp& a, const Span& spa
 }
 
 // What tells the receiver where the row belongs: token, number of entries, then for each the expert and place, the index
-// inside (source, expert), and the weight when weights travel. One warp.
-__device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s, int token, int rank,
+// inside (source, expert), and the weight when weights travel. `local`: the token's first entry in the routes. One warp.
+__device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s, int token, int local, int rank,
                                            std::uint32_t* meta) {
   const int lane = threadIdx.x % 32, topk = a.route.topk;
   const int entry_words = a.with_weights ? 3 : 2;
-  const int local = (token - s.block->first_token) * topk + lane;
-  const int id = lane < topk ? s.routes.expert[local] : -1;
-  const int index = lane < topk ? s.routes.index[local] : -1;
+  const int id = lane < topk ? s.routes.expert[local + lane] : -1;
+  const int index = lane < topk ? s.routes.index[local + lane] : -1;
   const bool mine = index >= 0 && rank_of_expert(a.op, id) == rank;
   const unsigned all = __ballot_sync(~0u, mine);
   if (mine) {
@@ -54,22 +53,48 @@ __device__ __forceinline__ void write_meta(const DispatchOp& a, const Shared& s,
     meta[0] = token;
     meta[1] = __popc(all);
   }
+  __syncwarp();
 }
 
-// One piece of a staged token to one rank. One warp.
+// What one warp sends of a staged token: pieces of the block's span to every rank that holds one of its experts, (rank, piece) in
+// turns. Nothing of it asks for the peers, so it is at hand when they are known.
+class Turns {
+ public:
+  // `local`: the token's first entry in the routes.
+  __device__ __forceinline__ Turns(const DispatchOp& a, const Shared& s, const Span& span, int local)
+      : pieces_(span.pieces), first_piece_(span.first_piece), piece_(threadIdx.x / 32) {
+    const int lane = threadIdx.x % 32;
+    message_ = lane < a.route.topk ? s.routes.message[local + lane] : -1;
+    rank_ = message_ >= 0 ? rank_of_expert(a.op, s.routes.expert[local + lane]) : 0;
+    left_ = __ballot_sync(~0u, message_ >= 0 && rank_ != a.op.rank);
+    settle();
+  }
+  __device__ __forceinline__ bool more() const { return left_ != 0; }
+  __device__ __forceinline__ int rank() const { return __shfl_sync(~0u, rank_, __ffs(left_) - 1); }
+  __device__ __forceinline__ int message() const { return __shfl_sync(~0u, message_, __ffs(left_) - 1); }
+  __device__ __forceinline__ int piece() const { return first_piece_ + piece_; }
+  __device__ __forceinline__ void next() {
+    piece_ += kSenders;
+    settle();
+  }
+
+ private:
+  __device__ __forceinline__ void settle() {
+#pragma unroll 1
+    for (; left_ && piece_ >= pieces_; piece_ -= pieces_) left_ &= left_ - 1;
+  }
+  int pieces_, first_piece_, piece_;
+  int message_, rank_;  // of this lane's entry, where it is the first for its rank
+  unsigned left_;       // such entries, from the current one on
+};
+
+// The words of a piece's tail that come with its chunks, in this warp's scratch: displaced by tags, and scales; returns where the rest
+// goes. One warp.
 template <int kLanes>
-__device__ __forceinline__ void push_piece(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage,
-                                           int rank, int message, int piece) {
+__device__ __forceinline__ std::uint32_t* prepare_tail(const DispatchOp& a, const Shared& s, const std::uint8_t* stage,
+                                                       int piece) {
   using Line = Lines<kLanes>;
-  const int lane = threadIdx.x % 32;
-  const Peer& peer = s.peers[rank];
-  const int first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
-  std::uint8_t* to = peer.remote + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
-#pragma unroll 4
-  for (int c = 0; c < chunks; ++c)
-    Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane],
-                peer.tag_out);
-  // Words of the tail: displaced by tags, scales, and where the row belongs.
+  const int lane = threadIdx.x % 32, first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
   const int displaced = chunks * Line::kDisplaced, scale_words = chunks * a.chunk_words;
   const auto* scales =
       reinterpret_cast<const std::uint32_t*>(stage + a.shape.chunks * kChunkBytes) + first * a.chunk_words;
@@ -81,8 +106,20 @@ __device__ __forceinline__ void push_piece(const DispatchOp& a, const Shared& s,
           reinterpret_cast<const std::uint32_t*>(stage + at * kChunkBytes)[(line * kLanes + kLanes - 1) * 4 + 3];
   }
   if (lane < scale_words) s.scratch[displaced + lane] = scales[lane];  // at most 32: kDispatchPiece chunks of four
-  write_meta(a, s, token, rank, s.scratch + displaced + scale_words);
-  __syncwarp();
+  return s.scratch + displaced + scale_words;
+}
+// One piece of a staged token, whose tail is prepared, to one rank. One warp.
+template <int kLanes>
+__device__ __forceinline__ void push_piece(const DispatchOp& a, const Shared& s, const std::uint8_t* stage,
+                                           const Peer& peer, int message, int piece) {
+  using Line = Lines<kLanes>;
+  const int lane = threadIdx.x % 32;
+  const int first = piece * a.shape.per, chunks = a.shape.chunks_of(piece);
+  std::uint8_t* to = peer.remote + std::int64_t{message} * a.shape.row_bytes + piece * a.shape.piece_bytes;
+#pragma unroll 1
+  for (int c = 0; c < chunks; ++c)
+    Line::store(to + c * kChunkBytes, lane, reinterpret_cast<const uint4*>(stage + (first + c) * kChunkBytes)[lane],
+                peer.tag_out);
   to += a.shape.per * kChunkBytes;
 #pragma unroll 1
   for (int t = 0, lines = a.shape.tail_lines; lines > 0; ++t, lines -= Line::kPerChunk) {
@@ -96,47 +133,38 @@ __device__ __forceinline__ void push_piece(const DispatchOp& a, const Shared& s,
   __syncwarp();
 }
 
-// Pieces of a staged token to every rank that holds one of its experts. Warps take (rank, piece) in turns.
-template <int kLanes>
-__device__ __forceinline__ void push_token(const DispatchOp& a, const Shared& s, int token, const std::uint8_t* stage,
-                                           const Span& span) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, topk = a.route.topk;
-  const int local = (token - s.block->first_token) * topk + lane;
-  const int message = lane < topk ? s.routes.message[local] : -1;
-  const int rank = message >= 0 ? rank_of_expert(a.op, s.routes.expert[local]) : 0;
-  unsigned left = __ballot_sync(~0u, message >= 0 && rank != a.op.rank && s.peers[rank].active);
-#pragma unroll 1
-  for (int piece = warp;; piece += kSenders) {
-#pragma unroll 1
-    for (; left && piece >= span.pieces; piece -= span.pieces) left &= left - 1;
-    if (!left) return;
-    const int place = __ffs(left) - 1;
-    push_piece<kLanes>(a, s, token, stage, __shfl_sync(~0u, rank, place), __shfl_sync(~0u, message, place),
-                       span.first_piece + piece);
-  }
-}
-
-// The counts of all of this rank's tokens, and its header, to every rank. `threads` of one block from `first` on.
-__device__ __forceinline__ void send_counts(const DispatchOp& a, const Shared& s, int first, int threads) {
-  const Op& op = a.op;
-  const int tid = static_cast<int>(threadIdx.x) - first;
-#pragma unroll 1
-  for (int i = tid; i < op.ranks * op.words.cells; i += threads) {
-    const int rank = i / op.words.cells, cell = i % op.words.cells;
-    const Peer& peer = s.peers[rank];
-    if (!peer.active) continue;
-    std::uint32_t w[3];
+// A cell of counts for one rank: those of three of its experts.
+struct CountCell {
+  int rank, cell;
+  std::uint32_t counts[3];
+  __device__ __forceinline__ void make(const DispatchOp& a, const Shared& s, int i) {
+    rank = static_cast<int>(a.by_cells.quotient(i));
+    cell = i - rank * a.op.words.cells;
 #pragma unroll
     for (int q = 0; q < 3; ++q) {
       const int expert = cell * 3 + q;
-      const int count = expert < op.experts ? s.routes.per_expert[rank * op.experts + expert] : 0;
-      w[q] = count < a.route.max_tokens ? count : a.route.max_tokens;
+      const int count =
+          rank < a.op.ranks && expert < a.op.experts ? s.routes.per_expert[rank * a.op.experts + expert] : 0;
+      counts[q] = count < a.route.max_tokens ? count : a.route.max_tokens;
     }
-    store_cell(peer.control + op.words.counts_of(op.rank, flag_slot(peer.sent)) + cell * 16,
-               make_uint4(w[0], w[1], w[2], peer.tag_out));
+  }
+};
+// The counts of all of this rank's tokens, and its header, to every rank, once the peers are known.
+__device__ __forceinline__ void send_counts(const DispatchOp& a, const Shared& s, const Crew& crew) {
+  const Op& op = a.op;
+  CountCell cell;
+  cell.make(a, s, crew.thread);
+  sync_some(kBegun, crew.threads + 32);
+#pragma unroll 1
+  for (int i = crew.thread; i < op.ranks * op.words.cells; i += crew.threads) {
+    if (i != crew.thread) cell.make(a, s, i);
+    const Peer& peer = s.peers[cell.rank];
+    if (!peer.active) continue;
+    store_cell(peer.control + op.words.counts_of(op.rank, flag_slot(peer.sent)) + cell.cell * 16,
+               make_uint4(cell.counts[0], cell.counts[1], cell.counts[2], peer.tag_out));
   }
 #pragma unroll 1
-  for (int rank = tid; rank < op.ranks; rank += threads)
+  for (int rank = crew.threads - 1 - crew.thread; rank < op.ranks; rank += crew.threads)
     if (s.peers[rank].active) send_header(op, *s.block, s.peers[rank], rank == op.rank ? 0 : s.routes.per_rank[rank]);
 }
 

@@ -25,7 +25,7 @@ struct Peer {
 static_assert(sizeof(Peer) <= 88);
 
 __device__ __forceinline__ int rank_of_expert(const Op& op, int expert) {
-  return op.experts_inverse ? static_cast<int>(__umulhi(expert, op.experts_inverse)) : expert;
+  return static_cast<int>(op.by_experts.quotient(expert));
 }
 
 struct Block {

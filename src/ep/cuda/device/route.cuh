@@ -5,6 +5,14 @@
 
 namespace nixl::core::ep::gpu {
 
+// Threads of a block that count together, in whole warps, and the barrier that is theirs.
+struct Crew {
+  int thread;  // of `threads`: this one
+  int threads;
+  int barrier;
+  __device__ __forceinline__ void meet() const { sync_some(barrier, threads); }
+};
+
 // In shared memory. `per_expert` and `per_rank` hold the counts so far.
 struct Routes {
   int* per_expert;  // [ranks * experts]
@@ -22,26 +30,25 @@ __device__ __forceinline__ int load_id(const RouteArgs& route, int at, int num_e
   return high < 0 ? -1 : high > 0 || low >= num_experts || low < 0 ? num_experts : low;
 }
 
-// `threads` of the block from `first` on.
-__device__ __forceinline__ void clear_counts(const Op& op, const Routes& routes, int first, int threads) {
-  const int tid = static_cast<int>(threadIdx.x) - first;
+__device__ __forceinline__ void clear_counts(const Op& op, const Routes& routes, const Crew& crew) {
 #pragma unroll 1
-  for (int i = tid; i < op.ranks * op.experts; i += threads) routes.per_expert[i] = 0;
+  for (int i = crew.thread; i < op.ranks * op.experts; i += crew.threads) routes.per_expert[i] = 0;
 #pragma unroll 1
-  for (int i = tid; i < op.ranks; i += threads) routes.per_rank[i] = 0;
+  for (int i = crew.thread; i < op.ranks; i += crew.threads) routes.per_rank[i] = 0;
+  crew.meet();
 }
-// Adds tokens [0, end) to the counts. `threads` of the block from `first` on; barrier `name` is theirs.
-__device__ __forceinline__ void count_before(const Op& op, const RouteArgs& route, const Routes& routes, int end,
-                                             int first_thread, int threads, int name) {
-  constexpr int kAhead = 8;  // loads under way together
-  const int tid = static_cast<int>(threadIdx.x) - first_thread, lane = tid % 32, warps = threads / 32;
+// Adds tokens [0, end) to the counts, kAhead loads of a warp under way together.
+template <int kAhead>
+__device__ __forceinline__ void add_counts(const DispatchOp& a, const Routes& routes, int end, const Crew& crew) {
+  const Op& op = a.op;
+  const RouteArgs& route = a.route;
+  const int lane = crew.thread % 32, warps = crew.threads / 32;
   const int num_experts = op.ranks * op.experts;
   // A warp takes as many whole tokens at a time as it has lanes for.
-  const int together = 32u / static_cast<unsigned>(route.topk);
-  const int token_of_lane = static_cast<unsigned>(lane) / static_cast<unsigned>(route.topk);
+  const int together = a.together, token_of_lane = static_cast<int>(a.by_topk.quotient(lane));
   const bool used = token_of_lane < together;
 #pragma unroll 1
-  for (int first = tid / 32 * together; first < end; first += kAhead * warps * together) {
+  for (int first = crew.thread / 32 * together; first < end; first += kAhead * warps * together) {
     int ids[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -51,7 +58,7 @@ __device__ __forceinline__ void count_before(const Op& op, const RouteArgs& rout
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      if (first + u * warps * together >= end) break;
+      if (u > 0 && first + u * warps * together >= end) break;
       const bool valid = ids[u] >= 0 && ids[u] < num_experts;
       const int rank = rank_of_expert(op, ids[u]);
       const unsigned same = __match_any_sync(~0u, valid ? rank << 5 | token_of_lane : -1 - lane);
@@ -60,18 +67,32 @@ __device__ __forceinline__ void count_before(const Op& op, const RouteArgs& rout
       if (!(same & ((1u << lane) - 1))) atomicAdd(&routes.per_rank[rank], 1);
     }
   }
-  sync_some(name, threads);
+}
+// The same, with no more copies of the loop's body than the tokens are worth: an instruction's first execution is what takes long.
+__device__ __forceinline__ void count_before(const DispatchOp& a, const Routes& routes, int end, const Crew& crew) {
+  constexpr int kFew = 256;
+  if (end <= kFew)
+    add_counts<1>(a, routes, end, crew);
+  else
+    add_counts<8>(a, routes, end, crew);
+  crew.meet();
 }
 
-// Continues the counts over tokens [begin, end), which are numbered from 0 in expert, index and message. One warp.
+// The entry of this lane of an own token, as count_own needs it first.
+__device__ __forceinline__ int load_own(const Op& op, const RouteArgs& route, int token) {
+  const int lane = threadIdx.x % 32;
+  return lane < route.topk ? load_id(route, token * route.topk + lane, op.ranks * op.experts) : -1;
+}
+// Continues the counts over tokens [begin, end), which are numbered from 0 in expert, index and message. `id`: load_own of the first.
+// One warp.
 __device__ __forceinline__ void count_own(const Op& op, const RouteArgs& route, const Routes& routes, int begin,
-                                          int end, HostPage* page) {
+                                          int end, int id, HostPage* page) {
   const int lane = threadIdx.x % 32;
   const int num_experts = op.ranks * op.experts;
   const unsigned before = (1u << lane) - 1;
 #pragma unroll 1
   for (int token = begin; token < end; ++token) {
-    const int id = lane < route.topk ? load_id(route, token * route.topk + lane, num_experts) : -1;
+    if (token != begin) id = load_own(op, route, token);
     const bool valid = id >= 0 && id < num_experts;
     if (id == num_experts && page) page->input_error = (static_cast<unsigned long long>(token) << 8 | kOutsideId) + 1;
     const int rank = rank_of_expert(op, id);
@@ -99,22 +120,19 @@ __device__ __forceinline__ void count_own(const Op& op, const RouteArgs& route, 
   }
 }
 
-// The tokens of this block. Where there are at least twice as many blocks as tokens, `parts` blocks share a token and take
-// every parts-th share of its work, block `part` of them.
+// The tokens of this block, as planned.
 struct Share {
-  int begin, end, part, parts;
+  int begin, end, part;
 };
-__device__ __forceinline__ Share share_of_tokens(int tokens, int wanted_parts) {
-  const unsigned grid = gridDim.x, block = blockIdx.x, n = tokens;
-  Share share{static_cast<int>(n * block / grid), static_cast<int>(n * (block + 1) / grid), 0, 1};
-  if (n == 0 || 2 * n > grid) return share;
-  const unsigned most = grid / n, parts = most < static_cast<unsigned>(wanted_parts) ? most : wanted_parts;
-  const unsigned token = block / parts;
-  share.part = static_cast<int>(block % parts);
-  share.parts = static_cast<int>(parts);
-  share.begin = static_cast<int>(token < n ? token : n);
-  share.end = static_cast<int>(token < n ? token + 1 : n);
-  return share;
+__device__ __forceinline__ Share share_of_tokens(const TokenPlan& plan, int tokens) {
+  if (blockIdx.x == 0) return {0, 0, 0};
+  const int block = static_cast<int>(blockIdx.x) - 1;
+  if (plan.parts == 1) {
+    const int begin = block * plan.each + min(block, plan.more);
+    return {begin, begin + plan.each + (block < plan.more ? 1 : 0), 0};
+  }
+  const int token = static_cast<int>(plan.by_parts.quotient(block));
+  return {min(token, tokens), min(token + 1, tokens), block - token * plan.parts};
 }
 
 }  // namespace nixl::core::ep::gpu
