@@ -13,11 +13,22 @@ import time
 
 import pytest
 from benchmark_scripts import ROOT, needs_nixl, run, start
+from hosts import free_port
 
 from utils import config, metrics
 
 pytestmark = pytest.mark.timeout(120)
 FEW = ["--iterations", "20", "--warmup_iter", "2"]
+
+
+def start_target():
+    """A target on a free port: (process, port)."""
+    target = start("multi_node/ucx_p2p.py", "--mode", "target", "--ip", "127.0.0.1", "--port", 0, "--announce")
+    line = target.stdout.readline()
+    if not line.startswith("port "):
+        target.kill()
+        pytest.fail(f"the target ended: {line}{target.communicate()[1]}")
+    return target, line.split()[1]
 
 
 def parse_table(text):
@@ -33,12 +44,6 @@ def parse_table(text):
         value, unit = bandwidth.split()
         rows.append((config.parse_size(size.replace(" ", "")), float(value) * {"GB/s": 1, "MB/s": 1e-3}[unit], *map(float, times)))
     return rows
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("text, size", [("4096", 4096), ("4KB", 4096), ("4K", 4096), ("4KiB", 4096), ("1MB", 1 << 20), ("2g", 2 << 30)])
@@ -129,8 +134,7 @@ class TestWithAgents:
         assert out.rstrip().splitlines()[-1] != "Transport: unknown"
 
     def test_p2p_by_roles(self):
-        port = free_port()
-        target = start("multi_node/ucx_p2p.py", "--mode", "target", "--ip", "127.0.0.1", "--port", port)
+        target, port = start_target()
         try:
             code, out, err = run("multi_node/ucx_p2p.py", "--mode", "initiator", "--target_ip", "127.0.0.1", "--port", port, *FEW,
                                  "--buffer_sizes", "4KB,1MB")
@@ -142,11 +146,9 @@ class TestWithAgents:
             target.communicate()
 
     def test_a_killed_target_ends_the_run(self):
-        port = free_port()
-        target = start("multi_node/ucx_p2p.py", "--mode", "target", "--ip", "127.0.0.1", "--port", port, "--announce")
+        target, port = start_target()
         initiator = None
         try:
-            assert target.stdout.readline().startswith("port ")
             initiator = start("multi_node/ucx_p2p.py", "--mode", "initiator", "--target_ip", "127.0.0.1", "--port", port,
                               "--iterations", "100000000", "--buffer_size", "4KB")
             time.sleep(4)  # into its timed loop; earlier is as good

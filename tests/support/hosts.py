@@ -62,19 +62,29 @@ def etcd_server(folder, address="127.0.0.1"):
     """(endpoint, process) of an etcd that serves on `address` and keeps its data in `folder`."""
     if shutil.which("etcd") is None:
         pytest.skip("no etcd on PATH (Debian package etcd-server)")
-    client, peer = f"http://{address}:{free_port()}", f"http://127.0.0.1:{free_port()}"
-    command = ["etcd", "--data-dir", str(folder), "--listen-client-urls", client, "--advertise-client-urls", client,
-               "--listen-peer-urls", peer]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + LIMIT_S
-        while True:
-            with contextlib.suppress(OSError):
-                if b"true" in urllib.request.urlopen(client + "/health", timeout=1).read():
-                    break
-            assert time.monotonic() < end and server.poll() is None, "etcd did not start"
-            time.sleep(0.02)
-        yield client, server
-    finally:
-        server.kill()
-        server.wait()
+    for attempt in range(3):
+        client, peer = f"http://{address}:{free_port()}", f"http://127.0.0.1:{free_port()}"
+        folder_of_this = os.path.join(folder, str(attempt))
+        command = ["etcd", "--data-dir", folder_of_this, "--listen-client-urls", client, "--advertise-client-urls", client,
+                   "--listen-peer-urls", peer]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            if answers(client, server):
+                yield client, server
+                return
+        finally:
+            server.kill()
+            server.wait()
+    pytest.fail("etcd did not start, three times")
+
+
+def answers(client, server):
+    """Waits for an etcd; False when it ended, since somebody else had taken one of its ports meanwhile."""
+    end = time.monotonic() + LIMIT_S
+    while server.poll() is None:
+        with contextlib.suppress(OSError):
+            if b"true" in urllib.request.urlopen(client + "/health", timeout=1).read():
+                return True
+        assert time.monotonic() < end, "etcd does not answer"
+        time.sleep(0.02)
+    return False

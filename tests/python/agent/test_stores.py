@@ -1,48 +1,23 @@
 """Metadata through stores: a real etcd (11.2, 11.3) and torch's TCPStore (11.4)."""
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 
 import nixl
 import numpy as np
+import hosts
 import pytest
 from agents import agent, done, until
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def etcd_server(tmp_path_factory):
-    program = shutil.which("etcd")
-    if not program:
-        pytest.skip("no etcd here (Debian: etcd-server)")
-    client, peer = free_port(), free_port()
-    url = f"http://127.0.0.1:{client}"
-    command = [program, "--data-dir", str(tmp_path_factory.mktemp("etcd")), "--listen-client-urls", url, "--advertise-client-urls", url,
-               "--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
-               "--initial-cluster", f"default=http://127.0.0.1:{peer}", "--logger", "zap", "--log-level", "error"]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            urllib.request.urlopen(url + "/health", timeout=1).read()
-            break
-        except OSError:
-            assert time.monotonic() < deadline and server.poll() is None, "etcd does not answer"
-            time.sleep(0.05)
-    yield url
-    server.kill()
-    server.wait()
+    with hosts.etcd_server(tmp_path_factory.mktemp("etcd")) as (endpoint, _):
+        yield endpoint
 
 
 @pytest.fixture
