@@ -18,19 +18,19 @@ Not thread-safe: one thread an endpoint, which calls poll() or wait() often enou
 import base64
 import json
 import logging
-import math
 import time
 import zlib
 
 import numpy
 
-from nixl_integrations.memory_view import MemoryView
+from nixl_integrations.kv_layout import KVCache, Side, Units
 
 log = logging.getLogger("nixl.kv_transfer")
 
 
 class KVTransferError(Exception):
-    """A request that failed; the text names it and the reason. Its blocks were given back."""
+    """A request that failed; the text names it and the reason. Its blocks were given back, or will be by reclaim() as soon as
+    nothing can move them any more."""
 
 
 class KVPeerLost(KVTransferError):
@@ -64,88 +64,12 @@ class BlockPool:
         return len(self._free)
 
 
-class KVCache:
-    """The layers of one rank. `tp_rank` of `tp_size`: which share of all heads they hold."""
-
-    def __init__(self, layers, tp_rank=0, tp_size=1):
-        self.layers = [MemoryView(layer) for layer in layers]
-        shapes = {view.shape for view in self.layers}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 5 or next(iter(shapes))[0] != 2:
-            raise ValueError(f"layers of one shape [2, blocks, heads, page, dim] are needed, not {sorted(shapes)}")
-        _, self.num_blocks, self.num_heads, self.page, self.dim = self.layers[0].shape
-        self.tp_rank, self.tp_size = tp_rank, tp_size
-        self.token_bytes = self.dim * self.layers[0].itemsize  # of one head
-        self.block_bytes = self.num_heads * self.page * self.token_bytes
-        self.kind, self.device = self.layers[0].kind, self.layers[0].device
-
-    def describe(self):
-        """What a peer needs to know, as plain values for JSON."""
-        return {"bases": [view.address for view in self.layers], "blocks": self.num_blocks, "heads": self.num_heads,
-                "page": self.page, "token_bytes": self.token_bytes, "kind": self.kind, "device": self.device,
-                "tp_rank": self.tp_rank, "tp_size": self.tp_size}
-
-    def num_pages(self, num_tokens):
-        """Blocks that so many tokens fill."""
-        return -(-num_tokens // self.page)
-
-
-class _Side:
-    """What one side of a pair of caches looks like, ours or the description of a peer's."""
-
-    def __init__(self, about):
-        self.bases, self.blocks, self.heads, self.page = about["bases"], about["blocks"], about["heads"], about["page"]
-        self.token_bytes, self.kind, self.device = about["token_bytes"], about["kind"], about["device"]
-        self.first_head = about["tp_rank"] * self.heads
-        self.all_heads = about["tp_size"] * self.heads
-        self.block_bytes = self.heads * self.page * self.token_bytes
-
-    def head_range(self):
-        return range(self.first_head, self.first_head + self.heads)
-
-    def rows(self, units):
-        """The strided table (address, length, device, stride, count) of the units; block index = row * blocks + block."""
-        rows = []
-        for base in self.bases:
-            for plane in range(2):
-                start = base + plane * self.blocks * self.block_bytes
-                for head, count in units.heads:
-                    for piece in range(self.page // units.tokens):
-                        offset = ((head - self.first_head) * self.page + piece * units.tokens) * self.token_bytes
-                        length = count * units.tokens * self.token_bytes
-                        rows.append((start + offset, length, self.device, self.block_bytes, self.blocks))
-        return numpy.array(rows, dtype=numpy.uint64)
-
-    def indices(self, units, block_ids, first_unit, num_units):
-        """Indices into rows() of token units `first_unit`.. of a request in `block_ids`, for all planes and heads."""
-        pieces = self.page // units.tokens
-        unit = numpy.arange(first_unit, first_unit + num_units, dtype=numpy.int64)
-        within = (unit % pieces) * self.blocks + block_ids[unit // pieces]
-        planes = 2 * len(self.bases) * len(units.heads)
-        return (numpy.arange(planes, dtype=numpy.int64)[:, None] * (pieces * self.blocks) + within[None, :]).reshape(-1)
-
-
-class _Units:
-    """How the shared part of two caches is cut: `heads` = [(first head, how many)], `tokens` of a page at a time."""
-
-    def __init__(self, ours, theirs):
-        for name in ("token_bytes", "all_heads"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ValueError(f"the caches differ in {name}: {getattr(ours, name)} here, {getattr(theirs, name)} there")
-        if len(ours.bases) != len(theirs.bases):
-            raise ValueError(f"the caches differ in layers: {len(ours.bases)} here, {len(theirs.bases)} there")
-        shared = sorted(set(ours.head_range()) & set(theirs.head_range()))
-        if ours.page == theirs.page:  # neighbouring heads of a page lie side by side
-            self.heads, self.tokens = ([(shared[0], len(shared))] if shared else []), ours.page
-        else:
-            self.heads, self.tokens = [(head, 1) for head in shared], math.gcd(ours.page, theirs.page)
-
-
 class _Peer:
     def __init__(self, agent, own, card):
         about = json.loads(card)
         self.name = agent.add_remote_agent(base64.b64decode(about["metadata"])).decode()
-        self.side = _Side(about["cache"])
-        self.units = _Units(own, self.side)
+        self.side = Side(about["cache"])
+        self.units = Units(own, self.side)
         self.shares = bool(self.units.heads)
         self.lists = None
         if self.shares:
@@ -171,9 +95,10 @@ class _Endpoint:
 
     def __init__(self, agent, cache, pool=None):
         self.agent, self.cache, self.pool = agent, cache, pool
-        self.side = _Side(cache.describe())
+        self.side = Side(cache.describe())
         self.registered = agent.register_memory([(*view.descriptor(), "") for view in cache.layers], cache.kind)
         self.peers = {}
+        self._unstopped = []  # ([handles], block ids) of requests that failed while their transfers could not be stopped
 
     def card(self):
         """Bytes for the other side's connect()."""
@@ -200,6 +125,7 @@ class _Endpoint:
 
     def poll_messages(self):
         """Reads what the other sides have told. A message that makes no sense is dropped with a warning; the others count."""
+        self._stop_again()
         for name, messages in self.agent.get_new_notifs().items():
             for message in messages:
                 try:
@@ -212,13 +138,39 @@ class _Endpoint:
             self.disconnect(name)
         self.agent.deregister_memory(self.registered)
 
+    def reclaim(self):
+        """Blocks of requests that failed stay out of the pool as long as a transfer that could not be stopped may still move them;
+        this gives back those that are safe by now. Returns how many requests still hold theirs."""
+        self._stop_again()
+        return len(self._unstopped)
+
+    def _stop_again(self):
+        unstopped, self._unstopped = self._unstopped, []
+        for handles, block_ids in unstopped:
+            self._stop(handles, block_ids)
+
+    def _stop(self, handles, block_ids):
+        """Releases the handles; gives the blocks back, or keeps them with what still runs."""
+        running = [handle for handle in handles if not self._released(handle)]
+        if running:
+            self._unstopped.append((running, block_ids))
+        else:
+            self._give_back(block_ids)
+
+    def _released(self, handle):
+        try:
+            self.agent.release_xfer_handle(handle)
+        except Exception as error:  # of all errors one says that the transfer goes on
+            return type(error).__name__ != "nixlRepostActiveError"
+        return True
+
     def _give_back(self, block_ids):
         if self.pool is not None and block_ids is not None:
             self.pool.give_back(block_ids)
 
 
 class _Transfers:
-    """Requests under way for one push or pull; the blocks are given back exactly once, however it ends."""
+    """Requests under way for one push or pull; the blocks are given back exactly once, however it ends, and not before it has."""
 
     def __init__(self, endpoint, request_id, block_ids):
         self.endpoint, self.request_id, self.block_ids = endpoint, request_id, block_ids
@@ -278,14 +230,9 @@ class _Transfers:
         """After the last byte; sub-classes say who owns the blocks now."""
 
     def _fail(self, error):
-        for _, handle, _ in self.running:
-            try:
-                self.endpoint.agent.release_xfer_handle(handle)
-            except Exception:  # a handle that cannot be stopped any more: the agent frees it with the request
-                pass
-        self.running = []
+        handles, self.running = [handle for _, handle, _ in self.running], []
         blocks, self.block_ids = self.block_ids, None
-        self.endpoint._give_back(blocks)
+        self.endpoint._stop(handles, blocks)
         if not isinstance(error, KVTransferError):
             lost = type(error).__name__ in ("nixlRemoteDisconnectError", "nixlNotFoundError")
             error = (KVPeerLost if lost else KVTransferError)(f"request '{self.request_id}': {error}")
@@ -319,6 +266,11 @@ class KVSender(_Endpoint):
             self._opened.setdefault(about["request"], {})[name] = (ids, tokens)
         elif message.startswith(b"kvread:"):
             self.on_read(name, message[len(b"kvread:"):].decode())
+
+    def disconnect(self, name):
+        super().disconnect(name)
+        opened = {request: {peer: about for peer, about in by.items() if peer != name} for request, by in self._opened.items()}
+        self._opened = {request: by for request, by in opened.items() if by}
 
     def on_read(self, receiver, request_id):
         """A receiver has pulled a request: its blocks may be used again. For sub-classes."""
@@ -455,7 +407,7 @@ class KVReceiver(_Endpoint):
             self._quarantine[request_id] = blocks
 
     def reclaim(self):
-        """Blocks of requests that ran out of time stay out of the pool as long as a living sender may still write into them;
+        """Blocks of requests that ran out of time stay out of the pool also as long as a living sender may still write into them;
         this gives back those that are safe by now. Returns how many requests still hold theirs."""
         alive = any(self.alive(peer.name) for peer in self.sharing())
         for request_id in list(self._quarantine):
@@ -463,7 +415,7 @@ class KVReceiver(_Endpoint):
                 self._give_back(self._quarantine.pop(request_id))
                 self._arrived.pop(request_id, None)
                 self._failed.discard(request_id)
-        return len(self._quarantine)
+        return len(self._quarantine) + super().reclaim()
 
     def pull(self, request_id, block_ids, sources, num_tokens):
         """READs a request: `sources` {sender: its block ids}. Returns a KVPull under way; senders are told when it has ended."""

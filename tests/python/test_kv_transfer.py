@@ -1,8 +1,10 @@
 """KV-cache transfer between real processes: the example in all its shapes, peers that die, many blocks, blocks returned."""
 
 import multiprocessing
+import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "integrations"))
 pytest.importorskip("nixl._native", reason="the nixl package is not built")
 
+from nixl_integrations.kv_layout import Side, Units  # noqa: E402
 from nixl_integrations.kv_transfer import (  # noqa: E402
-    BlockPool, KVCache, KVPeerLost, KVReceiver, KVSender, KVTimeout, KVTransferError, _Side, _Units)
+    BlockPool, KVCache, KVPeerLost, KVReceiver, KVSender, KVTimeout, KVTransferError)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,8 +48,8 @@ def about(heads, page, rank=0, size=1, blocks=10, bases=(0, 1 << 30)):
 ])
 def test_units_pair_the_same_tokens_of_the_same_heads(ours, theirs):
     """Every unit, resolved to (layer, plane, head, token) on both sides, names the same bytes; all shared ones appear once."""
-    sides, tokens = [_Side(ours), _Side(theirs)], 70
-    units = _Units(*sides)
+    sides, tokens = [Side(ours), Side(theirs)], 70
+    units = Units(*sides)
     count = -(-tokens // units.tokens)
     resolved = []
     for side, seed in zip(sides, (1, 2)):
@@ -82,11 +85,12 @@ def make_layers(blocks, layers=2, heads=2, page=4, dim=8):
     return [numpy.zeros((2, blocks, heads, page, dim), dtype=numpy.uint16) for _ in range(layers)]
 
 
-def child_receiver(pipe, blocks):
-    receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), BlockPool(blocks))
+def child_receiver(pipe, blocks, shape={}):
+    cache = KVCache(make_layers(blocks, **shape))
+    receiver = KVReceiver(make_agent("decode"), cache, BlockPool(blocks))
     pipe.send(receiver.card())
     receiver.connect(pipe.recv())
-    receiver.open("r", numpy.arange(blocks), blocks * 4)
+    receiver.open("r", numpy.arange(blocks), blocks * cache.page)
     pipe.send("open")
     pipe.recv()  # until killed
 
@@ -143,6 +147,30 @@ def test_receiver_killed_gives_the_blocks_back(when):
         sender.close()
 
 
+def test_blocks_of_a_push_that_cannot_be_stopped_stay_out_of_the_pool(monkeypatch):
+    """A stopped receiver holds a transfer through the network: nobody may write into its source before it has ended."""
+    monkeypatch.setenv("NIXL_SAME_HOST", "n")
+    blocks, shape = 64, {"heads": 8, "page": 64, "dim": 128}  # 32 MB: more than sockets hold
+    with Child(child_receiver, blocks, shape) as child:
+        pool = BlockPool(blocks)
+        sender = KVSender(make_agent("prefill"), KVCache(make_layers(blocks, **shape)), pool)
+        sender.connect(child.get())
+        child.pipe.send(sender.card())
+        assert child.get() == "open"
+        while "r" not in sender.opened():
+            time.sleep(0.001)
+        os.kill(child.process.pid, signal.SIGSTOP)
+        with pytest.raises(KVTimeout):
+            sender.push(pool.take(blocks), "r").wait(0.3)
+        assert sender.reclaim() == 1 and pool.num_free == 0
+        os.kill(child.process.pid, signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while sender.reclaim():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert pool.num_free == blocks
+
+
 def test_sender_killed_is_told_to_the_waiting_receiver():
     blocks = 16
     with Child(child_sender, blocks) as child:
@@ -181,6 +209,23 @@ def test_sender_gives_up_and_timeouts_keep_blocks_that_may_still_be_written():
             assert time.monotonic() < deadline
         assert pool.num_free == blocks
         receiver.close()
+
+
+def test_a_receiver_that_was_disconnected_gets_nothing():
+    pool = BlockPool(8)
+    sender = KVSender(make_agent("leaver"), KVCache(make_layers(8)), pool)
+    receiver = KVReceiver(make_agent("left"), KVCache(make_layers(8)))
+    sender.connect(receiver.card())
+    receiver.connect(sender.card())
+    receiver.open("r", numpy.arange(8), 32)
+    while "r" not in sender.opened():
+        time.sleep(0.001)
+    sender.disconnect("left")
+    with pytest.raises(KVTimeout, match="was not opened by its receivers"):
+        sender.push(pool.take(8), "r", timeout=0.05)
+    assert pool.num_free == 8
+    receiver.close()
+    sender.close()
 
 
 def test_a_hundred_thousand_blocks_in_one_process():
