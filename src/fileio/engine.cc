@@ -1,6 +1,7 @@
 #include "fileio/engine.h"
 
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
@@ -8,6 +9,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "fileio/plain_call.h"
 #include "fileio/request.h"
@@ -113,7 +115,7 @@ Result<std::unique_ptr<Engine>> Engine::open(const EngineConfig& config) {
   Engine* self = engine.get();
   NIXL_ASSIGN(auto threads, open_threads(1024, config.num_threads, [self] {
                 std::lock_guard lock(self->mutex_);
-                if (!self->closing_) self->advance_locked();
+                if (!self->closing_ && self->advance_locked()) self->tell_locked();
               }));
   engine->adopt(std::move(kernel), std::move(threads), forced);
   NIXL_TRY(engine->watch_queues());
@@ -142,9 +144,12 @@ Result<void> Engine::watch_queues() {
     if (lane.queue->event_fd() < 0) return {};
   event_.reset(::epoll_create1(EPOLL_CLOEXEC));
   if (!event_) return fail(errno_error("epoll_create1", errno));
+  told_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  epoll_event event = {};
+  event.events = EPOLLIN;
+  if (!told_ || ::epoll_ctl(event_.get(), EPOLL_CTL_ADD, told_.get(), &event) != 0)
+    return fail(errno_error("eventfd of the workers", errno));
   for (const Lane& lane : lanes_) {
-    epoll_event event = {};
-    event.events = EPOLLIN;
     if (::epoll_ctl(event_.get(), EPOLL_CTL_ADD, lane.queue->event_fd(), &event) != 0)
       return fail(errno_error("epoll_ctl for the queue " + std::string(lane.queue->name()), errno));
   }
@@ -259,10 +264,20 @@ bool Engine::progress() noexcept {
   return true;
 }
 
+// A worker has moved requests on, perhaps ended them: whoever sleeps, or is about to, has to look at them.
+void Engine::tell_locked() noexcept {
+  worked_ = true;
+  const std::uint64_t one = 1;
+  if (std::exchange(armed_, false)) (void)!::write(told_.get(), &one, sizeof one);
+}
+
 bool Engine::arm() noexcept {
   std::lock_guard lock(mutex_);
-  bool quiet = true;
+  std::uint64_t count = 0;
+  if (told_) (void)!::read(told_.get(), &count, sizeof count);
+  bool quiet = !std::exchange(worked_, false);
   for (Lane& lane : lanes_) quiet = lane.queue->arm() && lane.retry.empty() && quiet;
+  armed_ = quiet && told_;
   return quiet;
 }
 

@@ -91,6 +91,7 @@ class Engine {
   bool pump_locked(int lane) noexcept;
   void complete_locked(int lane, const Done& done) noexcept;
   void settle_locked(Request& request) noexcept;
+  void tell_locked() noexcept;
   void refuse_locked(int lane, std::span<const Io> batch, const Error& error) noexcept;
   Io io_of(int lane, std::uint32_t slot) const noexcept;
   void run_inline(Request& request);
@@ -100,6 +101,8 @@ class Engine {
   bool closing_ = false;
   std::string reason_;
   Fd event_;
+  Fd told_;  // an eventfd of event_, for workers that did what progress() does
+  bool worked_ = false, armed_ = false;
   std::atomic<std::uint32_t> running_{0};
   Lane lanes_[kNumLanes];  // last member: its queues stop before the rest goes
 };

@@ -393,16 +393,20 @@ TEST(sleeper_is_woken) {
     if (engine.event_fd() < 0) return;  // POSIX AIO must be polled
     const auto file = open_file("rw,direct,create:" + folder.path + "/" + name);
     auto source = pattern(32 << 20, 11);
-    const Piece pieces[] = {{file.get(), 100, source.data(), source.size()}};
-    auto request = std::move(*CHECK_OK(engine.prepare(true, pieces)));
-    CHECK(CHECK_OK(engine.start(*request)));
-    const Deadline deadline = Deadline::after(kLimit);
-    while (engine.poll(*request) == Engine::State::kRunning) {
-      if (!engine.arm()) continue;
-      pollfd wait = {engine.event_fd(), POLLIN, 0};
-      CHECK(::poll(&wait, 1, deadline.left_ms()) == 1);
+    // A large request, and many short ones, which a worker may end at any moment before and after the sleeper lies down.
+    for (int round = 0; round < 300; ++round) {
+      const std::size_t bytes = round == 0 ? source.size() : 20'000;
+      const Piece pieces[] = {{file.get(), 100, source.data(), bytes}};
+      auto request = std::move(*CHECK_OK(engine.prepare(true, pieces)));
+      CHECK(CHECK_OK(engine.start(*request)));
+      const Deadline deadline = Deadline::after(kLimit);
+      while (engine.poll(*request) == Engine::State::kRunning) {
+        if (!engine.arm()) continue;
+        pollfd wait = {engine.event_fd(), POLLIN, 0};
+        CHECK(::poll(&wait, 1, deadline.left_ms()) == 1);
+      }
+      CHECK(engine.poll(*request) == Engine::State::kDone);
     }
-    CHECK(engine.poll(*request) == Engine::State::kDone);
   });
 }
 
