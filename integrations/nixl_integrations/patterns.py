@@ -5,12 +5,14 @@ started; `finish` waits for them. A remote place is (peer name, address, bytes, 
 registered by their owners and the peers' metadata loaded.
 """
 
+import logging
 import time
 
 import numpy
 
 from nixl_integrations.memory_view import MemoryView
 
+log = logging.getLogger("nixl.patterns")
 GRADIENT = b"gradient"
 
 
@@ -29,16 +31,19 @@ def _start(agent, operation, view, offset, size, peer, address, tag):
 
 
 def finish(agent, handles, timeout=60.0):
-    """Waits for all, releases them; raises what a failed one raises, TimeoutError when the time is over."""
+    """Waits for all without spinning, releases them; raises what a failed one raises, TimeoutError when the time is over. A warning
+    names a transfer that could not be stopped then: its memory stays in use until it has ended."""
     deadline = time.monotonic() + timeout
     try:
         for handle in handles:
-            while agent.check_xfer_state(handle) != "DONE":
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"a transfer did not end within {timeout} s")
+            if handle.wait(max(deadline - time.monotonic(), 0)) != "DONE":
+                raise TimeoutError(f"a transfer did not end within {timeout} s")
     finally:
         for handle in handles:
-            agent.release_xfer_handle(handle)
+            try:
+                agent.release_xfer_handle(handle)
+            except Exception as error:  # must hide neither the first error nor the other handles
+                log.warning("%r is still running: %s", handle, error)
 
 
 def pairwise(agent, tensor, target, tag=b"pairwise", operation="WRITE"):

@@ -7,6 +7,7 @@ import time
 
 import numpy
 import pytest
+from agents import need_backend
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "integrations"))
@@ -221,3 +222,17 @@ def test_wrong_sizes_are_refused():
         patterns.pairwise(None, numpy.zeros(7, dtype=numpy.uint8), ("p", 0, 8, "DRAM", 0))
     with pytest.raises(ValueError, match="3 parts of 8 bytes"):
         patterns.many_to_one(None, numpy.zeros(1), ("p", 0, 20, "DRAM", 0), 0, 3)
+
+
+def test_time_that_runs_out_is_told_and_all_handles_are_released():
+    import nixl
+
+    need_backend("LOOPBACK")
+    config = nixl.nixl_agent_config(backends=["LOOPBACK"], backend_params={"LOOPBACK": {"delay_us": 200_000}})
+    agent = nixl.nixl_agent("slow", config)
+    tensors = [numpy.zeros(64, numpy.uint8) for _ in range(2)]
+    agent.register_memory(tensors)
+    handles = [handle for tensor in tensors for handle in patterns.pairwise(agent, tensor, patterns.place("slow", tensor))]
+    with pytest.raises(TimeoutError, match="did not end within 0.01 s"):
+        patterns.finish(agent, handles, 0.01)
+    assert all(handle._released for handle in handles)
