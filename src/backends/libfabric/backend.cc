@@ -26,7 +26,7 @@ constexpr std::size_t kRevokedKept = 4096;
 
 }  // namespace
 
-Result<std::unique_ptr<Backend>> FabricBackend::open(BackendConfig config, KindSet kinds) {
+Result<std::unique_ptr<Backend>> FabricBackend::open(BackendConfig config, bool have_gpu) {
   std::unique_ptr<FabricBackend> backend(new FabricBackend());
   backend->config_ = std::move(config);
   NIXL_ASSIGN(const Options options, parse_options(backend->config_.params));
@@ -34,7 +34,7 @@ Result<std::unique_ptr<Backend>> FabricBackend::open(BackendConfig config, KindS
   if (reconnect_ms) backend->settings_.reconnect_ns = std::max<std::int64_t>(*reconnect_ms, 0) * kMillisecond;
   backend->settings_.self = backend->config_.self;
   NIXL_ASSIGN(const Api* const api, open_api());
-  auto provider = choose_provider(*api, options.provider, kinds.has(MemKind::kVram));
+  auto provider = choose_provider(*api, options.provider, have_gpu);
   if (!provider)
     return fail(Code::kInvalidArgument, "LIBFABRIC parameter provider = '%s': %s", options.provider.c_str(),
                 provider.error().reason.c_str());

@@ -35,7 +35,7 @@ class FabricConnection final : public Connection {
 
 class FabricBackend final : public Backend, public Notifier, private Receiver, private LinkOwner {
  public:
-  static Result<std::unique_ptr<Backend>> open(BackendConfig config, KindSet kinds);
+  static Result<std::unique_ptr<Backend>> open(BackendConfig config, bool have_gpu);
   ~FabricBackend() override;
 
   const Abilities& abilities() const noexcept override { return abilities_; }

@@ -29,7 +29,8 @@ Probe probe_now() {
   Probe probe{.viable = true, .reason = {}, .kinds = {MemKind::kDram}};
   if (provider->device_memory) probe.kinds.add(MemKind::kVram);
   probe.reason = "libfabric " + (*api)->version_text + ", " + (*api)->path + ", provider " + provider->name;
-  if (have_cuda_device() && !provider->device_memory) probe.reason += ", which has no FI_HMEM: no GPU memory";
+  if (have_cuda_device() && !provider->device_memory)
+    probe.reason += ", without GPU memory: that takes FI_HMEM of the provider and a libfabric built with CUDA";
   return probe;
 }
 
@@ -42,7 +43,7 @@ Probe probe_libfabric() {
 Result<std::unique_ptr<Backend>> open_libfabric(BackendConfig config) {
   const Probe probe = probe_libfabric();
   if (!probe.viable) return fail(Code::kUnsupported, "%s", probe.reason.c_str());
-  return libfabric::FabricBackend::open(std::move(config), probe.kinds);
+  return libfabric::FabricBackend::open(std::move(config), have_cuda_device());
 }
 
 }  // namespace

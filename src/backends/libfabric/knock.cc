@@ -10,7 +10,8 @@
 namespace nixl::core::libfabric {
 
 void Knock::start(const std::string& address) {
-  if (socket_) return;
+  if (socket_ || !next_.passed()) return;
+  next_ = Deadline::after(1'000'000'000);
   sockaddr_storage there{};
   const std::size_t size = std::min(address.size(), sizeof there);
   std::memcpy(&there, address.data(), size);

@@ -3,13 +3,14 @@
 #pragma once
 #include <string>
 
+#include "base/clock.h"
 #include "base/fd.h"
 
 namespace nixl::core::libfabric {
 
 class Knock {
  public:
-  // Starts; never blocks. One that is under way goes on.
+  // Starts, once a second at most; never blocks.
   void start(const std::string& address);
   bool under_way() const noexcept { return static_cast<bool>(socket_); }
   // True: refused. Ends it where there is an answer.
@@ -17,6 +18,7 @@ class Knock {
 
  private:
   Fd socket_;
+  Deadline next_ = Deadline::passed_already();
 };
 
 }  // namespace nixl::core::libfabric

@@ -105,9 +105,10 @@ int num_threads() {
 TEST(probing_leaves_signals_alone_and_starts_no_thread) {
   check::in_child([] {
     for (const int number : {SIGINT, SIGTERM, SIGSEGV, SIGABRT}) signal(number, SIG_IGN);
+    const int before = num_threads();
     (void)backends_of_libfabric()[0].probe();
     for (const int number : {SIGINT, SIGTERM, SIGSEGV, SIGABRT}) CHECK(signal(number, SIG_DFL) == SIG_IGN);
-    CHECK_EQ(num_threads(), 1);
+    CHECK_EQ(num_threads(), before);
   });
 }
 
@@ -146,10 +147,23 @@ int offered(std::uint32_t, const char*, const char*, std::uint64_t flags, const 
   return *out ? 0 : -FI_ENODATA;
 }
 
+bool built_with_cuda = true;
+
+int settings_shown(fi_param** settings, int* count) {
+  static fi_param shown[2];
+  shown[0].name = "FI_PROVIDER";
+  shown[1].name = "FI_HMEM_CUDA_USE_GDRCOPY";
+  *settings = shown;
+  *count = built_with_cuda ? 2 : 1;
+  return 0;
+}
+
 Result<Provider> choose(std::vector<Offer> list, const std::string& asked = "auto", bool device_memory = false) {
   static Api api = [] {
     Api made_up = **open_api();
     made_up.getinfo = &offered;
+    made_up.getparams = &settings_shown;
+    made_up.freeparams = [](fi_param*) {};
     return made_up;
   }();
   offers = std::move(list);
@@ -193,6 +207,9 @@ TEST(device_memory_is_served_where_the_provider_can) {
   CHECK(CHECK_OK(choose({{"efa", "a", true, true}}, "auto", true))->device_memory);
   CHECK(!CHECK_OK(choose({{"efa", "a", true, true}}, "auto", false))->device_memory);
   CHECK(!CHECK_OK(choose({{"tcp", "eth0"}}, "auto", true))->device_memory);
+  built_with_cuda = false;
+  CHECK(!CHECK_OK(choose({{"efa", "a", true, true}}, "auto", true))->device_memory);
+  built_with_cuda = true;
 }
 
 // ---- messages ----

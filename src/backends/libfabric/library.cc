@@ -55,7 +55,9 @@ Result<Api> load() {
   const char* missing = nullptr;
   if (!find(handle, "fi_getinfo", api.getinfo, missing) || !find(handle, "fi_freeinfo", api.freeinfo, missing) ||
       !find(handle, "fi_dupinfo", api.dupinfo, missing) || !find(handle, "fi_fabric", api.fabric, missing) ||
-      !find(handle, "fi_version", api.version, missing) || !find(handle, "fi_strerror", api.strerror, missing))
+      !find(handle, "fi_getparams", api.getparams, missing) ||
+      !find(handle, "fi_freeparams", api.freeparams, missing) || !find(handle, "fi_version", api.version, missing) ||
+      !find(handle, "fi_strerror", api.strerror, missing))
     return fail(Code::kUnsupported, "%s has no %s: %s 1.17 or above is needed", file.c_str(), missing, kSoname);
   const std::uint32_t version = api.version();
   api.version_text = std::to_string(FI_MAJOR(version)) + "." + std::to_string(FI_MINOR(version));

@@ -18,6 +18,8 @@ struct Api {
   decltype(&::fi_freeinfo) freeinfo = nullptr;
   decltype(&::fi_dupinfo) dupinfo = nullptr;
   decltype(&::fi_fabric) fabric = nullptr;
+  decltype(&::fi_getparams) getparams = nullptr;
+  decltype(&::fi_freeparams) freeparams = nullptr;
   decltype(&::fi_version) version = nullptr;
   decltype(&::fi_strerror) strerror = nullptr;
 

@@ -197,6 +197,15 @@ Nanoseconds Link::tick_locked(Nanoseconds now) {
   return state_ == State::kReady ? tick_ready_locked(now) : INT64_MAX;
 }
 
+// A peer that was never heard of need not be a dead one.
+Error Link::no_answer(bool refused, bool again) const {
+  const std::string wait = std::to_string((again ? settings_->reconnect_ns : settings_->connect_ns) / kMillisecond);
+  return Error{refused || again ? Code::kPeerLost : Code::kIo,
+               "agent '" + peer_.name + "' " +
+                   (refused ? "refuses to be reached" : "did not answer within " + wait + " ms") + " over " +
+                   describe() + (why_.reason.empty() ? "" : ": " + why_.reason)};
+}
+
 Nanoseconds Link::tick_connecting_locked(Nanoseconds now) {
   for (Path& path : paths_)
     if (path.knock.refused()) path.num_failures = kMostFailures;
@@ -204,11 +213,7 @@ Nanoseconds Link::tick_connecting_locked(Nanoseconds now) {
       std::all_of(paths_.begin(), paths_.end(), [](const Path& path) { return path.num_failures >= kMostFailures; });
   const bool again = attempt_ > 1;
   if (given_up || now >= deadline_ || (again && owner_->surely_gone(peer_))) {
-    const std::string wait = std::to_string((again ? settings_->reconnect_ns : settings_->connect_ns) / kMillisecond);
-    lose_locked(
-        Error{Code::kPeerLost, "agent '" + peer_.name + "' " +
-                                   (given_up ? "refuses to be reached" : "did not answer within " + wait + " ms") +
-                                   " over " + describe() + (why_.reason.empty() ? "" : ": " + why_.reason)});
+    lose_locked(no_answer(given_up, again));
     return INT64_MAX;
   }
   Nanoseconds next = deadline_;
@@ -244,6 +249,9 @@ Nanoseconds Link::tick_ready_locked(Nanoseconds now) {
     lose_locked(Error{Code::kPeerLost, "agent '" + peer_.name + "' is gone: its process has ended"});
     return INT64_MAX;
   }
+  for (const Path& other : paths_)
+    if (!other.up && other.outbox->waits_since() != 0 && now - other.outbox->waits_since() > settings_->connect_ns)
+      other.outbox->clear_locked();  // it leads nowhere
   if (control().idle_locked()) {
     // A peer that has forgotten us, because it could not reach us for a while, does not answer before we have called again.
     if (heard_at_ < pinged_at_)

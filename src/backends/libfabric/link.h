@@ -110,6 +110,7 @@ class Link {
   void ask_again_locked();
   void send_history_locked();
   void drop_locked() noexcept;
+  Error no_answer(bool refused, bool again) const;
   Nanoseconds tick_connecting_locked(Nanoseconds now);
   Nanoseconds tick_ready_locked(Nanoseconds now);
   Outbox& control() noexcept { return *paths_[control_].outbox; }

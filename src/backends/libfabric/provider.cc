@@ -105,6 +105,18 @@ std::vector<Info> rails_of(const Api& api, const fi_info* list, const std::strin
   return rails;
 }
 
+// Providers may offer FI_HMEM for the host's memory alone. Only a libfabric that was built with CUDA knows settings for it.
+bool knows_cuda(const Api& api) {
+  fi_param* settings = nullptr;
+  int count = 0;
+  if (api.getparams(&settings, &count) != 0) return false;
+  const bool knows = std::any_of(settings, settings + count, [](const fi_param& setting) {
+    return std::string_view(setting.name).find("HMEM_CUDA") != std::string_view::npos;
+  });
+  api.freeparams(settings);
+  return knows;
+}
+
 std::string joined(const std::set<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -144,7 +156,7 @@ Result<Provider> choose_provider(const Api& api, const std::string& asked, bool 
     if (provider.name.empty()) continue;
     provider.delivery_complete = delivery_complete;
     provider.rails = rails_of(api, list.get(), provider.name);
-    if (device_memory) {
+    if (device_memory && knows_cuda(api)) {
       const Info with_devices = query(api, {delivery_complete, true});
       auto rails = rails_of(api, with_devices.get(), provider.name);
       provider.device_memory = !rails.empty();

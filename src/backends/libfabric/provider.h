@@ -25,7 +25,7 @@ struct Provider {
 
 // `asked`: "auto" or a provider's name ("tcp" stands also for "tcp;ofi_rxm"). kUnsupported: nothing that can move memory
 // one-sided over reliable datagram endpoints; the reason lists the providers there are. `device_memory`: FI_HMEM is taken
-// where the provider has it.
+// where the provider has it and libfabric was built for CUDA.
 Result<Provider> choose_provider(const Api& api, const std::string& asked, bool device_memory);
 
 }  // namespace nixl::core::libfabric
