@@ -1,6 +1,6 @@
 // Combine of rows as they are: the rank that holds a token's rows sends each to the token's owner, which weighs and adds them. One
 // hop, nobody waits for weights: for few tokens, for few rows a token, and where sums must be exact or weights come late.
-#include "ep/cuda/device/combine.cuh"
+#include "ep/cuda/device/gather.cuh"
 
 namespace nixl::core::ep {
 namespace gpu {
@@ -8,7 +8,7 @@ namespace {
 
 // Rows of a sum, and chunks of each, whose loads are in flight together: a trip to memory is what counts.
 constexpr int rows_batch(RowsKind kind) {
-  return kind == RowsKind::kFewTokens ? 8 : kind == RowsKind::kFewRows ? kFewRows : 4;
+  return kind == RowsKind::kFewRows ? kFewRows : 4;
 }
 constexpr int rows_chunks(RowsKind kind) {
   return kind == RowsKind::kFewRows ? 3 : 1;
@@ -16,40 +16,106 @@ constexpr int rows_chunks(RowsKind kind) {
 enum Barrier { kAll };         // __syncthreads, at different places
 constexpr int kRowsAhead = 2;  // rows of a message that a warp loads before it sends the first
 
-template <RowsKind kKind>
-using RowsItem = Item<rows_piece(kKind), kRowsAhead>;
-
-// Where a row that is not summed goes: in the sender's slot while rows of all entries fit there, else to an area that all
-// senders share, by the parity of the owner's operation.
-__device__ __forceinline__ std::uint8_t* row_in_slot(const CombineOp& a, std::uint8_t* slot, int message, int entry) {
-  return slot + (std::int64_t{message} * a.route.topk + entry) * a.shape.row_bytes;
-}
+// Where a row goes that does not fit the sender's slot with all others: to an area that all senders share, by the parity of the owner's
+// operation.
 __device__ __forceinline__ std::uint8_t* row_by_place(const CombineOp& a, std::uint8_t* areas, std::uint32_t parity,
                                                       int token, int place) {
   return areas + a.op.layout.exact_of(parity) + (std::int64_t{token} * a.route.topk + place) * a.shape.row_bytes;
 }
 
-// The item's share of the entries' rows, as they are.
-template <int kLanes, int kPiece, int kAhead>
-__device__ __forceinline__ void send_rows(const CombineOp& a, const Shared& s, Item<kPiece, kAhead>& item) {
-  if (!item.exists || !s.peers[item.rank].active) return;
-  const Peer& peer = s.peers[item.rank];
-  const int lane = threadIdx.x % 32, chunks = a.shape.chunks_of(item.piece), split = static_cast<int>(a.split);
-  const Message& m = item.message;
-#pragma unroll 1
-  for (int first = item.entry; first < m.entries; first += kAhead * split) {
-    if (first != item.entry) item.load_rows(a, first);
+// What a warp sends at once: a piece of rows of a message. Parcel `number` of the blocks that send is (message, source, piece, share of
+// the entries), sources in turn.
+template <int kPiece>
+struct Parcel {
+  int rank, message, piece, entry;
+  bool possible;        // there may be such a message
+  const int* count;     // of messages of its rank
+  const int2* record;   // what dispatch left of it
+  int at;               // this lane's first byte of the piece, in a row as it lies in memory
+  unsigned chunks;      // set of those of which this lane has a part
+  std::int64_t to;      // where the first row goes, in the sender's slot
+  bool exists = false;  // this and what follows once it is loaded
+  int token, entries;
+  int row, place;  // lane e has those of entry e; row -1: it is zeros
+  uint4 data[kRowsAhead][kPiece];
+
+  // Which it is; needs nothing that the kernel before wrote.
+  __device__ __forceinline__ void locate(const CombineOp& a, unsigned number) {
+    const unsigned others = a.op.ranks - 1, pieces = a.shape.pieces;
+    const int lane = threadIdx.x % 32;
+    entry = static_cast<int>(number % a.split);
+    number /= a.split;
+    const unsigned in_turn = number / pieces;
+    piece = static_cast<int>(number - in_turn * pieces);
+    message = static_cast<int>(others <= 1 ? in_turn : in_turn / others);
+    rank = a.op.rank + 1 + static_cast<int>(in_turn - message * others);
+    if (rank >= a.op.ranks) rank -= a.op.ranks;
+    possible = others > 0 && message < a.route.max_tokens;
+    count = reinterpret_cast<const int*>(a.records + a.record.counts) + rank;
+    record = reinterpret_cast<const int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, message));
+    at = piece * a.shape.per * kChunkBytes + lane * 16;
+    chunks = 0;
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int c = 0; c < kPiece; ++c)
+      chunks |= (c < a.shape.chunks_of(piece) && at + c * kChunkBytes < 2 * a.hidden ? 1u : 0u) << c;
+    to = (std::int64_t{message} * a.route.topk + entry) * a.shape.row_bytes + piece * a.shape.piece_bytes;
+  }
+  // Worked out here, not where it is used.
+  __device__ __forceinline__ void pin() {
+    asm volatile(""
+                 : "+r"(rank), "+r"(piece), "+r"(entry), "+l"(count), "+l"(record), "+r"(at), "+r"(chunks), "+l"(to));
+  }
+  __device__ __forceinline__ void load(const CombineOp& a) {
+    exists = false;
+    if (!possible) return;
+    const int lane = threadIdx.x % 32, topk = a.route.topk;
+    const int messages = __ldg(count);
+    const int2 head = __ldg(record);
+    const int2 own = lane < topk ? __ldg(record + 1 + lane) : make_int2(-1, 0);
+    token = head.x >= 0 && head.x < a.route.max_tokens ? head.x : 0;
+    entries = head.y < topk ? head.y : topk;
+    place = own.y & 31;
+    row = lane < entries && own.x < a.op.experts * a.op.ranks * a.route.max_tokens ? own.x : -1;
+    exists = message < messages && entries > entry;
+    if (exists) load_rows(a, entry);
+  }
+  // Of entries first, first + split, ... as far as there are.
+  __device__ __forceinline__ void load_rows(const CombineOp& a, int first) {
+#pragma unroll
+    for (int u = 0; u < kRowsAhead; ++u) {
+      const int e = first + u * static_cast<int>(a.split), from = __shfl_sync(~0u, row, e);
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.x) + from * (2 * a.x_stride) + at;
+      const unsigned here = e < entries && from >= 0 ? chunks : 0;
+#pragma unroll
+      for (int c = 0; c < kPiece; ++c) data[u][c] = load_if(here >> c & 1, bytes + c * kChunkBytes);
+    }
+  }
+};
+
+template <int kLanes, int kPiece>
+__device__ __forceinline__ void send_rows(const CombineOp& a, const Shared& s, Parcel<kPiece>& parcel) {
+  if (!parcel.exists || !s.peers[parcel.rank].active) return;
+  const Peer& peer = s.peers[parcel.rank];
+  const int lane = threadIdx.x % 32, chunks = a.shape.chunks_of(parcel.piece), split = static_cast<int>(a.split);
+  const bool in_slot = a.rows == Rows::kInSlot;
+  const std::uint32_t tag = peer.tag_out;
+  std::uint8_t* next = peer.remote + parcel.to;
+#pragma unroll 1
+  for (int first = parcel.entry; first < parcel.entries; first += kRowsAhead * split) {
+    if (first != parcel.entry) parcel.load_rows(a, first);
+#pragma unroll
+    for (int u = 0; u < kRowsAhead; ++u) {
       const int e = first + u * split;
-      if (u > 0 && e >= m.entries) continue;
-      std::uint8_t* to = a.rows == Rows::kInSlot
-                             ? row_in_slot(a, peer.remote, item.number, e)
-                             : row_by_place(a, peer.exact, peer.parity, m.token, __shfl_sync(~0u, m.place, e));
-      PieceSender<kLanes> out(a.shape, to + item.piece * a.shape.piece_bytes, peer.tag_out);
+      if (u > 0 && e >= parcel.entries) continue;
+      std::uint8_t* to = next;
+      next += split * a.shape.row_bytes;
+      if (!in_slot)
+        to = row_by_place(a, peer.exact, peer.parity, parcel.token, __shfl_sync(~0u, parcel.place, e)) +
+             parcel.piece * a.shape.piece_bytes;
+      PieceSender<kLanes> out(a.shape, to, tag);
 #pragma unroll
       for (int c = 0; c < kPiece; ++c)
-        if (c < chunks) out.send(c, lane, item.rows[u].chunk[c]);
+        if (c < chunks) out.send(c, lane, parcel.data[u][c]);
       out.finish(lane);
     }
   }
@@ -243,9 +309,14 @@ __device__ __noinline__ void repair(const CombineOp& a, Shared s) {
     load_entries(a, {base, 1, 0, 1}, base + tokens, s.own, threadIdx.x, rows_threads(kKind));
     __syncthreads();
 #pragma unroll 1
-    for (int slot = 0; slot < tokens; ++slot)
-      sum_token<kLanes, rows_batch(kKind), rows_chunks(kKind)>(a, s, base + slot, slot, threadIdx.x / 32,
-                                                               rows_threads(kKind) / 32);
+    for (int slot = 0; slot < tokens; ++slot) {
+      __syncthreads();
+      if constexpr (kKind == RowsKind::kFewTokens)
+        gather_token<kLanes>(a, s, base + slot, slot, 0, 1, Offsets<kLanes>(a, 0));
+      else
+        sum_token<kLanes, rows_batch(kKind), rows_chunks(kKind)>(a, s, base + slot, slot, threadIdx.x / 32,
+                                                                 rows_threads(kKind) / 32);
+    }
   }
 }
 
@@ -257,14 +328,18 @@ struct Role {
   Share share;       // of own tokens
 };
 template <RowsKind kKind>
-__device__ __forceinline__ Role role_of(const CombineOp& a, unsigned warps) {
+__device__ __forceinline__ Role role_of(const CombineOp& a) {
+  constexpr unsigned kWarps = rows_threads(kKind) / 32;
+  constexpr bool kFew = kKind == RowsKind::kFewTokens;
   const bool sends = a.op.parts & kSends, adds = a.op.parts & kReceives;
-  const unsigned adders = a.route.num_tokens * ((a.shape.chunks + warps - 1) / warps);
-  if (kKind != RowsKind::kFewTokens || !sends || !adds || 2 * adders > gridDim.x)
-    return {sends, adds, gridDim.x, share_of_tokens(a, warps, blockIdx.x, gridDim.x)};
+  const unsigned tokens = a.route.num_tokens, wanted = kFew ? (a.shape.pieces + kGatheredPieces - 1) / kGatheredPieces
+                                                            : (a.shape.chunks + kWarps - 1) / kWarps;
+  const unsigned most = tokens ? gridDim.x / 2 / tokens : 0, adders = tokens * (most < wanted ? most : wanted);
+  if (!kFew || !sends || !adds || adders == 0)
+    return {sends, adds, gridDim.x, share_of_tokens(a, wanted, blockIdx.x, gridDim.x)};
   const unsigned senders = gridDim.x - adders;
   if (blockIdx.x < senders) return {true, false, senders, {a.route.num_tokens, 1, 0, 1}};
-  return {false, true, senders, share_of_tokens(a, warps, blockIdx.x - senders, adders)};
+  return {false, true, senders, share_of_tokens(a, wanted, blockIdx.x - senders, adders)};
 }
 
 // Begins the operation: headers, and where rows of each owner go. One warp.
@@ -292,45 +367,60 @@ __global__ void __launch_bounds__(gpu::rows_threads(kKind), 1) combine_rows(cons
   constexpr int kEntries = kWarps - 2;  // and the one that loads the entries: they have the fewest rows to send
   const Shared s = carve(a);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Role role = role_of<kKind>(a, kWarps);
+  const Role role = role_of<kKind>(a);
   const Share& share = role.share;
+  const bool receives = a.op.parts & kReceives;
   unsigned next = blockIdx.x + warp * role.senders;
-  RowsItem<kKind> item;
-  item.locate(a, next);
-  // worked out here, not where it is used
-  asm volatile("" : "+r"(item.rank), "+r"(item.number), "+r"(item.piece), "+r"(item.entry));
+  Parcel<rows_piece(kKind)> parcel;
+  parcel.locate(a, next);
+  parcel.pin();
+  Offsets<kLanes> offsets(a, share.part * kGatheredPieces);
+  if (kKind == RowsKind::kFewTokens) offsets.pin();
   touch_parameters(a);
   if (warp != kControl) wait_for_predecessor();
-  unsigned items = 0;
   if (warp == kControl) begin(a, s);
   if (warp == kEntries) load_entries(a, share, a.route.num_tokens, s.own, lane, 32);
   if (warp == kControl) sync_some(kAll, rows_threads(kKind));  // nobody waits for its rows
-  if (role.sends) {
-    const int count = load_count(a, lane);
-    item.load(a, count);
-    items = static_cast<unsigned>(most_messages(a, count)) * (a.op.ranks - 1) * a.shape.pieces * a.split;
-  }
+  if (role.sends) parcel.load(a);
   if (warp != kControl) sync_some(kAll, rows_threads(kKind));
-  if (next < items) send_rows<kLanes>(a, s, item);
-  const bool receives = a.op.parts & kReceives;
+  send_rows<kLanes>(a, s, parcel);
+  unsigned items = 0;
+  if (role.sends)
+    items = static_cast<unsigned>(most_messages(a, load_count(a, lane))) * (a.op.ranks - 1) * a.shape.pieces * a.split;
   if (warp == kControl && receives && blockIdx.x == 0) await_headers(a, *s.block, s.peers);
-  // Sends in rounds; after a round the sums of tokens whose messages were sent, everywhere, at least one round before.
-  const unsigned in_round = kWarps * role.senders, per_token = (a.op.ranks - 1) * a.shape.pieces * a.split;
-  const int first = share.part * kWarps + (kWarps - 1 - warp), step = share.parts * kWarps;
-  int token = share.first, slot = 0;
+  const unsigned in_round = kWarps * role.senders;
+  if constexpr (kKind == RowsKind::kFewTokens) {
 #pragma unroll 1
-  for (unsigned past = 0;; past += in_round) {
-    const bool all_sent = next + in_round >= items;
+    while ((next += in_round) < items) {
+      parcel.locate(a, next);
+      parcel.load(a);
+      send_rows<kLanes>(a, s, parcel);
+    }
     if (role.adds)
 #pragma unroll 1
-      for (; token < a.route.num_tokens && (all_sent || (token + 1) * per_token <= past); token += share.step, ++slot)
-        sum_token<kLanes, rows_batch(kKind), rows_chunks(kKind)>(a, s, token, slot, first, step);
-    if (all_sent) break;
-    next += in_round;
-    RowsItem<kKind> following;  // not the first one again: its rows would be kept while sums are made
-    following.locate(a, next);
-    following.load(a, load_count(a, lane));
-    send_rows<kLanes>(a, s, following);
+      for (int token = share.first, slot = 0; token < a.route.num_tokens; token += share.step, ++slot) {
+        if (slot > 0) __syncthreads();  // the rows of the last one are added up
+        gather_token<kLanes>(a, s, token, slot, share.part, share.parts, offsets);
+      }
+  } else {
+    // Sends in rounds; after a round the sums of tokens whose messages were sent, everywhere, at least one round before.
+    const unsigned per_token = (a.op.ranks - 1) * a.shape.pieces * a.split;
+    const int first = share.part * kWarps + (kWarps - 1 - warp), step = share.parts * kWarps;
+    int token = share.first, slot = 0;
+#pragma unroll 1
+    for (unsigned past = 0;; past += in_round) {
+      const bool all_sent = next + in_round >= items;
+      if (receives)
+#pragma unroll 1
+        for (; token < a.route.num_tokens && (all_sent || (token + 1) * per_token <= past); token += share.step, ++slot)
+          sum_token<kLanes, rows_batch(kKind), rows_chunks(kKind)>(a, s, token, slot, first, step);
+      if (all_sent) break;
+      next += in_round;
+      Parcel<rows_piece(kKind)> following;  // not the first one again: its rows would be kept while sums are made
+      following.locate(a, next);
+      following.load(a);
+      send_rows<kLanes>(a, s, following);
+    }
   }
   if (!receives) return finish_sending(a.op, *s.block);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kKind>(a, s);

@@ -339,6 +339,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   if (!a.x) return fail(Code::kNotAllowed, "a combine without copy needs next_combine_buffer first");
   a.weights = args.topk_weights;
   a.row_weights = weighted ? args.recv_weights : nullptr;
+  if (!summed && kind == RowsKind::kFewTokens) a.gathered = gpu::kGatheredPieces * 2 * kChunkBytes;
   a.record = make_record_layout(args.max_tokens, args.topk, args.num_ranks);
   a.records = static_cast<const std::uint8_t*>(args.records);
   a.out = static_cast<std::uint16_t*>(args.out);

@@ -32,7 +32,7 @@ inline DispatchShared make_dispatch_shared(const DispatchOp& a) {
 
 inline constexpr int kOwnEntryBytes = 20;  // of OwnEntry in device/combine.cuh
 struct CombineShared {
-  std::int64_t peers = 0, own = 0, total = 0;
+  std::int64_t peers = 0, own = 0, terms = 0, rows = 0, total = 0;
 };
 NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   CombineShared at;
@@ -40,6 +40,8 @@ NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   const std::int64_t own = (a.route.num_tokens + grid - 1) / grid;
   at.peers = walk.take(kPeerBytes * a.op.ranks, 16);
   at.own = walk.take(kOwnEntryBytes * own * a.route.topk, 16);
+  at.terms = walk.take(a.gathered ? 8 * a.route.topk : 0, 16);
+  at.rows = walk.take(a.gathered * a.route.topk, 16);
   at.total = walk.total(16);
   return at;
 }

@@ -27,6 +27,8 @@ inline constexpr int kFewRows = 2;  // most rows of a token there
 constexpr int rows_threads(RowsKind kind) {
   return kind == RowsKind::kFewTokens ? 256 : 384;
 }
+// Pieces that a block adds up together, for few tokens: two chunks each at most, four channels a thread.
+inline constexpr int kGatheredPieces = rows_threads(RowsKind::kFewTokens) / 128;
 constexpr int rows_piece(RowsKind kind) {  // most chunks of a piece there
   return kind == RowsKind::kFewTokens ? 2 : 4;
 }
@@ -184,6 +186,7 @@ struct CombineOp {
   unsigned split = 1;        // warps that share the entries of a message; 1 where rows are summed
   bool exact = false;        // sums in order of places; else rank by rank
   std::int64_t entries = 0;  // offset of the owners' weights in a slot
+  int gathered = 0;          // bytes of a row that a block adds up together, in shared memory; 0: it does not
   const std::uint16_t* x = nullptr;
   std::int64_t x_stride = 0;  // elements between rows
   int hidden = 0;

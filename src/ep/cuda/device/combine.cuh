@@ -9,13 +9,12 @@
 namespace nixl::core::ep::gpu {
 
 // The own tokens of block `block` of the `grid` that add up: first, first + step, ... Where there are at least twice as many blocks as
-// tokens, `parts` blocks share a token. Tokens are spread over blocks, so that what arrives first gives every block something to add up.
+// tokens, up to `wanted` blocks share a token. Tokens are spread over blocks, so that what arrives first gives every block something to add up.
 struct Share {
   int first, step, part, parts;
 };
-__device__ __forceinline__ Share share_of_tokens(const CombineOp& a, unsigned warps, unsigned block, unsigned grid) {
+__device__ __forceinline__ Share share_of_tokens(const CombineOp& a, unsigned wanted, unsigned block, unsigned grid) {
   const unsigned n = a.route.num_tokens;
-  const unsigned wanted = (a.shape.chunks + warps - 1) / warps;
   if (n == 0 || 2 * n > grid) return {static_cast<int>(block), static_cast<int>(grid), 0, 1};
   const unsigned most = grid / n, parts = most < wanted ? most : wanted;
   const unsigned part = block / n;
@@ -112,16 +111,24 @@ struct OwnEntry {
 static_assert(sizeof(OwnEntry) == kOwnEntryBytes);
 // A block's shared memory: the peers, then the entries of its own tokens.
 extern __shared__ __align__(128) std::uint8_t shared_memory[];
+// What is added at a turn, once it is here: its weight and rank; -1: nothing comes.
+struct Term {
+  float weight;
+  int rank;
+};
 struct Shared {
   Block* block;
   Peer* peers;
-  OwnEntry* own;  // [own tokens][topk]
+  OwnEntry* own;       // [own tokens][topk]
+  Term* terms;         // [topk], and
+  std::uint8_t* rows;  // their rows, of the part of a token that the block adds up together
 };
 __device__ __forceinline__ Shared carve(const CombineOp& a) {
   __shared__ Block block;
   const CombineShared at = make_combine_shared(a, gridDim.x);
   return {&block, reinterpret_cast<Peer*>(shared_memory + at.peers),
-          reinterpret_cast<OwnEntry*>(shared_memory + at.own)};
+          reinterpret_cast<OwnEntry*>(shared_memory + at.own), reinterpret_cast<Term*>(shared_memory + at.terms),
+          shared_memory + at.rows};
 }
 
 __device__ __forceinline__ void load_entry(const CombineOp& a, int token, int place, OwnEntry& own) {

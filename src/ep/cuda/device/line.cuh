@@ -41,6 +41,9 @@ __device__ __forceinline__ std::uint32_t load_word(const void* p) {
   asm volatile("ld.relaxed.sys.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ void store_word(void* p, std::uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
+}
 __device__ __forceinline__ std::uint64_t wall_ns() {
   std::uint64_t t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));

@@ -21,21 +21,22 @@ class PieceSender {
       cell.z = __shfl_sync(~0u, v.w, (3 * lane + 2) % 32);
       cell.w = tag_;
       if (lane < 11) store_cell(tail_ + (chunk * 11 + lane) * 16, cell);
-    } else {  // lane c carries those of chunk c
-      const std::uint32_t words[4] = {__shfl_sync(~0u, v.w, 7), __shfl_sync(~0u, v.w, 15), __shfl_sync(~0u, v.w, 23),
-                                      __shfl_sync(~0u, v.w, 31)};
-      if (lane == chunk) displaced_ = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {  // lane 4 * c + q carries what line q of chunk c displaced
+      const std::uint32_t word = __shfl_sync(~0u, v.w, lane % 4 * 8 + 7);
+      if (lane / 4 == chunk) displaced_ = word;
     }
   }
   __device__ __forceinline__ void finish(int lane) {
-    if (kLanes != 1) Line::store(tail_, lane, displaced_, tag_, 1);
+    if (kLanes == 1) return;
+    __syncwarp();
+    store_word(tail_ + lane * 4, lane == 31 ? tag_ : displaced_);
   }
 
  private:
   std::uint8_t* to_;
   std::uint8_t* tail_;
   std::uint32_t tag_;
-  uint4 displaced_ = {};
+  std::uint32_t displaced_ = 0;
 };
 
 // A chunk of a row on its way in, and where the words are that its tags displaced.
