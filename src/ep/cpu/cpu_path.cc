@@ -167,6 +167,11 @@ Result<void> CpuPath::check(const Dispatch& args) const {
 
 Result<void> CpuPath::check(const CombineArgs& args) const {
   NIXL_TRY(check_call(args.num_tokens, args.max_tokens, args.hidden, args.num_ranks, args.topk, args.index_bytes));
+  if (args.zero_copy && !lent_)
+    return fail(
+        Code::kNotAllowed,
+        "a zero-copy combine takes its rows from get_next_combine_buffer(), which was not called since the last "
+        "operation");
   return check_combine(setting(), args);
 }
 
@@ -176,6 +181,7 @@ Setting CpuPath::setting() const {
 
 void CpuPath::begin_operation(Phase phase, int num_ranks) {
   std::fill(fault_words_.begin(), fault_words_.end(), 0);
+  lent_ = false;
   exchange_.begin(++operations_, phase, num_ranks);
 }
 
@@ -271,6 +277,7 @@ Result<View> CpuPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t 
   const int slot = exchange_.next_slot();
   own_.begin_stage(slot);  // the caller writes when it likes: nobody takes the slot for what it held before
   (void)own_.end_stage(slot);
+  lent_ = true;
   View view;
   view.data = own_.slot(slot);
   view.shape[0] = capacity_.experts_per_rank;

@@ -72,6 +72,7 @@ class CpuPath final : public Path {
   Dispatcher dispatcher_;
   Combiner combiner_;
   std::uint64_t operations_ = 0;
+  bool lent_ = false;  // the slot of the next operation was handed out, to be filled for a zero-copy combine
   Pending pending_ = Pending::kNone;
   Dispatch sent_dispatch_;  // of the pending operation: its receive phase must fit
   CombineArgs sent_combine_;

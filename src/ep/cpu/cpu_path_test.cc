@@ -330,6 +330,9 @@ TEST(bad_arguments_change_nothing) {
   CHECK(!rank.path->dispatch_recv(rank.dispatch_args(1)));
   on_threads(group, [&](TestRank& r) { run_round(r, 1, {0, 1}, Combine::kExact, false, false, false); });
   CombineArgs args = rank.combine_args();
+  args.zero_copy = true;  // of memory that nobody asked for
+  CHECK(!rank.path->combine_send(args));
+  args.zero_copy = false;
   rank.out.ranges[0] = make_range(7, 4);
   CHECK(!rank.path->combine_send(args));
   on_threads(group, [&](TestRank& r) { run_round(r, 2, {0, 1}, Combine::kExact, false, false, false); });
