@@ -191,7 +191,7 @@ class Etcd final : public Store, private StoreWatcher {
   }
   std::string url(std::string_view path) const { return urls_[current_ % urls_.size()] + std::string(path); }
 
-  // One request, tried at every endpoint, starting with the one that answered last.
+  // One request, tried at every endpoint, starting with the one that answered last. One that hangs uses up its share of the time.
   Result<Json> ask(std::string_view path, const std::string& body, Deadline deadline) {
     Error error;
     for (std::size_t attempt = 0; attempt < urls_.size(); ++attempt) {
@@ -199,14 +199,15 @@ class Etcd final : public Store, private StoreWatcher {
       call.method = "POST";
       call.url = url(path);
       call.text_body = body;
-      call.deadline = deadline;
+      const auto share = deadline.left() / static_cast<Nanoseconds>(urls_.size() - attempt);
+      call.deadline = deadline.earlier(Deadline::after(share));
       const http::Outcome outcome = client_->perform(std::move(call));
       if (!outcome.failed && outcome.reply.ok()) return Json::parse(outcome.reply.text);
       error = outcome.failed ? outcome.error
                              : Error{Code::kIo, url(path) + " answered HTTP " + std::to_string(outcome.reply.status) +
                                                     ": " + outcome.reply.text.substr(0, 300)};
-      if (deadline.passed()) break;
       ++current_;
+      if (deadline.passed()) break;
     }
     return fail(within("etcd at " + config_.endpoint, std::move(error)));
   }

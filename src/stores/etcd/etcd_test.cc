@@ -316,6 +316,19 @@ TEST(endpoints) {
         refused.error().reason.find("http://127.0.0.1:1") != std::string::npos);
 }
 
+TEST(an_endpoint_that_hangs_costs_its_share_of_the_time_once) {
+  Fd silent = std::move(*CHECK_OK(net::listen_tcp({"127.0.0.1", 0})));  // the kernel takes callers, nobody answers
+  const std::uint16_t port = CHECK_OK(net::local_endpoint(silent.get()))->port;
+  StoreConfig config;
+  config.endpoint = "http://127.0.0.1:" + std::to_string(port) + "," + server().url();
+  config.timeout_ns = 2'000 * kMs;
+  auto store = std::move(*CHECK_OK(store_etcd().open(config)));
+  CHECK_OK(store->publish("beside/hanging", "yes"));
+  const Nanoseconds start = now_ns();
+  CHECK_EQ(*CHECK_OK(store->fetch("beside/hanging", Deadline::after(1'000 * kMs))), "yes");
+  CHECK(now_ns() - start < 900 * kMs);  // the one that answered goes first
+}
+
 // A process of its own that publishes a leased key and is killed without a word.
 static int publish_and_wait(const char* url) {
   StoreConfig config;
