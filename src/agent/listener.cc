@@ -10,6 +10,7 @@ namespace nixl::core {
 namespace {
 constexpr std::size_t kMostGuests = 1024;
 constexpr Nanoseconds kBodyTime = 5'000'000'000;
+constexpr int kPiecesATurn = 4;  // of 64 KiB, then the other guests have their turn
 constexpr Nanoseconds kPauseWithoutDescriptors = 10'000'000;
 }  // namespace
 
@@ -50,7 +51,10 @@ void Listener::loop() {
     }
     for (std::size_t i = 2; i < waits.size(); ++i) {
       Guest& guest = *guests_[i - 2];
-      if (waits[i].revents) waits[i].events == POLLOUT ? write(guest) : read(guest);
+      if (waits[i].revents) {
+        waits[i].events == POLLOUT ? write(guest) : read(guest);
+        take_frames(guest);
+      }
       if (guest.patience.passed()) guest.over = true;
     }
     std::erase_if(guests_, [](const auto& guest) { return guest->over; });
@@ -75,7 +79,7 @@ void Listener::accept_all() {
 
 void Listener::read(Guest& guest) {
   char buffer[64 << 10];
-  for (;;) {
+  for (int piece = 0; piece < kPiecesATurn; ++piece) {
     const ssize_t got = recv(guest.socket.get(), buffer, sizeof buffer, MSG_DONTWAIT);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
@@ -87,7 +91,11 @@ void Listener::read(Guest& guest) {
     guest.input.append(buffer, static_cast<std::size_t>(got));
     if (static_cast<std::size_t>(got) < sizeof buffer) break;
   }
-  for (;;) {
+}
+
+// An answer is sent before the next question is looked at: a guest that asks and does not read costs one answer's memory.
+void Listener::take_frames(Guest& guest) {
+  while (!guest.over && guest.output.empty()) {
     auto frame = guest.input.next();
     if (frame && !*frame) break;
     if (const auto taken = frame ? take(guest, std::move(**frame)) : Result<void>(fail(frame.error())); !taken) {
@@ -96,7 +104,11 @@ void Listener::read(Guest& guest) {
       return;
     }
   }
-  if (guest.input.empty() && guest.output.empty()) guest.patience = Deadline::never();
+  if (!guest.output.empty()) return;  // write() grants the time for it
+  if (guest.input.empty())
+    guest.patience = Deadline::never();
+  else if (guest.patience.at() == Deadline::never().at())
+    guest.patience = Deadline::after(kBodyTime);
 }
 
 Result<void> Listener::take(Guest& guest, Frame frame) {

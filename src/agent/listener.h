@@ -40,6 +40,7 @@ class Listener {
   void loop();
   void accept_all();
   void read(Guest& guest);
+  void take_frames(Guest& guest);
   void write(Guest& guest);
   Result<void> take(Guest& guest, Frame frame);
   void answer(Guest& guest, Frame frame);

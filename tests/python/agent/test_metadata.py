@@ -247,6 +247,32 @@ def test_garbage_ends_only_its_own_connection(bytes_sent):
             assert guest.recv(100) == b""
 
 
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_guest_that_asks_and_does_not_read_costs_one_answer():
+    target, other = listener("target"), fresh("other")
+    memory = np.zeros(16 * 20_000, np.uint8)
+    rows = np.zeros((20_000, 3), np.uint64)
+    rows[:, 0], rows[:, 1] = memory.ctypes.data + 16 * np.arange(20_000), 16
+    target.register_memory(rows, "DRAM")
+    answer = 8 + len("NIXLCOMM:LOAD") + len(target.get_agent_metadata())
+    questions = 200
+    with socket.create_connection(("127.0.0.1", target.get_listen_port()), timeout=20) as guest:
+        before = resident_bytes()
+        guest.sendall((struct.pack("<Q", 13) + b"NIXLCOMM:SEND") * questions)
+        other.send_local_metadata("127.0.0.1", target.get_listen_port())
+        until(lambda: target.check_remote_metadata("other"))  # which came after the questions
+        assert resident_bytes() - before < 0.2 * questions * answer, "answers pile up"
+        read = 0
+        while read < questions * answer:
+            got = len(guest.recv(1 << 20))
+            assert got, f"{read} of {questions * answer} bytes came"
+            read += got
+
+
 def test_silent_guests_and_missing_descriptors_hold_up_nobody():
     """More connections than the listener keeps, none of which says anything; then a process without descriptors to accept one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
