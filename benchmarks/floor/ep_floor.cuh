@@ -1,5 +1,5 @@
-// The kernels of ep_floor: dispatch with one header a row, combine of rows summed at the experts' rank. Letters: H hidden size, R ranks,
-// T tokens a rank, L experts a rank, k ids a token; e is the number of the operation, which every flag and cell carries.
+// What the kernels of ep_floor share. Letters: H hidden size, R ranks, T tokens a rank, L experts a rank, k ids a token; e is the number
+// of the operation, which every flag and cell carries, so that two sets of buffers are enough and nothing is reset between operations.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
@@ -10,8 +10,9 @@
 constexpr int H = 7168, NT = 448, K_MAX = 8, R_MAX = 8, T_MAX = 256;
 constexpr int GROUPS = H / 128;      // 56 scales
 constexpr int MSG = H + GROUPS * 4;  // 7392 B, 16-aligned
+constexpr int HDR = 32;              // k x int16 index inside (source, expert)
 struct Peer {                        // one rank's symmetric memory
-  uint8_t* msg;                      // [2][R][T][MSG]
+  uint8_t* msg;                      // [2][R][T][MSG], with HDR behind each MSG of dispatch_indexed
   uint32_t* flag;                    // [2][R][T]
   uint64_t* table;                   // [2][R][T*k/2 + ..] flag-in-data cells: {epoch<<32 | two int16 ids}
   uint8_t* x8;                       // [L][R*T][H]  expert-major fp8
@@ -19,7 +20,8 @@ struct Peer {                        // one rank's symmetric memory
   __nv_bfloat16* y;                  // [L][R*T][H] expert outputs
   uint64_t* wcell;                   // [2][R][T*k] {epoch<<32 | float bits}
   __nv_bfloat16* part;               // [2][T][R][H] partial rows
-  uint32_t* pflag;                   // [2][T][R]
+  uint32_t* pflag;                   // [2][T][R], or [2][T][R][2 halves] of combine_stores
+  uint32_t* ready;                   // [R]
 };
 struct Args {
   Peer p[R_MAX];
@@ -27,8 +29,9 @@ struct Args {
   const int* topk;
   const float* w;
   __nv_bfloat16* out;
+  // [R][T][k] places that dispatch gave; from (T_MAX * R_MAX) * K_MAX on the host's [T][K_MAX]: own tokens' rows at their experts' ranks
   int* pos;
-  int* count;
+  const int* ids;  // [R][T][k] int16, of all ranks, from the host
   const uint32_t* base;
   int* err;
   int rank, R, L, T, k, step;
@@ -69,6 +72,9 @@ __device__ __forceinline__ void bulk_wait() {
 }
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait_read_3() {
+  asm volatile("cp.async.bulk.wait_group.read 3;" ::: "memory");
 }
 __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -117,220 +123,56 @@ __device__ void recv_table(const Args& a, uint32_t e, int buf, uint32_t* tab) {
                        a.err, 100 + i / cells);
   __syncthreads();
 }
-// The sender puts the index inside (source, expert) into the header, one histogram gives the bases, a warp per row.
-constexpr int HDR = 32;  // k x int16 index inside (src, expert)
-__global__ void __launch_bounds__(NT, 1) dispatch(const __grid_constant__ Args a) {
-  extern __shared__ __align__(128) uint8_t sm[];
-  uint8_t* row = sm;
-  uint32_t* tab = (uint32_t*)(sm + 7552);
-  __shared__ int hist[R_MAX * 64];
-  __shared__ int nidx[K_MAX];
-  __shared__ int todo[64], cnt;
-  uint32_t e = *a.base + a.step;
-  int buf = e & 1, tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, lo = a.rank * a.L;
-  send_table(a, e, buf);
-  for (int t = blockIdx.x; t < a.T; t += gridDim.x) {
-    const uint4* src = (const uint4*)(a.x + (size_t)t * H) + tid * 2;
-    uint4 v[2] = {src[0], src[1]};
-    if (t != (int)blockIdx.x && tid < 32) bulk_wait_read();
-    if (tid < K_MAX) nidx[tid] = 0;
-    __syncthreads();
-    for (int q = tid; q < t * a.k; q += NT) {
-      int id = a.topk[q];
-      for (int j = 0; j < a.k; j++)
-        if (id == a.topk[t * a.k + j]) atomicAdd(&nidx[j], 1);
-    }
-    float f[16], m = 1e-4f;
-    const __nv_bfloat162* b = (const __nv_bfloat162*)v;
+// FP8 of 16 values a thread, 8 threads (128 values) share the scale that comes back.
+__device__ __forceinline__ float quantise(const uint4 (&v)[2], __nv_fp8x4_e4m3 (&q)[4]) {
+  float f[16], m = 1e-4f;
+  const __nv_bfloat162* b = (const __nv_bfloat162*)v;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float2 q = __bfloat1622float2(b[i]);
-      f[2 * i] = q.x;
-      f[2 * i + 1] = q.y;
-      m = fmaxf(m, fmaxf(fabsf(q.x), fabsf(q.y)));
-    }
-#pragma unroll
-    for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, o));
-    float s = 448.f / m;
-    alignas(16) __nv_fp8x4_e4m3 q[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      q[i] = __nv_fp8x4_e4m3(make_float4(f[4 * i] * s, f[4 * i + 1] * s, f[4 * i + 2] * s, f[4 * i + 3] * s));
-    ((uint4*)row)[tid] = *(uint4*)q;
-    if (tid % 8 == 0) ((float*)(row + H))[tid / 8] = m * (1.f / 448.f);
-    fence_async();
-    __syncthreads();
-    if (tid < 32) {
-      if (tid < K_MAX) ((int16_t*)(row + MSG))[tid] = nidx[tid];
-      fence_async();
-      __syncwarp();
-      int d = tid < a.k ? a.topk[t * a.k + tid] / a.L : -1 - tid;
-      bool first = (__ffs(__match_any_sync(~0u, d)) - 1) == tid;
-      if (first && d >= 0) {
-        bulk_out(a.p[d].msg + (((size_t)buf * R_MAX + a.rank) * T_MAX + t) * (MSG + HDR), row, MSG + HDR);
-        bulk_commit();
-        bulk_wait();
-        fence_async_all();
-        st_rel(a.p[d].flag + ((size_t)buf * R_MAX + a.rank) * T_MAX + t, e);
-      }
-    }
+  for (int i = 0; i < 8; i++) {
+    float2 u = __bfloat1622float2(b[i]);
+    f[2 * i] = u.x;
+    f[2 * i + 1] = u.y;
+    m = fmaxf(m, fmaxf(fabsf(u.x), fabsf(u.y)));
   }
-  for (int i = tid; i < R_MAX * 64; i += NT) hist[i] = 0;
-  if (tid == 0) cnt = 0;
-  recv_table(a, e, buf, tab);
-  const int16_t* ids = (const int16_t*)tab;
-  int n = a.R * a.T;
-  for (int q = tid; q < n * a.k; q += NT) {
-    int le = ids[q] - lo;
-    if ((unsigned)le < (unsigned)a.L) atomicAdd(&hist[(q / a.k / a.T) * 64 + le], 1);
-  }
-  for (int p = blockIdx.x + gridDim.x * tid; p < n; p += gridDim.x * NT) {
+#pragma unroll
+  for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, o));
+  float s = 448.f / m;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    q[i] = __nv_fp8x4_e4m3(make_float4(f[4 * i] * s, f[4 * i + 1] * s, f[4 * i + 2] * s, f[4 * i + 3] * s));
+  return m * (1.f / 448.f);
+}
+// Every block takes (source, token) pairs round robin; the ids say which have a row here. The barriers before and after it are the caller's.
+__device__ __forceinline__ void list_rows(const Args& a, const int16_t* ids, int lo, int* todo, int& cnt) {
+  for (int p = blockIdx.x + gridDim.x * threadIdx.x; p < a.R * a.T; p += gridDim.x * NT) {
     bool mine = false;
     for (int j = 0; j < a.k; j++) mine |= (unsigned)(ids[p * a.k + j] - lo) < (unsigned)a.L;
     if (mine) todo[atomicAdd(&cnt, 1)] = p;
   }
-  __syncthreads();
-  if (tid < a.L) {
-    int acc = 0;
-    for (int s = 0; s < a.R; s++) {
-      int c = hist[s * 64 + tid];
-      hist[s * 64 + tid] = acc;
-      acc += c;
-    }
-  }
-  __syncthreads();
-  for (int i = warp; i < cnt; i += NT / 32) {
-    int p = todo[i], src = p / a.T, t = p % a.T;
-    if (lane == 0) wait32(a.p[a.rank].flag + ((size_t)buf * R_MAX + src) * T_MAX + t, e, a.err, 200 + src);
-    __syncwarp();
-    const uint8_t* m = a.p[a.rank].msg + (((size_t)buf * R_MAX + src) * T_MAX + t) * (MSG + HDR);
-    uint4 v[14];
+}
+__device__ __forceinline__ void add_weighted(float (&acc)[16], float w, const uint4 (&v)[2]) {
+  const __nv_bfloat162* b = (const __nv_bfloat162*)v;
 #pragma unroll
-    for (int c = 0; c < 14; c++) v[c] = ((const uint4*)m)[c * 32 + lane];
-    float s0 = ((const float*)(m + H))[lane], s1 = lane < GROUPS - 32 ? ((const float*)(m + H))[32 + lane] : 0.f;
-    for (int j = 0; j < a.k; j++) {
-      int le = ids[p * a.k + j] - lo;
-      if ((unsigned)le >= (unsigned)a.L) continue;
-      int pos = hist[src * 64 + le] + ((const int16_t*)(m + MSG))[j];
-      size_t r = (size_t)le * n + pos;
-#pragma unroll
-      for (int c = 0; c < 14; c++) ((uint4*)(a.p[a.rank].x8 + r * H))[c * 32 + lane] = v[c];
-      a.p[a.rank].sc[((size_t)le * GROUPS + lane) * n + pos] = s0;
-      if (lane < GROUPS - 32) a.p[a.rank].sc[((size_t)le * GROUPS + 32 + lane) * n + pos] = s1;
-      if (lane == 0) a.pos[p * a.k + j] = pos;
-    }
+  for (int i = 0; i < 8; i++) {
+    float2 q = __bfloat1622float2(b[i]);
+    acc[2 * i] = fmaf(w, q.x, acc[2 * i]);
+    acc[2 * i + 1] = fmaf(w, q.y, acc[2 * i + 1]);
   }
 }
-// a warp weighs and sums the rows of one (source, token) held here and stores the partial row straight to the owner
-__global__ void __launch_bounds__(NT, 1) combine(const __grid_constant__ Args a) {
-  uint32_t e = *a.base + a.step;
-  int buf = e & 1, tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, lo = a.rank * a.L;
-  const int n = a.T * a.k;
-  __shared__ int todo[64], cnt;
-  if (tid == 0) cnt = 0;
-  for (int i = blockIdx.x * NT + tid; i < n * a.R; i += gridDim.x * NT)
-    st_vol(a.p[i / n].wcell + ((size_t)buf * R_MAX + a.rank) * (T_MAX * K_MAX) + i % n,
-           ((uint64_t)e << 32) | __float_as_uint(a.w[i % n]));
-  const int16_t* ids = (const int16_t*)(a.count);
-  __syncthreads();
-  for (int p = blockIdx.x + gridDim.x * tid; p < a.R * a.T; p += gridDim.x * NT) {
-    bool mine = false;
-    for (int j = 0; j < a.k; j++) mine |= (unsigned)(ids[p * a.k + j] - lo) < (unsigned)a.L;
-    if (mine) todo[atomicAdd(&cnt, 1)] = p;
-  }
-  __syncthreads();
-  for (int i = warp; i < 2 * cnt; i += NT / 32) {  // two warps a row
-    int p = todo[i >> 1], half = i & 1, src = p / a.T, t = p % a.T;
-    float w = 0.f;
-    int le = -1, pos = 0;
-    if (lane < a.k) {
-      le = ids[p * a.k + lane] - lo;
-      if ((unsigned)le < (unsigned)a.L) {
-        w = __uint_as_float(wait_cell(
-            a.p[a.rank].wcell + ((size_t)buf * R_MAX + src) * (T_MAX * K_MAX) + t * a.k + lane, e, a.err, 400 + src));
-        pos = a.pos[p * a.k + lane];
-      } else
-        le = -1;
-    }
-    unsigned here = __ballot_sync(~0u, le >= 0);
-    uint4* dst = (uint4*)(a.p[src].part + (((size_t)buf * T_MAX + t) * R_MAX + a.rank) * H) + half * 448;
-    for (int c = 0; c < 14; c += 7) {
-      float acc[7][8] = {};
-      for (unsigned h = here; h; h &= h - 1) {
-        int j = __ffs(h) - 1;
-        float wj = __shfl_sync(~0u, w, j);
-        int lj = __shfl_sync(~0u, le, j), pj = __shfl_sync(~0u, pos, j);
-        const uint4* s = (const uint4*)(a.p[a.rank].y + ((size_t)lj * a.R * a.T + pj) * H) + half * 448 + c * 32 + lane;
-        uint4 v[7];
+__device__ __forceinline__ void add(float (&acc)[16], const uint4 (&v)[2]) {
+  const __nv_bfloat162* b = (const __nv_bfloat162*)v;
 #pragma unroll
-        for (int u = 0; u < 7; u++) v[u] = s[u * 32];
-#pragma unroll
-        for (int u = 0; u < 7; u++) {
-          const __nv_bfloat162* b = (const __nv_bfloat162*)&v[u];
-#pragma unroll
-          for (int z = 0; z < 4; z++) {
-            float2 q = __bfloat1622float2(b[z]);
-            acc[u][2 * z] = fmaf(wj, q.x, acc[u][2 * z]);
-            acc[u][2 * z + 1] = fmaf(wj, q.y, acc[u][2 * z + 1]);
-          }
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < 7; u++) {
-        alignas(16) __nv_bfloat162 o[4];
-#pragma unroll
-        for (int z = 0; z < 4; z++) o[z] = __floats2bfloat162_rn(acc[u][2 * z], acc[u][2 * z + 1]);
-        dst[(c + u) * 32 + lane] = *(uint4*)o;
-      }
-    }
-    __syncwarp();
-    if (lane == 0) st_rel(a.p[src].pflag + (((size_t)buf * T_MAX + t) * R_MAX + a.rank) * 2 + half, e);
-  }
-  for (int t = blockIdx.x; t < a.T; t += gridDim.x) {
-    unsigned mask = 0;
-    for (int j = 0; j < a.k; j++) mask |= 1u << (a.topk[t * a.k + j] / a.L);
-    if (tid < a.R * 2 && (mask >> (tid >> 1) & 1))
-      wait32(a.p[a.rank].pflag + (((size_t)buf * T_MAX + t) * R_MAX) * 2 + tid, e, a.err, 500 + tid);
-    __syncthreads();
-    uint4 v[R_MAX][2];
-    float acc[16] = {};
-#pragma unroll
-    for (int r = 0; r < R_MAX; r++)
-      if (mask >> r & 1) {
-        const uint4* s = (const uint4*)(a.p[a.rank].part + (((size_t)buf * T_MAX + t) * R_MAX + r) * H) + tid * 2;
-        v[r][0] = s[0];
-        v[r][1] = s[1];
-      }
-#pragma unroll
-    for (int r = 0; r < R_MAX; r++)
-      if (mask >> r & 1) {
-        const __nv_bfloat162* b = (const __nv_bfloat162*)v[r];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          float2 q = __bfloat1622float2(b[i]);
-          acc[2 * i] += q.x;
-          acc[2 * i + 1] += q.y;
-        }
-      }
-    alignas(16) __nv_bfloat162 o[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) o[i] = __floats2bfloat162_rn(acc[2 * i], acc[2 * i + 1]);
-    ((uint4*)(a.out + (size_t)t * H))[tid * 2] = ((uint4*)o)[0];
-    ((uint4*)(a.out + (size_t)t * H))[tid * 2 + 1] = ((uint4*)o)[1];
+  for (int i = 0; i < 8; i++) {
+    float2 q = __bfloat1622float2(b[i]);
+    acc[2 * i] += q.x;
+    acc[2 * i + 1] += q.y;
   }
 }
-__global__ void bump(uint32_t* b, int n) {
-  *b += n;
-}
-__global__ void dequant(Args a) {  // y = dequantised row, so combine returns x * sum(w)
-  size_t rows = (size_t)a.L * a.R * a.T;
-  for (size_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    int le = r / (a.R * a.T), i = r % (a.R * a.T);
-    for (int c = threadIdx.x; c < H; c += blockDim.x) {
-      __nv_fp8_e4m3 q;
-      q.__x = a.p[a.rank].x8[r * H + c];
-      a.p[a.rank].y[r * H + c] =
-          __float2bfloat16(float(q) * a.p[a.rank].sc[((size_t)le * GROUPS + c / 128) * a.R * a.T + i]);
-    }
-  }
+__device__ __forceinline__ void store_rounded(void* row, const float (&acc)[16]) {
+  alignas(16) __nv_bfloat162 o[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) o[i] = __floats2bfloat162_rn(acc[2 * i], acc[2 * i + 1]);
+  int tid = threadIdx.x;
+  ((uint4*)row)[tid * 2] = ((uint4*)o)[0];
+  ((uint4*)row)[tid * 2 + 1] = ((uint4*)o)[1];
 }

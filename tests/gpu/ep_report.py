@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Pair times, us, hidden 7168, 32 experts a rank, top-k 8, FP8 dispatch, graph-replayed: released packages on 4 (2) H200 of one
 # NVLink domain, driver 580.159, CUDA 13.0. NCCL moves the bytes only, without routing or sums.
@@ -24,7 +25,15 @@ PUBLISHED = {
     },
     2: {"NIXL EP 1.4.1": {1: 25.0, 32: 34.3, 128: 71.5}},
 }
-PROBE_LINE = re.compile(r"^T\s+(\d+)\s+E\s+(\d+)\s+k\s+(\d+)\s+G\s+\d+\s+pair\s+([\d.]+) us", re.MULTILINE)
+PROBE_LINE = re.compile(r"^T\s+(\d+)\s+E\s+(\d+)\s+k\s+(\d+)\s+G\s+(\d+)\s+pair\s+(\S+)\s+([\d.]+) us", re.MULTILINE)
+
+
+class Probe(NamedTuple):
+    """The quickest pair of a case of the probe, over its drafts and grids."""
+
+    us: float
+    draft: str
+    grid: int
 
 
 @dataclass
@@ -33,7 +42,7 @@ class Run:
 
     cases: dict = field(default_factory=dict)
     methods: dict = field(default_factory=dict)
-    probe: dict = field(default_factory=dict)  # (tokens, experts, top-k): us, the better grid
+    probe: dict = field(default_factory=dict)  # (tokens, experts, top-k): Probe
     link: dict | None = None
     lines: list = field(default_factory=list)
 
@@ -41,9 +50,9 @@ class Run:
         for line in text.splitlines():
             if line.startswith("{"):
                 self._take(json.loads(line))
-        for tokens, experts, topk, us in PROBE_LINE.findall(text):
-            key = int(tokens), int(experts), int(topk)
-            self.probe[key] = min(float(us), self.probe.get(key, float("inf")))
+        for tokens, experts, topk, grid, draft, us in PROBE_LINE.findall(text):
+            key, pair = (int(tokens), int(experts), int(topk)), Probe(float(us), draft, int(grid))
+            self.probe[key] = min(pair, self.probe.get(key, pair))
 
     def _take(self, line: dict) -> None:
         self.lines.append(line)
@@ -96,7 +105,7 @@ def table(run: Run, ranks: int) -> str:
             name, pair(kernels, "dispatch_us", "combine_us"), pair(replayed, "dispatch_us", "combine_us"),
             number(replayed.get("pair_us")), verdict, pair(kernels, "dispatch_send_us", "dispatch_receive_us"),
             pair(kernels, "combine_send_us", "combine_receive_us"), number(run.floor_us(replayed) if replayed else None),
-            number(probe), number(replayed.get("memory_mb"), 0),
+            f"{number(probe.us)} {probe.draft}" if probe else "-", number(replayed.get("memory_mb"), 0),
         ])
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
@@ -109,7 +118,7 @@ def curves(run: Run, ranks: int) -> dict[str, dict[int, float]]:
         "ours, kernels of both": {
             n: case["kernels"]["dispatch_us"] + case["kernels"]["combine_us"] for n, case in cases.items() if "kernels" in case
         },
-        "probe": {tokens: us for (tokens, experts, topk), us in sorted(run.probe.items()) if (experts, topk) == (32 * ranks, 8)},
+        "probe": {tokens: pair.us for (tokens, experts, topk), pair in sorted(run.probe.items()) if (experts, topk) == (32 * ranks, 8)},
         "link's floor": {n: run.floor_us(case["replayed"]) for n, case in cases.items() if run.link and "replayed" in case},
         **PUBLISHED.get(ranks, {}),
     }
@@ -181,7 +190,10 @@ def main(arguments=None) -> int:
         print(f"\n{ranks} ranks, us\n\n{table(run, ranks)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        probe = [{"kind": "probe", "tokens": t, "experts": e, "topk": k, "pair_us": us} for (t, e, k), us in run.probe.items()]
+        probe = [
+            {"kind": "probe", "tokens": t, "experts": e, "topk": k, "pair_us": pair.us, "draft": pair.draft, "grid": pair.grid}
+            for (t, e, k), pair in run.probe.items()
+        ]
         options.json.write_text("".join(json.dumps(line) + "\n" for line in run.lines + probe))
     if options.plot:
         plot(run, counts[0], options.plot)

@@ -30,19 +30,28 @@ LINES = "\n".join(
     ]
     + [json.dumps({"kind": "link", "gpus": 4, "rate_gb_s": 400.0, "stores_gb_s": 400.0, "engines_gb_s": 200.0, "hop_us": 1.0})]
 )
-PROBE = "T  128 E 128 k 8 G  64 pair               57.39 us\nT  128 E 128 k 8 G 128 pair               45.32 us\n"
+PROBE = """\
+T    8 E 128 k 8 G  64 pair counted+pull         16.35 us
+   check counted+push     calc_diff 6.54e-05 ok
+T    8 E 128 k 8 G  64 pair counted+push         15.57 us
+T    8 E 128 k 8 G  64 pair indexed+stores       17.58 us
+T  128 E 128 k 8 G  64 pair indexed+stores       57.39 us
+T  128 E 128 k 8 G 128 pair counted+push         65.96 us
+T  128 E 128 k 8 G 128 pair indexed+stores       45.32 us
+T  128 E 128 k 8 G 128 dispatch indexed          20.29 us
+"""
 
 
 @pytest.fixture
 def run():
     read = Run()
     read.read(LINES)
-    read.read("   check push           calc_diff 8.86e-05 ok\n" + PROBE)
+    read.read(PROBE)
     return read
 
 
-def test_the_better_grid_of_the_probe_counts(run):
-    assert run.probe == {(128, 128, 8): 45.32}
+def test_the_best_draft_and_grid_of_the_probe_count(run):
+    assert run.probe == {(8, 128, 8): (15.57, "counted+push", 64), (128, 128, 8): (45.32, "indexed+stores", 128)}
 
 
 def test_the_floor_is_two_hops_and_the_bytes(run):
@@ -52,7 +61,8 @@ def test_the_floor_is_two_hops_and_the_bytes(run):
 def test_musts_are_judged(run):
     few, many = [line for line in table(run, 4).splitlines() if "tokens" in line]
     assert "44 met" in few and "44 missed" in many
-    assert "12.5 / 16.7" in many and "16.7 / 25.0" in many and "45.3" in many and "17.0" in many
+    assert "12.5 / 16.7" in many and "16.7 / 25.0" in many and "17.0" in many
+    assert "| 15.6 counted+push |" in few and "| 45.3 indexed+stores |" in many
 
 
 def test_curves_cover_ours_the_probe_the_floor_and_peers(run):
@@ -69,8 +79,9 @@ def test_lines_and_plot_are_written(tmp_path, capsys):
                  "--plot", str(tmp_path / "all.png")])
     told = capsys.readouterr()
     assert code == 0 and "records" in told.out and "absent is missing" in told.err
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
-    assert kinds.count("replayed") == 2 and kinds.count("probe") == 1
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines].count("replayed") == 2
+    assert [(line["draft"], line["grid"]) for line in lines if line["kind"] == "probe"] == [("counted+push", 64), ("indexed+stores", 128)]
     assert (tmp_path / "all.png").stat().st_size > 10_000
 
 
