@@ -1,7 +1,7 @@
 // Where things lie in the memory that ranks share. Each layout is a plain struct of offsets made by one constexpr walk;
 // whoever writes and whoever reads calls the same function with the same numbers. docs/ep_layout.md draws them.
 //
-// Control words and data are apart: control memory is the path's own, data memory may be overwritten by clients.
+// Control words and data are apart. What clients may overwrite is a third memory, in which nothing is in flight.
 #pragma once
 #include <cstdint>
 
@@ -30,10 +30,9 @@ NIXL_HD constexpr std::int64_t hidden_step(int payload) {
 // One rank's control memory, the same size whatever the capacity, so that a group can grow. Pages that nobody touches
 // cost nothing.
 struct ControlLayout {
-  std::int64_t hello = 0;  // who this is; the doorbell others ring; until when this rank may be waiting
-  std::int64_t inbox = 0;  // [kMaxRanks] flag words, written by that source
-  std::int64_t outbox =
-      0;  // [kMaxRanks][channel][slot] message headers, written by this rank, read by that destination
+  std::int64_t hello = 0;   // who this is; the doorbell others ring; until when this rank may be waiting
+  std::int64_t inbox = 0;   // [kMaxRanks] flag words, written by that source
+  std::int64_t outbox = 0;  // [kMaxRanks][channel][slot] message headers, written by this rank for that destination
   std::int64_t total = 0;
   static constexpr std::int64_t kHelloBytes = 4096;
   static constexpr std::int64_t kInboxBytes = 64;  // a source's own cache line
