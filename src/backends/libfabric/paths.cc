@@ -31,10 +31,11 @@ std::string host_of(const std::string& address) {
 std::string source_towards(const std::string& address) {
   if (host_of(address).empty()) return "";
   sockaddr_storage there{};
-  std::memcpy(&there, address.data(), std::min(address.size(), sizeof there));
+  const std::size_t length = std::min(address.size(), sizeof there);
+  std::memcpy(&there, address.data(), length);
   const Fd socket(::socket(there.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0));
   if (!socket ||
-      ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&there), static_cast<socklen_t>(address.size())) != 0)
+      ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&there), static_cast<socklen_t>(length)) != 0)
     return "";
   sockaddr_storage here{};
   socklen_t size = sizeof here;
