@@ -3,10 +3,35 @@
 #include "check.h"
 #include "ep/group/test_group.h"
 #include "fuzz.h"
+#include "stores/memory/memory.h"
 
 using namespace nixl::core;
 using namespace nixl::core::ep;
 using namespace nixl::core::ep::test;
+
+namespace {
+
+// A store whose functions fail when told to.
+class FailingStore final : public Store {
+ public:
+  Result<void> publish(std::string_view key, std::string_view value) override {
+    if (fail_publish) return fail(Code::kIo, "store told to fail at publish");
+    return inner.publish(key, value);
+  }
+  Result<std::string> fetch(std::string_view key, Deadline deadline) override {
+    if (fail_fetch) return fail(Code::kIo, "store told to fail at fetch");
+    return inner.fetch(key, deadline);
+  }
+  Result<void> withdraw(std::string_view key) override {
+    CHECK_OK(inner.withdraw(key));
+    if (fail_withdraw) return fail(Code::kIo, "store told to fail at withdraw");
+    return {};
+  }
+  MemoryStore inner;
+  std::atomic<bool> fail_publish{false}, fail_fetch{false}, fail_withdraw{false};
+};
+
+}  // namespace
 
 TEST(all_connect_with_all_in_any_order) {
   auto store = std::make_shared<MemoryStore>();

@@ -18,7 +18,6 @@
 
 #include "check.h"
 #include "ep/group/group.h"
-#include "stores/memory/memory.h"
 
 namespace nixl::core::ep::test {
 
@@ -142,25 +141,5 @@ inline bool mentions(const Error& error, const std::string& text) {
   std::fprintf(stderr, "'%s' is not in: %s\n", text.c_str(), error.reason.c_str());
   return false;
 }
-
-// A store whose functions fail when told to.
-class FailingStore final : public Store {
- public:
-  Result<void> publish(std::string_view key, std::string_view value) override {
-    if (fail_publish) return fail(Code::kIo, "store told to fail at publish");
-    return inner.publish(key, value);
-  }
-  Result<std::string> fetch(std::string_view key, Deadline deadline) override {
-    if (fail_fetch) return fail(Code::kIo, "store told to fail at fetch");
-    return inner.fetch(key, deadline);
-  }
-  Result<void> withdraw(std::string_view key) override {
-    CHECK_OK(inner.withdraw(key));
-    if (fail_withdraw) return fail(Code::kIo, "store told to fail at withdraw");
-    return {};
-  }
-  MemoryStore inner;
-  std::atomic<bool> fail_publish{false}, fail_fetch{false}, fail_withdraw{false};
-};
 
 }  // namespace nixl::core::ep::test
