@@ -8,17 +8,15 @@
 
 namespace nixl::core::ucx {
 
-#define NIXL_UCP_FUNCTIONS(X)                                                                                        \
-  X(init_version)                                                                                                    \
-  X(cleanup)                                                                                                         \
-  X(config_read)                                                                                                     \
-  X(config_modify)                                                                                                   \
-  X(config_release)                                                                                                  \
-  X(get_version_string) X(worker_create) X(worker_destroy) X(worker_query) X(worker_progress) X(worker_get_efd)      \
-      X(worker_arm) X(worker_release_address) X(worker_set_am_recv_handler) X(ep_create) X(ep_close_nbx) X(ep_query) \
-          X(ep_evaluate_perf) X(ep_flush_nbx) X(ep_rkey_unpack) X(mem_map) X(mem_unmap) X(mem_query) X(rkey_pack)    \
-              X(rkey_buffer_release) X(rkey_destroy) X(put_nbx) X(get_nbx) X(am_send_nbx) X(request_check_status)    \
-                  X(request_free)
+// clang-format off: it lays this list out anew each time it runs
+#define NIXL_UCP_FUNCTIONS(X) \
+  X(init_version) X(cleanup) X(config_read) X(config_modify) X(config_release) X(get_version_string) \
+  X(worker_create) X(worker_destroy) X(worker_query) X(worker_progress) X(worker_get_efd) X(worker_arm) \
+  X(worker_release_address) X(worker_set_am_recv_handler) X(ep_create) X(ep_close_nbx) X(ep_query) \
+  X(ep_evaluate_perf) X(ep_flush_nbx) X(ep_rkey_unpack) X(mem_map) X(mem_unmap) X(mem_query) X(rkey_pack) \
+  X(rkey_buffer_release) X(rkey_destroy) X(put_nbx) X(get_nbx) X(am_send_nbx) X(request_check_status) \
+  X(request_free)
+// clang-format on
 
 struct Api {
 #define NIXL_UCP_MEMBER(name) decltype(&::ucp_##name) name = nullptr;
