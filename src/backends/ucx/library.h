@@ -8,7 +8,8 @@
 
 namespace nixl::core::ucx {
 
-// clang-format off: it lays this list out anew each time it runs
+// clang-format lays this list out anew each time it runs.
+// clang-format off
 #define NIXL_UCP_FUNCTIONS(X) \
   X(init_version) X(cleanup) X(config_read) X(config_modify) X(config_release) X(get_version_string) \
   X(worker_create) X(worker_destroy) X(worker_query) X(worker_progress) X(worker_get_efd) X(worker_arm) \
