@@ -5,7 +5,7 @@
 
 namespace nixl::core::ep::gpu {
 
-inline constexpr int kPeerBytes = 88;  // of Peer in device/op.cuh
+inline constexpr int kPeerBytes = 88;  // of Peer in device/begin.cuh
 
 inline DispatchShared make_dispatch_shared(const DispatchOp& a) {
   DispatchShared at;
