@@ -46,6 +46,15 @@ NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   return at;
 }
 
+inline UnitPlan plan_units(const RowShape& shape, int chunks) {
+  UnitPlan units;
+  units.of_piece = (shape.per + chunks - 1) / chunks;
+  units.of_token = units.of_piece * shape.pieces;
+  units.by_piece = Divisor(units.of_piece);
+  units.by_token = Divisor(units.of_token);
+  return units;
+}
+
 // lanes: 1 or 8 (ep/layout/push.h). Each takes its Op struct by value.
 const void* dispatch_kernel(int lanes);
 const void* combine_sums_kernel(int lanes, bool few);

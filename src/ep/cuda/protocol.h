@@ -20,6 +20,10 @@ constexpr int sums_piece(bool few) {
 constexpr int sums_ahead(bool few) {
   return few ? 4 : 2;
 }
+// Chunks of a token that a warp adds up at once.
+constexpr int unit_chunks(int lanes, bool few) {
+  return few || lanes == 1 ? 1 : 2;
+}
 // Of a combine of rows as they are: for few tokens, for few rows a token, and for what needs exact sums. Fewer threads, more registers
 // each, most of all for few tokens.
 enum class RowsKind { kFewTokens, kFewRows, kMany };
@@ -59,6 +63,8 @@ NIXL_HD constexpr std::uint32_t epoch_of(std::uint64_t ticket) {
 struct State {
   Ticket tickets[kTicketWords];
   Ended ended[kTicketWords];             // together kTicket an operation
+  unsigned long long items_taken;        // turns of a combine of sums, below its number (kTurnBits)
+  unsigned long long units_taken;        // the same
   unsigned long long redo;               // last operation + 1 that was repaired
   unsigned long long fault_op;           // operation + 1 that fault_view speaks of
   unsigned long long looking;            // threads that are reading a peer's control memory
@@ -178,6 +184,15 @@ enum class Rows {
   kInSlot,   // every row, in the sender's slot
   kByPlace,  // every row, by (token, place) in an area that all senders share
 };
+// In a combine of sums warps take turns: at pieces of messages to send, at units to add up. Bits that count turns, and how many of one kind
+// there may be; those that warps take in vain come on top.
+inline constexpr int kTurnBits = 24;
+inline constexpr std::int64_t kMostTurns = 1 << 23;
+// What warps add up at once in a combine of sums: units of a piece, and of a token.
+struct UnitPlan {
+  unsigned of_piece = 1, of_token = 1;
+  Divisor by_piece, by_token;
+};
 struct CombineOp {
   Op op;
   RouteArgs route;
@@ -186,7 +201,9 @@ struct CombineOp {
   unsigned split = 1;        // warps that share the entries of a message; 1 where rows are summed
   bool exact = false;        // sums in order of places; else rank by rank
   std::int64_t entries = 0;  // offset of the owners' weights in a slot
-  int gathered = 0;          // bytes of a row that a block adds up together, in shared memory; 0: it does not
+  UnitPlan units;
+  Divisor by_pieces, by_others;  // pieces of a row; other ranks
+  int gathered = 0;              // bytes of a row that a block adds up together, in shared memory; 0: it does not
   const std::uint16_t* x = nullptr;
   std::int64_t x_stride = 0;  // elements between rows
   int hidden = 0;
