@@ -239,8 +239,8 @@ Result<RowShape> CudaPath::shape_of(std::int64_t row_bytes, std::int64_t tokens,
 }
 
 // A receive kernel takes the newest operation for its own.
-Result<void> CudaPath::check_turn(Phase phase, const void* records, int parts) const {
-  if (parts != gpu::kReceives || (sent_ && sent_->phase == phase && sent_->records == records)) return {};
+Result<void> CudaPath::check_turn(Phase phase, const void* output, int parts) const {
+  if (parts != gpu::kReceives || (sent_ && sent_->phase == phase && sent_->output == output)) return {};
   return fail(Code::kNotAllowed,
               "no such %s waits for its receive phase: it ran already, or the next operation began; call a hook once, "
               "before the next operation",
@@ -252,7 +252,7 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   gpu::DispatchOp a;
   NIXL_ASSIGN(a.op, op_of(args.num_ranks, Phase::kDispatch, parts));
   if (!args.records) return fail(Code::kInvalidArgument, "records is null; its memory (record_bytes) is needed");
-  NIXL_TRY(check_turn(Phase::kDispatch, args.records, parts));
+  NIXL_TRY(check_turn(Phase::kDispatch, args.recv_x, parts));
   const int payload = static_cast<int>(args.payload);
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk,
              static_cast<int>(args.max_tokens)};
@@ -294,7 +294,7 @@ Result<void> CudaPath::dispatch_parts(const Dispatch& args, int parts) {
   last_stream_ = args.stream;
   has_last_stream_ = true;
   NIXL_TRY(launch_operation(gpu::dispatch_kernel(lanes_), grid, gpu::kThreads, a.shared.total, &a, args.stream));
-  sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kDispatch, args.records}) : std::nullopt;
+  sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kDispatch, args.recv_x}) : std::nullopt;
   return {};
 }
 
@@ -307,7 +307,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
         Code::kInvalidArgument,
         "the handle lacks what dispatch recorded for its combines: pass the handle that dispatch returned, or at "
         "least its own src_info");
-  NIXL_TRY(check_turn(Phase::kCombine, args.records, parts));
+  NIXL_TRY(check_turn(Phase::kCombine, args.out, parts));
   a.route = {args.topk_idx, args.index_bytes, static_cast<int>(args.num_tokens), args.topk,
              static_cast<int>(args.max_tokens)};
   a.hidden = static_cast<int>(args.hidden);
@@ -359,7 +359,7 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
   const void* kernel = summed ? gpu::combine_sums_kernel(lanes_, few) : gpu::combine_rows_kernel(lanes_, kind);
   const int threads = summed ? gpu::kSumsThreads : gpu::rows_threads(kind);
   NIXL_TRY(launch_operation(kernel, grid, threads, shared.total, &a, args.stream));
-  sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kCombine, args.records}) : std::nullopt;
+  sent_ = parts == gpu::kSends ? std::optional<Sent>({Phase::kCombine, args.out}) : std::nullopt;
   return {};
 }
 

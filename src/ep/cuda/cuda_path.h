@@ -53,7 +53,7 @@ class CudaPath final : public Path {
   explicit CudaPath(const PathOptions& options) : options_(options) {}
   Result<void> allocate();
   Result<gpu::Op> op_of(int num_ranks, nixl::ep::Phase phase, int parts) const;
-  Result<void> check_turn(nixl::ep::Phase phase, const void* records, int parts) const;
+  Result<void> check_turn(nixl::ep::Phase phase, const void* output, int parts) const;
   Result<void> dispatch_parts(const Dispatch& args, int parts);
   Result<void> combine_parts(const CombineArgs& args, int parts);
   Result<RowShape> shape_of(std::int64_t row_bytes, std::int64_t tokens, int wanted_per, int chunk_words,
@@ -92,10 +92,10 @@ class CudaPath final : public Path {
   std::atomic<void*> last_stream_{nullptr};  // of the newest operation
   std::atomic<bool> has_last_stream_{false};
   std::atomic<int> last_experts_{0}, last_tokens_{0};  // bounds of the newest dispatch
-  // A send phase whose receive phase is still to come, known by the records of its call.
+  // A send phase whose receive phase is still to come, known by the output of its call.
   struct Sent {
     nixl::ep::Phase phase;
-    const void* records;
+    const void* output;
   };
   std::optional<Sent> sent_;
   std::uint32_t first_count_ = 1;  // of connections made with the newest export
