@@ -129,13 +129,14 @@ __device__ __forceinline__ void send_sum(const CombineOp& a, const Shared& s, Ta
     if (kChunks > 2) displaced.z = __shfl_sync(~0u, item.rows[0][2 % kChunks].w, tags);
     if (kChunks > 3) displaced.w = __shfl_sync(~0u, item.rows[0][3 % kChunks].w, tags);
     if (lane % 8 == 7) displaced.w = peer.tag_out;
-    to += lane * 16;
-    __syncwarp();
 #pragma unroll
-    for (int u = 0; u < kChunks; ++u) {
+    for (int u = 0; u < kChunks; ++u)
       if (lane % 8 == 7) item.rows[0][u].w = peer.tag_out;
+    to += lane * 16;
+    __syncwarp();  // no line of lanes that diverged
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u)
       if (u < chunks) store_line(to + u * kChunkBytes, item.rows[0][u]);
-    }
     if (lane < 8) store_line(to + a.shape.per * kChunkBytes, displaced);
     return;
   }
