@@ -2,6 +2,7 @@
 // as the real one about what may be asked: memory is registered once and not in part, sources must be registered, what is far must be
 // registered there, a segment has at most 1024 requests under way. STAND_IN_FAULT: "refuse" fails every submission, "half" starts half of it
 // and fails, "fail" ends every request with FAILED, "stall" ends none, "memory" registers none, "engine" makes none.
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/un.h>
@@ -74,6 +75,8 @@ sockaddr_un address_of(const std::string& name, socklen_t& size) {
 // Answers what peers ask: who we are (by the kernel), and whether memory is registered.
 void answer(Engine& engine) {
   while (!engine.stopping) {
+    pollfd ready{engine.listener, POLLIN, 0};  // not accept: it takes a descriptor before there is somebody
+    if (::poll(&ready, 1, -1) < 0 || engine.stopping) continue;
     const int caller = ::accept4(engine.listener, nullptr, nullptr, SOCK_CLOEXEC);
     if (caller < 0) continue;
     std::uint64_t asked[2];
