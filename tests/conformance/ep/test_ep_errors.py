@@ -189,6 +189,13 @@ def hooks_out_of_turn(rank):
 
     buffer = open_buffer(rank, SHAPE)
     problems = []
+
+    def before_forgetting(turn):
+        """On CUDA receiving keeps ranks in step: one that leaves it out may be two operations ahead and write over what nobody has read."""
+        if rank.device == "cuda":
+            torch.cuda.synchronize()
+        rank.meet(f"before forgetting {turn}", range(2))
+
     arguments = good_dispatch(torch, rank.device) | {"return_recv_hook": True}
     _, _, handle, _, hook = buffer.dispatch(**arguments)
     if rank.device == "cuda":
@@ -201,12 +208,15 @@ def hooks_out_of_turn(rank):
     refusals(problems, "hook of a dispatch after the next operation", hook)
     hook_of_combine()
     refusals(problems, "hook of a combine called twice", hook_of_combine)
+    before_forgetting(0)
     older, newer = (buffer.combine(**good_combine(torch, rank.device, handle), return_recv_hook=True)[2] for _ in range(2))
     refusals(problems, "the hook of an earlier combine of the same handle", older)
     newer()
+    before_forgetting(1)
     *_, forgotten = buffer.dispatch(**arguments)
     problems += run_operation(buffer, rank, group_operation(SHAPE, Payload.FP8, "exact", 3), Options(Payload.FP8))
     refusals(problems, "a hook that was forgotten", forgotten)
+    before_forgetting(2)
     *_, older = buffer.dispatch(**arguments)
     *_, newer = buffer.dispatch(**arguments)
     refusals(problems, "the hook of an earlier dispatch of the same shape", older)
