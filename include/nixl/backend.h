@@ -31,6 +31,8 @@ struct BackendInfo {
 };
 
 NIXL_EXPORT std::vector<BackendInfo> listBackends();
+// The same of one backend, by its name or an alias; the libraries that the others need are not touched. nullopt: there is none.
+NIXL_EXPORT std::optional<BackendInfo> describeBackend(const std::string& name);
 // The canonical spelling of a backend's name or alias; unknown names come back unchanged.
 NIXL_EXPORT std::string canonicalBackend(const std::string& name);
 // Where libnixl.so and its plug-ins lie.

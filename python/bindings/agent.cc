@@ -91,10 +91,9 @@ std::unique_ptr<Agent> make_agent(nb::handle name, const Config& config) {
 
 // The backend's description by canonical name or alias; nullopt when there is none that can be created here.
 std::optional<BackendInfo> usable_backend(const std::string& name) {
-  const std::string canonical = canonicalBackend(name);
-  for (BackendInfo& info : listBackends())
-    if (info.name == canonical && info.available) return std::move(info);
-  return std::nullopt;
+  auto info = describeBackend(name);
+  if (info && !info->available) info.reset();
+  return info;
 }
 
 nb::dict describe(const BackendInfo& info) {

@@ -1,6 +1,7 @@
 """The agent as programs use it: names and strings instead of numbers, tensors and arrays instead of addresses."""
 from __future__ import annotations as _annotations
 
+import functools as _functools
 import io as _io
 import pickle
 
@@ -116,16 +117,12 @@ class nixl_agent:
         self._backend_params = {_canonical(name): params
                                 for name, params in (getattr(conf, "backend_params", None) or {}).items()}
         self.agent = nixlBind.nixlAgent(agent_name, self._native_config(conf))
-        self.plugin_list = self.agent.getAvailPlugins()
-        if not self.plugin_list:
-            raise RuntimeError("No plugins available for NIXL, cannot start transfers!")
-        self.plugin_b_options, self.plugin_mem_types = {}, {}
-        for plugin in self.plugin_list:
-            self.plugin_b_options[plugin], self.plugin_mem_types[plugin] = self.agent.getPluginParams(plugin)
         if instantiate_all:
             self._create_all()
         else:
             self._create_listed(conf.backends)
+        if not self.backends and not self.plugin_list:
+            raise RuntimeError("No plugins available for NIXL, cannot start transfers!")
         logger.info("Initialized NIXL agent: %s", agent_name)
 
     @staticmethod
@@ -149,10 +146,36 @@ class nixl_agent:
         native.useEtcd = None if use_etcd is None else bool(use_etcd)
         return native
 
+    # Asked for only when used: looking at every backend loads every vendor's library.
+    @_functools.cached_property
+    def plugin_list(self) -> list[str]:
+        """Names of the backends that could be created when this was first asked."""
+        return self.agent.getAvailPlugins()
+
+    @_functools.cached_property
+    def _plugin_details(self):
+        return {plugin: self.agent.getPluginParams(plugin) for plugin in self.plugin_list}
+
+    @_functools.cached_property
+    def plugin_b_options(self) -> dict[str, dict[str, str]]:
+        """{backend: {parameter: default}} of plugin_list."""
+        return {plugin: options for plugin, (options, _) in self._plugin_details.items()}
+
+    @_functools.cached_property
+    def plugin_mem_types(self) -> dict[str, list[str]]:
+        """{backend: kinds of memory ("DRAM_SEG", ...)} of plugin_list."""
+        return {plugin: kinds for plugin, (_, kinds) in self._plugin_details.items()}
+
+    def _is_available(self, backend):
+        try:
+            self.agent.getPluginParams(backend)
+        except nixlBind.nixlNotFoundError:
+            return False
+        return True
+
     def _create_listed(self, names):
-        listed = set(self.plugin_list)
         for name in names:
-            if _canonical(name) in listed:
+            if self._is_available(_canonical(name)):
                 self.create_backend(name)
             else:
                 self._skipped[name] = _why_missing(name)

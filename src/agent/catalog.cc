@@ -155,10 +155,12 @@ const StoreEntry* Catalog::store(const std::string& name) {
   return nullptr;
 }
 
-std::vector<PluginReport> Catalog::report() {
+std::vector<PluginReport> Catalog::report(std::string_view only) {
   const std::lock_guard lock(mutex_);
   std::vector<PluginReport> list;
+  const auto asked = [only](const std::string& name) { return only.empty() || name == only; };
   for (const auto& held : items_) {
+    if (!asked(held->entry.name)) continue;
     PluginReport line;
     line.name = held->entry.name;
     line.file = held->file;
@@ -180,7 +182,7 @@ std::vector<PluginReport> Catalog::report() {
     list.push_back(std::move(line));
   }
   for (const KnownBackend& absent : known_) {
-    if (item(absent.name)) continue;
+    if (!asked(absent.name) || item(absent.name)) continue;
     PluginReport line;
     line.name = absent.name;
     line.reason = absent.reason;

@@ -48,7 +48,7 @@ class Catalog {
   std::vector<const BackendEntry*> entries();      // all that are here, viable or not
   Probe probe(const BackendEntry& entry);
   std::vector<std::string> viable();  // names users may create now
-  std::vector<PluginReport> report();
+  std::vector<PluginReport> report(std::string_view only = {});
   const StoreEntry* store(const std::string& name);
   // Entries that stand in for `name`.
   std::vector<const BackendEntry*> stand_ins(const std::string& name);

@@ -23,18 +23,16 @@ Catalog& process_catalog() {
   return *catalog;
 }
 
-}  // namespace core
-
-std::vector<BackendInfo> listBackends() {
-  core::Catalog& catalog = core::process_catalog();
+static std::vector<BackendInfo> describe_backends(std::string_view only) {
+  Catalog& catalog = process_catalog();
   catalog.refresh();
   std::vector<BackendInfo> list;
-  for (const core::PluginReport& line : catalog.report()) {
+  for (const PluginReport& line : catalog.report(only)) {
     BackendInfo info;
     info.name = line.name;
     info.version = version();
-    for (int kind = 0; kind < core::kNumMemKinds; ++kind)
-      if (line.kinds.has(static_cast<core::MemKind>(kind))) info.mems.push_back(static_cast<MemType>(kind));
+    for (int kind = 0; kind < kNumMemKinds; ++kind)
+      if (line.kinds.has(static_cast<MemKind>(kind))) info.mems.push_back(static_cast<MemType>(kind));
     info.local = line.local;
     info.remote = line.remote;
     info.notif = line.notifications;
@@ -47,6 +45,18 @@ std::vector<BackendInfo> listBackends() {
     list.push_back(std::move(info));
   }
   return list;
+}
+
+}  // namespace core
+
+std::vector<BackendInfo> listBackends() {
+  return core::describe_backends({});
+}
+std::optional<BackendInfo> describeBackend(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  std::vector<BackendInfo> found = core::describe_backends(canonicalBackend(name));
+  if (found.empty()) return std::nullopt;
+  return std::move(found.front());
 }
 
 std::string canonicalBackend(const std::string& name) {
