@@ -47,6 +47,21 @@ class ByteReader {
     at_ += sizeof(T);
     return value;
   }
+  // Integers one after the other, up to the first that is missing.
+  template <typename... T>
+  Result<void> get_all(T&... out) {
+    Result<void> result;
+    const auto one = [&](auto& value) {
+      auto got = get<std::remove_reference_t<decltype(value)>>();
+      if (got)
+        value = *got;
+      else
+        result = fail(got.error());
+      return got.has_value();
+    };
+    (void)(one(out) && ...);
+    return result;
+  }
   // A text written by put_text; longer than `max_bytes` is refused before it is looked at.
   Result<std::string_view> get_text(std::size_t max_bytes) {
     NIXL_ASSIGN(const std::uint32_t size, get<std::uint32_t>());

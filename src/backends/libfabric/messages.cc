@@ -31,21 +31,6 @@ ByteWriter message(MessageKind kind) {
   return out;
 }
 
-template <typename... T>
-Result<void> read_integers(ByteReader& in, T&... out) {
-  Result<void> result;
-  const auto one = [&](auto& value) {
-    auto got = in.get<std::remove_reference_t<decltype(value)>>();
-    if (got)
-      value = *got;
-    else
-      result = fail(got.error());
-    return got.has_value();
-  };
-  (void)(one(out) && ...);
-  return result;
-}
-
 }  // namespace
 
 std::string encode(const ConnectionBytes& connection) {
@@ -70,7 +55,7 @@ Result<ConnectionBytes> decode_connection(std::string_view bytes) {
   NIXL_ASSIGN(connection.provider, in.get_text(kMaxNameBytes));
   std::uint8_t driven = 0;
   std::uint32_t num_rails = 0;
-  NIXL_TRY(read_integers(in, connection.address_format, driven, num_rails));
+  NIXL_TRY(in.get_all(connection.address_format, driven, num_rails));
   connection.driven = driven != 0;
   if (num_rails == 0 || num_rails > kMaxRailsOfPeer)
     return fail(Code::kMismatch, "%u rails, 1 to %u are possible", num_rails, kMaxRailsOfPeer);
@@ -100,11 +85,11 @@ Result<RegionKey> decode_key(std::string_view bytes) {
   NIXL_TRY(check_version(in));
   RegionKey key;
   std::uint32_t num_rails = 0;
-  NIXL_TRY(read_integers(in, key.id, num_rails));
+  NIXL_TRY(in.get_all(key.id, num_rails));
   if (num_rails == 0 || num_rails > kMaxRailsOfPeer)
     return fail(Code::kMismatch, "region key for %u rails, 1 to %u are possible", num_rails, kMaxRailsOfPeer);
   key.rails.resize(num_rails);
-  for (auto& rail : key.rails) NIXL_TRY(read_integers(in, rail.key, rail.base));
+  for (auto& rail : key.rails) NIXL_TRY(in.get_all(rail.key, rail.base));
   if (in.left() != 0) return fail(Code::kMismatch, "region key of %zu bytes is not whole", bytes.size());
   return key;
 }
@@ -125,7 +110,7 @@ Result<Hello> decode_hello(std::string_view bytes) {
   ByteReader in(bytes.substr(1));
   NIXL_TRY(check_version(in));
   Hello hello;
-  NIXL_TRY(read_integers(in, hello.expected_incarnation, hello.incarnation, hello.link, hello.path, hello.attempt));
+  NIXL_TRY(in.get_all(hello.expected_incarnation, hello.incarnation, hello.link, hello.path, hello.attempt));
   NIXL_ASSIGN(hello.name, in.get_text(kMaxNameBytes));
   NIXL_ASSIGN(hello.address, in.get_text(kMaxAddressBytes));
   return hello;
@@ -143,7 +128,7 @@ std::string encode(const HelloAck& ack) {
 Result<HelloAck> decode_ack(std::string_view bytes) {
   ByteReader in(bytes.substr(1));
   HelloAck ack;
-  NIXL_TRY(read_integers(in, ack.link, ack.incarnation, ack.next_sequence, ack.path, ack.attempt));
+  NIXL_TRY(in.get_all(ack.link, ack.incarnation, ack.next_sequence, ack.path, ack.attempt));
   return ack;
 }
 
@@ -160,7 +145,7 @@ std::string encode(const Notify& notify) {
 Result<Notify> decode_notify(std::string_view bytes) {
   ByteReader in(bytes.substr(1));
   Notify notify;
-  NIXL_TRY(read_integers(in, notify.incarnation, notify.link, notify.sequence, notify.total, notify.offset));
+  NIXL_TRY(in.get_all(notify.incarnation, notify.link, notify.sequence, notify.total, notify.offset));
   NIXL_ASSIGN(notify.part, in.get_raw(in.left()));
   if (notify.total > kMaxNotificationBytes || notify.offset > notify.total ||
       notify.part.size() > notify.total - notify.offset)
@@ -178,7 +163,7 @@ std::string encode(const Revoke& revoke) {
 Result<Revoke> decode_revoke(std::string_view bytes) {
   ByteReader in(bytes.substr(1));
   Revoke revoke;
-  NIXL_TRY(read_integers(in, revoke.incarnation, revoke.region));
+  NIXL_TRY(in.get_all(revoke.incarnation, revoke.region));
   return revoke;
 }
 
@@ -192,7 +177,7 @@ std::string encode(MessageKind kind, const LinkWord& word) {
 Result<LinkWord> decode_word(std::string_view bytes) {
   ByteReader in(bytes.substr(1));
   LinkWord word;
-  NIXL_TRY(read_integers(in, word.incarnation, word.link, word.sequence));
+  NIXL_TRY(in.get_all(word.incarnation, word.link, word.sequence));
   return word;
 }
 

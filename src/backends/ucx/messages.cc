@@ -1,24 +1,6 @@
 #include "backends/ucx/messages.h"
 
 namespace nixl::core::ucx {
-namespace {
-
-template <typename... T>
-Result<void> read_integers(ByteReader& in, T&... out) {
-  Result<void> result;
-  const auto one = [&](auto& value) {
-    auto got = in.get<std::remove_reference_t<decltype(value)>>();
-    if (got)
-      value = *got;
-    else
-      result = fail(got.error());
-    return got.has_value();
-  };
-  (void)(one(out) && ...);
-  return result;
-}
-
-}  // namespace
 
 std::string sealed(std::string bytes) {
   ByteWriter out;
@@ -49,7 +31,7 @@ std::string encode(const Hello& hello) {
 Result<void> decode(std::string_view bytes, Hello& hello) {
   ByteReader in(bytes);
   std::uint32_t version = 0;
-  NIXL_TRY(read_integers(in, version, hello.expected_incarnation, hello.incarnation, hello.link));
+  NIXL_TRY(in.get_all(version, hello.expected_incarnation, hello.incarnation, hello.link));
   if (version != kMessageVersion)
     return fail(Code::kMismatch, "hello of version 0x%x, this side speaks 0x%x", version, kMessageVersion);
   NIXL_ASSIGN(hello.name, in.get_text(kMaxNameBytes));
@@ -66,7 +48,7 @@ std::string encode(const HelloAck& ack) {
 }
 Result<void> decode(std::string_view bytes, HelloAck& ack) {
   ByteReader in(bytes);
-  return read_integers(in, ack.link, ack.incarnation, ack.next_sequence);
+  return in.get_all(ack.link, ack.incarnation, ack.next_sequence);
 }
 
 std::string encode(const Notify& notify) {
@@ -80,7 +62,7 @@ std::string encode(const Notify& notify) {
 }
 Result<void> decode(std::string_view bytes, Notify& notify) {
   ByteReader in(bytes);
-  NIXL_TRY(read_integers(in, notify.incarnation, notify.stream, notify.sequence));
+  NIXL_TRY(in.get_all(notify.incarnation, notify.stream, notify.sequence));
   NIXL_ASSIGN(notify.name, in.get_text(kMaxNameBytes));
   NIXL_ASSIGN(notify.text, in.get_raw(in.left()));
   return {};
@@ -106,19 +88,19 @@ std::string encode(const ReadRequest& request) {
 Result<void> decode(std::string_view bytes, ReadRequest& request) {
   ByteReader in(bytes);
   std::uint32_t num_keys = 0, num_pieces = 0;
-  NIXL_TRY(read_integers(in, request.incarnation, request.link, request.request, num_keys));
+  NIXL_TRY(in.get_all(request.incarnation, request.link, request.request, num_keys));
   if (num_keys > kMaxReadPieces)
     return fail(Code::kMismatch, "read request with %u keys, at most %u", num_keys, kMaxReadPieces);
   for (std::uint32_t i = 0; i < num_keys; ++i) {
     NIXL_ASSIGN(const std::string_view key, in.get_text(kMaxKeyBytes));
     request.keys.push_back(key);
   }
-  NIXL_TRY(read_integers(in, num_pieces));
+  NIXL_TRY(in.get_all(num_pieces));
   if (num_pieces > kMaxReadPieces)
     return fail(Code::kMismatch, "read request with %u pieces, at most %u", num_pieces, kMaxReadPieces);
   request.pieces.resize(num_pieces);
   for (ReadPiece& piece : request.pieces) {
-    NIXL_TRY(read_integers(in, piece.region, piece.source, piece.destination, piece.length, piece.key));
+    NIXL_TRY(in.get_all(piece.region, piece.source, piece.destination, piece.length, piece.key));
     if (piece.key >= num_keys) return fail(Code::kMismatch, "read request names key %u of %u", piece.key, num_keys);
   }
   return {};
@@ -133,7 +115,7 @@ std::string encode(const ReadDone& done) {
 }
 Result<void> decode(std::string_view bytes, ReadDone& done) {
   ByteReader in(bytes);
-  NIXL_TRY(read_integers(in, done.request, done.code));
+  NIXL_TRY(in.get_all(done.request, done.code));
   NIXL_ASSIGN(done.reason, in.get_text(kMaxNameBytes));
   return {};
 }
@@ -146,7 +128,7 @@ std::string encode(const Revoke& revoke) {
 }
 Result<void> decode(std::string_view bytes, Revoke& revoke) {
   ByteReader in(bytes);
-  return read_integers(in, revoke.incarnation, revoke.region);
+  return in.get_all(revoke.incarnation, revoke.region);
 }
 
 std::string encode(const Bye& bye) {
@@ -156,7 +138,7 @@ std::string encode(const Bye& bye) {
 }
 Result<void> decode(std::string_view bytes, Bye& bye) {
   ByteReader in(bytes);
-  return read_integers(in, bye.incarnation);
+  return in.get_all(bye.incarnation);
 }
 
 }  // namespace nixl::core::ucx
