@@ -19,7 +19,9 @@ namespace {
 constexpr std::uint64_t kLeastBytes = 8 << 20;       // in all: below, the target is not awake in time
 constexpr std::uint64_t kLeastRowBytes = 256 << 10;  // shorter ones are read no quicker than written
 constexpr Nanoseconds kStall = 2'000'000;            // a chunk takes 0.1 ms
-constexpr long kLookNs = 200'000;
+constexpr Nanoseconds kAnswer = 500'000;             // the target's progress thread and its copy threads wake up
+constexpr Nanoseconds kIdle = 20'000;
+constexpr long kLookNs = 1'000'000, kShortNs = 200'000;
 
 // Stretches that are long and contiguous on both sides; empty: there are others too.
 std::vector<OfferedRow> long_rows(const Plan& plan) {
@@ -86,15 +88,21 @@ void OfferedCopy::start() {
     ended_ = false;
     offer_.store(number, std::memory_order_seq_cst);
   }
-  seen_at_.store(now_ns(), std::memory_order_relaxed);
+  const Nanoseconds now = now_ns();
+  offered_at_.store(now, std::memory_order_relaxed);
+  seen_at_.store(now, std::memory_order_relaxed);
   Job::start();
   const Offer offer{mailbox_->address(), static_cast<std::uint32_t>(board.fd()), board->id, number, rows_.rows()};
   ending.peer().offer(offer.encode());
 }
 
+bool OfferedCopy::peer_joined() const noexcept {
+  return desk_->board->joined.load(std::memory_order_acquire) == offer_.load();
+}
+
 bool OfferedCopy::peer_pulls() noexcept {
   const PullBoard& board = desk_->board;
-  if (board->joined.load(std::memory_order_acquire) != offer_.load()) return false;
+  if (!peer_joined()) return false;
   // One that may use fewer cores than we is helped.
   if (board->threads.load(std::memory_order_relaxed) < CopyThreads::count()) return false;
   const std::uint32_t pulled = board->pulled.load(std::memory_order_acquire);
@@ -114,21 +122,38 @@ bool OfferedCopy::step() {
   return moved;
 }
 
+// Leaves the core to the target's threads; they end it.
+void OfferedCopy::rest(std::uint32_t seen, long at_most_ns) noexcept {
+  const timespec limit{0, at_most_ns};
+  ::syscall(SYS_futex, &desk_->board->pulled, FUTEX_WAIT, seen, &limit, nullptr, 0);
+}
+
 bool OfferedCopy::run_one() {
   if (finished()) return false;
-  // Whoever polls leaves the core to the target's threads.
-  if (!step() && !finished()) ::sched_yield();
+  const std::uint32_t before = desk_->board->pulled.load(std::memory_order_acquire);
+  if (step() || finished()) return !finished();
+  if (!peer_joined()) {
+    ::sched_yield();
+    return true;
+  }
+  // Short for a caller that has other things to do between two polls.
+  const bool idle = now_ns() - rested_at_.load(std::memory_order_relaxed) < kIdle;
+  rest(before, idle ? kLookNs : kShortNs);
+  rested_at_.store(now_ns(), std::memory_order_relaxed);
   return !finished();
 }
 
 bool OfferedCopy::work() {
   if (finished()) return false;
-  auto& pulled = desk_->board->pulled;
-  const std::uint32_t before = pulled.load(std::memory_order_acquire);
+  const std::uint32_t before = desk_->board->pulled.load(std::memory_order_acquire);
+  // The target needs a core to wake up on: until it answers, whoever polls pushes alone.
+  if (!failed() && !peer_joined() && now_ns() - offered_at_.load(std::memory_order_relaxed) < kAnswer) {
+    rest(before, kShortNs);
+    return !finished();
+  }
   if (step()) return !finished();
   if (finished() || watched_.exchange(true)) return false;
-  const timespec limit{0, kLookNs};
-  ::syscall(SYS_futex, &pulled, FUTEX_WAIT, before, &limit, nullptr, 0);
+  rest(before, kLookNs);
   watched_.store(false);
   return !finished();
 }

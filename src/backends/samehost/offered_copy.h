@@ -25,7 +25,9 @@ class OfferedCopy final : public TransferJob {
  private:
   Result<void> copy_chunk(std::uint32_t index) override;
   bool step();
+  bool peer_joined() const noexcept;
   bool peer_pulls() noexcept;
+  void rest(std::uint32_t seen, long at_most_ns) noexcept;
   bool push_one();
   void push(std::uint32_t chunk);
   bool recover();
@@ -35,11 +37,13 @@ class OfferedCopy final : public TransferJob {
   const OfferedRows rows_;
   const std::shared_ptr<PullDesk> desk_;
   std::atomic<std::uint64_t> offer_{0};
+  std::atomic<Nanoseconds> offered_at_{0};
   std::atomic<std::uint32_t> seen_{0};  // of the target's moves, and when that changed last
   std::atomic<Nanoseconds> seen_at_{0};
-  std::atomic<bool> watched_{false};  // a copy thread waits for the target
-  std::mutex share_mutex_;            // of what follows, and of revoking
-  std::uint32_t moved_ = 0;           // chunks before this one are done
+  std::atomic<Nanoseconds> rested_at_{0};  // by who polls
+  std::atomic<bool> watched_{false};       // a copy thread waits for the target
+  std::mutex share_mutex_;                 // of what follows, and of revoking
+  std::uint32_t moved_ = 0;                // chunks before this one are done
   bool ended_ = false;
 };
 
