@@ -147,6 +147,15 @@ def test_a_damaged_index_is_told_or_harmless(tmp_path):
     assert told > 50
 
 
+@pytest.mark.parametrize("field", ("name", "dtype", "shape", "offset", "bytes", "crc32"))
+def test_an_index_without_a_field_is_told(tmp_path, field):
+    checkpoint.save({"a": torch.rand(10)}, tmp_path / "m")
+    index = tmp_path / "m.json"
+    index.write_text(index.read_text().replace(f'"{field}"', f'"{field}x"'))
+    with pytest.raises(checkpoint.CheckpointError, match=f"is no index of a checkpoint: .*{field}"):
+        checkpoint.load({"a": torch.zeros(10)}, tmp_path / "m")
+
+
 def test_truncated_data(tmp_path):
     model = {"a": torch.rand(100_000)}
     checkpoint.save(model, tmp_path / "m")
