@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/recycled.h"
 #include "check.h"
+#include "fuzz.h"
 
 using namespace nixl::core;
 
@@ -84,6 +85,18 @@ TEST(bytes_refuse_what_is_too_short_or_too_long) {
   const auto over = limited.get_text(3);
   CHECK(!over && over.error().code == Code::kMismatch);
   CHECK_EQ(crc32c("123456789"), 0xe3069283u);
+}
+
+TEST(sealed_bytes_tell_damage) {
+  check::fuzz(sealed("content"), [](const std::string& bytes) { (void)unsealed(bytes, "UCX"); });
+  for (check::Fuzz fuzz; fuzz.more();) {  // up to three changed bits are always told
+    std::string bytes = sealed("content");
+    for (auto flips = 1 + fuzz.random() % 3; flips; --flips)
+      bytes[fuzz.random() % bytes.size()] ^= static_cast<char>(1 << fuzz.random() % 8);
+    CHECK(bytes == sealed("content") || !unsealed(bytes, "UCX"));
+  }
+  const std::string bytes = sealed("content");
+  CHECK_EQ(std::string(*CHECK_OK(unsealed(bytes, "UCX"))), "content");
 }
 
 TEST(environment_words) {

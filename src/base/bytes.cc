@@ -45,4 +45,20 @@ std::uint32_t crc32c(std::string_view bytes, std::uint32_t seed) noexcept {
   return ~step(~seed, bytes);
 }
 
+std::string sealed(std::string bytes) {
+  ByteWriter sum;
+  sum.put(crc32c(bytes));
+  return std::move(bytes) + sum.bytes();
+}
+
+Result<std::string_view> unsealed(std::string_view bytes, const char* backend) {
+  if (bytes.size() < sizeof(std::uint32_t))
+    return fail(Code::kMismatch, "%zu bytes from %s are too few", bytes.size(), backend);
+  const std::string_view content = bytes.substr(0, bytes.size() - sizeof(std::uint32_t));
+  NIXL_ASSIGN(const auto sum, ByteReader(bytes.substr(content.size())).get<std::uint32_t>());
+  if (sum != crc32c(content))
+    return fail(Code::kMismatch, "%zu bytes from %s do not match their checksum", bytes.size(), backend);
+  return content;
+}
+
 }  // namespace nixl::core

@@ -87,4 +87,8 @@ class ByteReader {
 // Checksum of stored and exchanged bytes (CRC-32C, Castagnoli polynomial).
 std::uint32_t crc32c(std::string_view bytes, std::uint32_t seed = 0) noexcept;
 
+// Bytes followed by their checksum; unsealed() gives them back, or kMismatch with the name of the backend they come from.
+std::string sealed(std::string bytes);
+Result<std::string_view> unsealed(std::string_view bytes, const char* backend);
+
 }  // namespace nixl::core

@@ -3,21 +3,6 @@
 namespace nixl::core::libfabric {
 namespace {
 
-std::string sealed(ByteWriter& out) {
-  out.put(crc32c(out.bytes()));
-  return out.take();
-}
-
-Result<std::string_view> unsealed(std::string_view bytes) {
-  if (bytes.size() < sizeof(std::uint32_t))
-    return fail(Code::kMismatch, "%zu bytes from LIBFABRIC are too few", bytes.size());
-  const std::string_view content = bytes.substr(0, bytes.size() - sizeof(std::uint32_t));
-  NIXL_ASSIGN(const auto sum, ByteReader(bytes.substr(content.size())).get<std::uint32_t>());
-  if (sum != crc32c(content))
-    return fail(Code::kMismatch, "%zu bytes from LIBFABRIC do not match their checksum", bytes.size());
-  return content;
-}
-
 Result<void> check_version(ByteReader& in) {
   NIXL_ASSIGN(const auto version, in.get<std::uint32_t>());
   if (version != kMessageVersion)
@@ -44,11 +29,11 @@ std::string encode(const ConnectionBytes& connection) {
     out.put_text(rail.fabric);
     out.put_text(rail.address);
   }
-  return sealed(out);
+  return sealed(out.take());
 }
 
 Result<ConnectionBytes> decode_connection(std::string_view bytes) {
-  NIXL_ASSIGN(const std::string_view content, unsealed(bytes));
+  NIXL_ASSIGN(const std::string_view content, unsealed(bytes, "LIBFABRIC"));
   ByteReader in(content);
   NIXL_TRY(check_version(in));
   ConnectionBytes connection;
@@ -76,11 +61,11 @@ std::string encode(const RegionKey& key) {
     out.put(rail.key);
     out.put(rail.base);
   }
-  return sealed(out);
+  return sealed(out.take());
 }
 
 Result<RegionKey> decode_key(std::string_view bytes) {
-  NIXL_ASSIGN(const std::string_view content, unsealed(bytes));
+  NIXL_ASSIGN(const std::string_view content, unsealed(bytes, "LIBFABRIC"));
   ByteReader in(content);
   NIXL_TRY(check_version(in));
   RegionKey key;

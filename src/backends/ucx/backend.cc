@@ -164,7 +164,7 @@ Result<std::string> UcxBackend::export_connection() {
 }
 
 Result<std::unique_ptr<Connection>> UcxBackend::connect(const PeerId& peer, std::string_view bytes) {
-  NIXL_ASSIGN(const std::string_view content, unsealed(bytes));  // UCX itself does not check what it unpacks
+  NIXL_ASSIGN(const std::string_view content, unsealed(bytes, "UCX"));  // UCX itself does not check what it unpacks
   ByteReader in(content);
   NIXL_ASSIGN(const auto version, in.get<std::uint32_t>());
   if (version != kMessageVersion)

@@ -2,22 +2,6 @@
 
 namespace nixl::core::ucx {
 
-std::string sealed(std::string bytes) {
-  ByteWriter out;
-  out.put_raw(bytes);
-  out.put(crc32c(bytes));
-  return out.take();
-}
-Result<std::string_view> unsealed(std::string_view bytes) {
-  if (bytes.size() < sizeof(std::uint32_t))
-    return fail(Code::kMismatch, "%zu bytes from UCX are too few", bytes.size());
-  const std::string_view content = bytes.substr(0, bytes.size() - sizeof(std::uint32_t));
-  NIXL_ASSIGN(const auto sum, ByteReader(bytes.substr(content.size())).get<std::uint32_t>());
-  if (sum != crc32c(content))
-    return fail(Code::kMismatch, "%zu bytes from UCX do not match their checksum", bytes.size());
-  return content;
-}
-
 std::string encode(const Hello& hello) {
   ByteWriter out;
   out.put(kMessageVersion);

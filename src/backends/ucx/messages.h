@@ -59,10 +59,6 @@ struct Bye {
   std::uint64_t incarnation = 0;
 };
 
-// Bytes followed by their checksum; unsealed() gives them back or kMismatch.
-std::string sealed(std::string bytes);
-Result<std::string_view> unsealed(std::string_view bytes);
-
 std::string encode(const Hello&);
 std::string encode(const HelloAck&);
 std::string encode(const Notify&);

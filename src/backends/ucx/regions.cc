@@ -36,7 +36,7 @@ std::string export_key(const Exposed& region) {
 
 Result<std::unique_ptr<Imported>> Imported::open(std::string_view key, ImportedTable& table,
                                                  std::uint64_t incarnation) {
-  NIXL_ASSIGN(const std::string_view content, unsealed(key));
+  NIXL_ASSIGN(const std::string_view content, unsealed(key, "UCX"));
   ByteReader in(content);
   NIXL_ASSIGN(const auto version, in.get<std::uint32_t>());
   if (version != kMessageVersion)
