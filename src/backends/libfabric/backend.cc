@@ -49,9 +49,9 @@ Result<std::unique_ptr<Backend>> FabricBackend::open(BackendConfig config, bool 
 
 Result<void> FabricBackend::start() {
   const bool own_thread = engine_->options().own_thread;
-  NIXL_TRY(agents_.open(own_thread ? nullptr : engine_.get()));
+  NIXL_TRY((own_thread ? own_ : agents_).open("LIBFABRIC", engine_->wait_fds()));
   if (!own_thread) return {};
-  NIXL_TRY(own_.open(engine_.get()));
+  NIXL_TRY(agents_.open("LIBFABRIC", {}));
   sigset_t all, before;  // signals are for the program's own threads
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -70,11 +70,15 @@ void FabricBackend::run_own_thread() {
     }
     if (now_ns() - active_at < kPollAfterActivity) {
       ::sched_yield();
-    } else if (own_.arm() && !stopping_) {
+    } else if (own_.arm([this](Deadline& next) { return engine_->arm(next); }) && !stopping_) {
       pollfd wait{own_.event_fd(), POLLIN, 0};
       if (::poll(&wait, 1, kMostAsleepMs) > 0) active_at = now_ns();
     }
   }
+}
+
+bool FabricBackend::arm() noexcept {
+  return agents_.arm([this](Deadline& next) { return thread_.joinable() || engine_->arm(next); });
 }
 
 void FabricBackend::wake() noexcept {

@@ -10,8 +10,8 @@
 #include "backends/libfabric/callers.h"
 #include "backends/libfabric/link.h"
 #include "backends/libfabric/regions.h"
-#include "backends/libfabric/sleeper.h"
 #include "backends/libfabric/transfer.h"
+#include "backends/network/sleeper.h"
 #include "contract/backend.h"
 
 namespace nixl::core::libfabric {
@@ -48,7 +48,7 @@ class FabricBackend final : public Backend, public Notifier, private Receiver, p
   Result<std::unique_ptr<Transfer>> prepare(Plan plan) override;
   bool progress() noexcept override;
   int event_fd() const noexcept override { return agents_.event_fd(); }
-  bool arm() noexcept override { return agents_.arm(); }
+  bool arm() noexcept override;
   Notifier* notifier() noexcept override { return this; }
 
   Result<void> send(Connection& peer, std::string_view message) override;
@@ -76,13 +76,13 @@ class FabricBackend final : public Backend, public Notifier, private Receiver, p
   Link::Settings settings_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Callers> callers_;
-  ImportedTable imported_;
+  network::ImportedTable imported_;
   std::unordered_map<std::uint64_t, Link*> links_;  // by id, under the engine's lock
   std::vector<std::string> revoked_;                // messages for callers whose link broke, under the engine's lock
   std::vector<Notification> arrived_;               // under the engine's lock
   std::atomic<bool> any_arrived_{false};
 
-  Sleeper agents_, own_;  // the agent's thread, and that of num_threads
+  network::Sleeper agents_, own_;  // the agent's thread, and that of num_threads
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

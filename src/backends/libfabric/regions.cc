@@ -1,5 +1,7 @@
 #include "backends/libfabric/regions.h"
 
+#include <atomic>
+
 namespace nixl::core::libfabric {
 namespace {
 
@@ -43,37 +45,10 @@ RegionKey Registered::key() const {
   return key;
 }
 
-Result<std::unique_ptr<Imported>> Imported::open(std::string_view bytes, ImportedTable& table,
+Result<std::unique_ptr<Imported>> Imported::open(std::string_view bytes, network::ImportedTable& table,
                                                  std::uint64_t incarnation) {
   NIXL_ASSIGN(RegionKey key, decode_key(bytes));
-  std::unique_ptr<Imported> region(new Imported(std::move(key), table, incarnation));
-  table.add(incarnation, *region);
-  return region;
-}
-
-void ImportedTable::add(std::uint64_t incarnation, Imported& region) {
-  const std::lock_guard guard(mutex_);
-  auto& list = regions_[incarnation];
-  region.place_ = list.size();
-  list.push_back(&region);
-}
-
-void ImportedTable::remove(std::uint64_t incarnation, Imported& region) {
-  const std::lock_guard guard(mutex_);
-  const auto found = regions_.find(incarnation);
-  auto& list = found->second;
-  list[region.place_] = list.back();
-  list[region.place_]->place_ = region.place_;
-  list.pop_back();
-  if (list.empty()) regions_.erase(found);
-}
-
-void ImportedTable::revoke(std::uint64_t incarnation, std::uint64_t id) {
-  const std::lock_guard guard(mutex_);
-  const auto found = regions_.find(incarnation);
-  if (found == regions_.end()) return;
-  for (Imported* const region : found->second)
-    if (region->id() == id) region->revoked.store(true, std::memory_order_relaxed);
+  return std::unique_ptr<Imported>(new Imported(std::move(key), table, incarnation));
 }
 
 }  // namespace nixl::core::libfabric

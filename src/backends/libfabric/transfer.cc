@@ -152,7 +152,7 @@ void PeerTransfer::choose_paths_locked() {
 bool PeerTransfer::check_regions_locked() {
   for (RemoteRegion* const entry : plan_.remote_regions) {
     const auto& region = static_cast<const Imported&>(*entry);
-    if (region.revoked.load(std::memory_order_relaxed))
+    if (region.revoked())
       fail_locked(
           Error{Code::kNotFound, "agent '" + link_->peer().name + "' has deregistered memory that this transfer uses"});
     for (const Link::Path* const path : paths_)

@@ -1,10 +1,5 @@
 #include "backends/ucx/backend.h"
 
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <sys/timerfd.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <thread>
 
@@ -44,7 +39,7 @@ Result<void> UcxBackend::start(int num_workers) {
     NIXL_ASSIGN(desks_[i].worker, Worker::open(*context_, *this, static_cast<unsigned>(i)));
   }
   NIXL_TRY(start_drivers());
-  return make_descriptors();
+  return open_sleeper();
 }
 
 // The workers of num_threads. Where progress happens only inside calls, they are driven like the others.
@@ -57,22 +52,11 @@ Result<void> UcxBackend::start_drivers() {
   return {};
 }
 
-Result<void> UcxBackend::make_descriptors() {
-  events_ = Fd(epoll_create1(EPOLL_CLOEXEC));
-  wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  timer_ = Fd(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
-  if (!events_ || !wake_ || !timer_) return fail(errno_error("event descriptors of the UCX backend", errno));
-  std::vector<int> watched = {wake_.get(), timer_.get()};
+Result<void> UcxBackend::open_sleeper() {
+  std::vector<int> watched;
   for (const Desk& desk : desks_)
     if (!desk.driven) watched.push_back(desk.worker->event_fd());
-  for (const int fd : watched) {
-    epoll_event event{};
-    event.events = EPOLLIN;
-    event.data.fd = fd;
-    if (epoll_ctl(events_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
-      return fail(errno_error("watch an event descriptor of UCX", errno));
-  }
-  return {};
+  return sleeper_.open("UCX", std::move(watched));
 }
 
 UcxBackend::~UcxBackend() {
@@ -199,7 +183,7 @@ Result<std::unique_ptr<Connection>> UcxBackend::connect(const PeerId& peer, std:
   if (first.only_tcp() && have_rdma_device())
     NIXL_WARN("agent '%s' is reached over %s only although this host has an RDMA device: transfers will be slow. %s",
               peer.name.c_str(), first.path().c_str(), context_->api().remark.c_str());
-  wake();
+  sleeper_.wake();
   for (const Desk& desk : desks_)
     if (desk.driver) desk.driver->wake();
   return connection;
@@ -291,7 +275,7 @@ Result<void> UcxBackend::handle_locked(Desk& desk, MessageId id, std::string_vie
       NIXL_TRY(decode(bytes, notify));
       inbox_.add(notify.incarnation, notify.stream, notify.sequence,
                  {std::string(notify.name), std::string(notify.text)});
-      if (desk.driven) note_news();
+      if (desk.driven) sleeper_.note_news();
       return {};
     }
     case kReadRequest:
@@ -391,7 +375,7 @@ Result<void> UcxBackend::send(Connection& peer, std::string_view message) {
     NIXL_TRY(link.notify_locked(message));
     (void)link.worker().progress_locked();
   }
-  wake();
+  sleeper_.wake();
   return {};
 }
 
@@ -410,32 +394,10 @@ bool UcxBackend::progress() noexcept {
 }
 
 bool UcxBackend::arm() noexcept {
-  std::uint64_t drained = 0;
-  (void)!read(wake_.get(), &drained, sizeof drained);
-  sleeping_.store(true);  // before looking for work: whoever adds some from now on wakes us
-  Deadline next = Deadline::never();
-  bool armed = !news_.exchange(false);
-  for (Desk& desk : desks_) {
-    if (!armed) break;
-    armed = desk.driven || desk.worker->arm(next);
-  }
-  if (!armed) {
-    sleeping_.store(false);
-    return false;
-  }
-  itimerspec when{};
-  if (next.at() != Deadline::never().at()) {
-    when.it_value.tv_sec = next.at() / 1'000'000'000;
-    when.it_value.tv_nsec = next.at() % 1'000'000'000;
-  }
-  timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &when, nullptr);
-  return true;
-}
-
-void UcxBackend::wake() noexcept {
-  if (!sleeping_.load(std::memory_order_relaxed) || !sleeping_.exchange(false)) return;
-  const std::uint64_t one = 1;
-  (void)!write(wake_.get(), &one, sizeof one);
+  return sleeper_.arm([this](Deadline& next) {
+    return std::all_of(desks_.begin(), desks_.end(),
+                       [&](const Desk& desk) { return desk.driven || desk.worker->arm(next); });
+  });
 }
 
 void UcxBackend::wake(const Worker& worker) noexcept {
@@ -443,18 +405,12 @@ void UcxBackend::wake(const Worker& worker) noexcept {
   if (driver)
     driver->wake();
   else
-    wake();
-}
-
-// The agent's thread asks for this when it arms, after it has looked for messages and ended transfers.
-void UcxBackend::note_news() noexcept {
-  news_.store(true);
-  const std::uint64_t one = 1;
-  if (sleeping_.exchange(false)) (void)!write(wake_.get(), &one, sizeof one);
+    sleeper_.wake();
 }
 
 void UcxBackend::job_ended_locked(Worker& worker) {
-  if (desks_[worker.index()].driven) note_news();
+  // The agent's thread looks for ended transfers when it arms.
+  if (desks_[worker.index()].driven) sleeper_.note_news();
 }
 
 }  // namespace nixl::core::ucx

@@ -7,13 +7,13 @@
 #include <utility>
 #include <vector>
 
+#include "backends/network/sleeper.h"
 #include "backends/ucx/driver.h"
 #include "backends/ucx/inbox.h"
 #include "backends/ucx/link.h"
 #include "backends/ucx/read_service.h"
 #include "backends/ucx/regions.h"
 #include "backends/ucx/transfer.h"
-#include "base/fd.h"
 #include "contract/backend.h"
 
 namespace nixl::core::ucx {
@@ -76,7 +76,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   Result<std::unique_ptr<Connection>> connect(const PeerId& peer, std::string_view bytes) override;
   Result<std::unique_ptr<Transfer>> prepare(Plan plan) override;
   bool progress() noexcept override;
-  int event_fd() const noexcept override { return events_.get(); }
+  int event_fd() const noexcept override { return sleeper_.event_fd(); }
   bool arm() noexcept override;
   Notifier* notifier() noexcept override { return this; }
   CostModel* cost_model() noexcept override { return this; }
@@ -85,9 +85,7 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   void drain(std::vector<Notification>& out) override;
   Result<CostEstimate> estimate(const Transfer& transfer) override;
 
-  // Wakes whoever sleeps on the event descriptor: there is work that no event announces.
-  void wake() noexcept;
-  // The same for one worker.
+  // Wakes whoever drives this worker: there is work that no event announces.
   void wake(const Worker& worker) noexcept;
 
  private:
@@ -108,10 +106,9 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   UcxBackend() = default;
   Result<void> start(int num_workers);
   Result<void> start_drivers();
-  Result<void> make_descriptors();
+  Result<void> open_sleeper();
   std::size_t choose_worker(const Plan& plan);
   std::size_t num_shares(const Plan& plan) const noexcept;
-  void note_news() noexcept;
   Result<void> check_device(const Region& region) const;
   void release_region(Exposed& region);
   void close_connection(UcxConnection& connection);
@@ -134,15 +131,13 @@ class UcxBackend final : public Backend, public Notifier, public CostModel, priv
   std::unique_ptr<Context> context_;
   std::vector<Desk> desks_;  // one a worker
   ExposedTable exposed_;
-  ImportedTable imported_;
+  network::ImportedTable imported_;
   Inbox inbox_;
   std::mutex connections_mutex_;
   std::unordered_map<const Link*, UcxConnection*> owners_;  // of the links in Desk::calling
   std::atomic<unsigned> round_robin_{0};
 
-  Fd events_, wake_, timer_;
-  std::atomic<bool> sleeping_{false};
-  std::atomic<bool> news_{false};  // a driver has met something that the agent's thread looks for
+  network::Sleeper sleeper_;  // the agent's thread
 };
 
 }  // namespace nixl::core::ucx

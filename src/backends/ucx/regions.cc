@@ -34,26 +34,21 @@ std::string export_key(const Exposed& region) {
   return sealed(out.take());
 }
 
-Result<std::unique_ptr<Imported>> Imported::open(std::string_view key, ImportedTable& table,
+Result<std::unique_ptr<Imported>> Imported::open(std::string_view key, network::ImportedTable& table,
                                                  std::uint64_t incarnation) {
   NIXL_ASSIGN(const std::string_view content, unsealed(key, "UCX"));
   ByteReader in(content);
   NIXL_ASSIGN(const auto version, in.get<std::uint32_t>());
   if (version != kMessageVersion)
     return fail(Code::kMismatch, "UCX region key of version 0x%x, this side speaks 0x%x", version, kMessageVersion);
-  std::unique_ptr<Imported> region(new Imported());
-  NIXL_ASSIGN(region->id_, in.get<std::uint64_t>());
-  NIXL_ASSIGN(region->packed_, in.get_text(kMaxKeyBytes));
-  if (region->packed_.empty() || in.left() != 0)
+  NIXL_ASSIGN(const auto id, in.get<std::uint64_t>());
+  NIXL_ASSIGN(const std::string_view packed, in.get_text(kMaxKeyBytes));
+  if (packed.empty() || in.left() != 0)
     return fail(Code::kMismatch, "UCX region key of %zu bytes is not whole", key.size());
-  region->incarnation_ = incarnation;
-  region->table_ = &table;
-  table.add(incarnation, *region);
-  return region;
+  return std::unique_ptr<Imported>(new Imported(table, incarnation, id, packed));
 }
 
 Imported::~Imported() {
-  if (table_) table_->remove(incarnation_, *this);
   for (const Unpacked& unpacked : keys_) {
     const auto guard = unpacked.worker->lock();
     unpacked.worker->api().rkey_destroy(unpacked.key);
@@ -69,31 +64,6 @@ Result<ucp_rkey_h> Imported::key_locked(Link& link) {
     return fail(ucx_error(api, "unpack the key of a region of agent '" + link.target().name + "'", status));
   keys_.push_back({&link.worker(), link.id(), link.generation(), key});
   return key;
-}
-
-void ImportedTable::add(std::uint64_t incarnation, Imported& region) {
-  const std::lock_guard guard(mutex_);
-  auto& list = regions_[incarnation];
-  region.place_ = list.size();
-  list.push_back(&region);
-}
-
-void ImportedTable::remove(std::uint64_t incarnation, Imported& region) {
-  const std::lock_guard guard(mutex_);
-  const auto found = regions_.find(incarnation);
-  auto& list = found->second;
-  list[region.place_] = list.back();
-  list[region.place_]->place_ = region.place_;
-  list.pop_back();
-  if (list.empty()) regions_.erase(found);
-}
-
-void ImportedTable::revoke(std::uint64_t incarnation, std::uint64_t id) {
-  const std::lock_guard guard(mutex_);
-  const auto found = regions_.find(incarnation);
-  if (found == regions_.end()) return;
-  for (Imported* const region : found->second)
-    if (region->id() == id) region->revoked.store(true, std::memory_order_relaxed);
 }
 
 }  // namespace nixl::core::ucx

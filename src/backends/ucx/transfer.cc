@@ -46,7 +46,7 @@ void Lane::begin_locked() {
   cursor_ = PlanCursor(plan_);
   if (link_->state() != Link::State::kReady) return;  // link_up_locked() follows
   for (std::size_t i = 0; i < plan_.remote_regions.size() && !failed_; ++i) {
-    if (remote(static_cast<std::uint32_t>(i)).revoked.load(std::memory_order_relaxed))
+    if (remote(static_cast<std::uint32_t>(i)).revoked())
       fail_locked(Error{Code::kNotFound,
                         "agent '" + link_->target().name + "' has deregistered memory that this transfer uses"});
   }
