@@ -1,5 +1,7 @@
 #include "ep/arguments.h"
 
+#include <algorithm>
+
 #include "ep/layout/layout.h"
 #include "ep/layout/shape.h"
 
@@ -16,8 +18,6 @@ Result<void> check_present(const char* name, const void* pointer) {
 Result<void> check_shape(std::int64_t max_tokens, std::int64_t hidden, std::int64_t step, int num_ranks,
                          const Limits& limits) {
   const Capacity& capacity = limits.capacity;
-  if (max_tokens <= 0 || max_tokens > kMaxTokens)
-    return fail(Code::kInvalidArgument, "max_tokens is %lld; 1 to %lld are allowed", Int(max_tokens), Int(kMaxTokens));
   if (hidden <= 0 || hidden > kMaxHidden || hidden % step != 0)
     return fail(Code::kInvalidArgument, "the hidden size is %lld; multiples of %lld up to %lld are allowed here",
                 Int(hidden), Int(step), Int(kMaxHidden));
@@ -26,6 +26,9 @@ Result<void> check_shape(std::int64_t max_tokens, std::int64_t hidden, std::int6
                 "the call covers %d ranks; from %d (the highest active rank is %d) to %d (the capacity) "
                 "are allowed",
                 num_ranks, limits.active_rank_bound, limits.active_rank_bound - 1, capacity.num_ranks);
+  const std::int64_t most_tokens = std::min<std::int64_t>(kMaxTokens, INT32_MAX / num_ranks);  // rows are int32
+  if (max_tokens <= 0 || max_tokens > most_tokens)
+    return fail(Code::kInvalidArgument, "max_tokens is %lld; 1 to %lld are allowed", Int(max_tokens), Int(most_tokens));
   const std::int64_t num_experts = std::int64_t{capacity.num_ranks} * capacity.experts_per_rank;
   if (!allows(capacity.num_bytes, num_experts, max_tokens, hidden))
     return fail(Code::kInvalidArgument,
@@ -36,7 +39,7 @@ Result<void> check_shape(std::int64_t max_tokens, std::int64_t hidden, std::int6
   return {};
 }
 
-// What dispatch and combine have in common: n, the top-k ids and their type.
+// What dispatch and combine have in common: n, and the top-k ids.
 template <typename Args>
 Result<void> check_selection(const Args& args) {
   if (args.num_tokens < 0 || args.num_tokens > args.max_tokens)
@@ -47,6 +50,12 @@ Result<void> check_selection(const Args& args) {
   if (args.index_bytes != 4 && args.index_bytes != 8)
     return fail(Code::kInvalidArgument, "expert ids have %d bytes; int32 and int64 are allowed", args.index_bytes);
   if (args.num_tokens > 0) NIXL_TRY(check_present("topk_idx", args.topk_idx));
+  return {};
+}
+
+// What dispatch writes and combine reads of a handle.
+template <typename Args>
+Result<void> check_handle(const Args& args) {
   NIXL_TRY(check_present("src_info", args.src_info));
   NIXL_TRY(check_present("layout_range", args.layout_range));
   if (args.recv_weights && !args.recv_places)
@@ -88,9 +97,7 @@ Result<void> check_arguments(const Dispatch& args, const Limits& limits) {
   NIXL_TRY(check_shape(args.max_tokens, args.hidden, hidden_step(payload), args.num_ranks, limits));
   NIXL_TRY(check_selection(args));
   if (args.num_tokens > 0) NIXL_TRY(check_present("x", args.x));
-  NIXL_TRY(check_present("recv_x", args.recv_x));
-  NIXL_TRY(check_present("recv_count", args.recv_count));
-  if (payload != kPayloadBf16) NIXL_TRY(check_present("recv_scales", args.recv_scales));
+  NIXL_TRY(check_memory(args));
   if (args.recv_weights && !args.topk_weights && args.num_tokens > 0)
     return fail(Code::kInvalidArgument, "recv_weights needs topk_weights, which is null");
   return {};
@@ -98,9 +105,22 @@ Result<void> check_arguments(const Dispatch& args, const Limits& limits) {
 
 Result<void> check_arguments(const CombineArgs& args, const Limits& limits) {
   NIXL_TRY(check_shape(args.max_tokens, args.hidden, hidden_step(kPayloadBf16), args.num_ranks, limits));
-  NIXL_TRY(check_selection(args));
   if (args.zero_copy && args.logfmt)
     return fail(Code::kInvalidArgument, "logfmt and zero_copy exclude each other; both are set");
+  return check_memory(args);
+}
+
+Result<void> check_memory(const Dispatch& args) {
+  NIXL_TRY(check_handle(args));
+  NIXL_TRY(check_present("recv_x", args.recv_x));
+  NIXL_TRY(check_present("recv_count", args.recv_count));
+  if (args.payload != nixl::ep::Payload::kBf16) NIXL_TRY(check_present("recv_scales", args.recv_scales));
+  return {};
+}
+
+Result<void> check_memory(const CombineArgs& args) {
+  NIXL_TRY(check_selection(args));
+  NIXL_TRY(check_handle(args));
   if (!args.zero_copy) NIXL_TRY(check_present("x", args.x));
   if (args.num_tokens > 0) {
     NIXL_TRY(check_present("topk_weights", args.topk_weights));

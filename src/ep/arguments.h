@@ -1,5 +1,5 @@
 // Checks of what callers pass to an operation, the same for every path. A message names the argument, the value seen
-// and the values allowed.
+// and the values allowed. Paths rely on them.
 #pragma once
 #include "base/result.h"
 #include "ep/path.h"
@@ -15,6 +15,9 @@ struct Limits {
 Result<void> check_capacity(const Capacity& wanted, const Capacity& present, int own_rank);
 Result<void> check_arguments(const Dispatch& args, const Limits& limits);
 Result<void> check_arguments(const CombineArgs& args, const Limits& limits);
+// Of a receive phase, which the path compares with its send phase: only what it touches.
+Result<void> check_memory(const Dispatch& args);
+Result<void> check_memory(const CombineArgs& args);
 Result<void> check_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks, const Limits& limits);
 
 }  // namespace nixl::core::ep

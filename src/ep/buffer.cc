@@ -146,6 +146,12 @@ struct Buffer::Impl {
     NIXL_TRY(check_arguments(args, now.limits));
     return (now.path.get()->*verb)(args);
   }
+  template <typename Args>
+  Result<void> receive(Result<void> (inner::Path::*verb)(const Args&), const Args& args) {
+    NIXL_ASSIGN(const Parts now, ready());
+    NIXL_TRY(inner::check_memory(args));
+    return (now.path.get()->*verb)(args);
+  }
 };
 
 Result<void> Buffer::Impl::open() {
@@ -350,7 +356,7 @@ void Buffer::dispatch_send(const Dispatch& args) {
   check(impl_->operate(&inner::Path::dispatch_send, args));
 }
 void Buffer::dispatch_recv(const Dispatch& args) {
-  check(value_of(impl_->ready()).path->dispatch_recv(args));
+  check(impl_->receive(&inner::Path::dispatch_recv, args));
 }
 void Buffer::combine(const CombineArgs& args) {
   check(impl_->operate(&inner::Path::combine, args));
@@ -359,7 +365,7 @@ void Buffer::combine_send(const CombineArgs& args) {
   check(impl_->operate(&inner::Path::combine_send, args));
 }
 void Buffer::combine_recv(const CombineArgs& args) {
-  check(value_of(impl_->ready()).path->combine_recv(args));
+  check(impl_->receive(&inner::Path::combine_recv, args));
 }
 void Buffer::barrier(void* stream) {
   check(value_of(impl_->ready()).path->barrier(stream));

@@ -324,7 +324,7 @@ TEST(wrong_calls_are_refused_and_the_buffer_stays_usable) {
   const Wrong wrong_dispatches[] = {
       {"num_tokens is 7", [](Dispatch& d) { d.num_tokens = 7; }},
       {"num_tokens is -1", [](Dispatch& d) { d.num_tokens = -1; }},
-      {"multiples of 8", [](Dispatch& d) { d.hidden = 100; }},
+      {"multiples of 8 up to 16384", [](Dispatch& d) { d.hidden = 100; }},
       {"multiples of 512", [](Dispatch& d) { d.payload = Payload::kFp8Ue8m0; }},
       {"top-k is 33", [](Dispatch& d) { d.topk = 33; }},
       {"have 2 bytes", [](Dispatch& d) { d.index_bytes = 2; }},
@@ -332,6 +332,7 @@ TEST(wrong_calls_are_refused_and_the_buffer_stays_usable) {
       {"covers 0 ranks", [](Dispatch& d) { d.num_ranks = 0; }},
       {"needs a buffer of", [](Dispatch& d) { d.max_tokens = 100; }},
       {"max_tokens is 0", [](Dispatch& d) { d.max_tokens = 0; }},
+      {"1 to 134217727 are allowed", [](Dispatch& d) { d.max_tokens = 134217728; }},
       {"x is null", [](Dispatch& d) { d.x = nullptr; }},
       {"topk_idx is null", [](Dispatch& d) { d.topk_idx = nullptr; }},
       {"recv_x is null", [](Dispatch& d) { d.recv_x = nullptr; }},
@@ -346,7 +347,13 @@ TEST(wrong_calls_are_refused_and_the_buffer_stays_usable) {
     if (got.find(wrong.text) == std::string::npos)
       check::failed(__FILE__, __LINE__, got + " does not say " + wrong.text);
   }
+  Dispatch received = a.dispatch_args();
+  received.recv_count = nullptr;
+  CHECK_ERROR("recv_count is null", a.buffer.dispatch_recv(received));
   CombineArgs combine = a.combine_args();
+  combine.layout_range = nullptr;
+  CHECK_ERROR("layout_range is null", a.buffer.combine_recv(combine));
+  combine = a.combine_args();
   combine.zero_copy = combine.logfmt = true;
   CHECK_ERROR("exclude each other", a.buffer.combine(combine));
   CHECK_ERROR("needs a buffer of", a.buffer.next_combine_buffer(1000, kHidden, 2));

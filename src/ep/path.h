@@ -4,6 +4,8 @@
 // Threads. The operations (dispatch_*, combine_*, barrier) come from one thread at a time. attach, detach, set_mask and the
 // queries may come from other threads meanwhile and must not disturb an operation in flight: what an operation sees of a
 // peer is fixed when it first looks at that peer.
+//
+// Arguments have been judged (arguments.h): a path refuses only what it alone knows.
 #pragma once
 #include <cstdint>
 #include <memory>

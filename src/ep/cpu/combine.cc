@@ -348,18 +348,7 @@ void Combiner::sum_partial_rows(const Setting& setting, const CombineArgs& args)
   }
 }
 
-Result<void> check_combine(const Setting& setting, const CombineArgs& args) {
-  if (args.hidden % hidden_step(kPayloadBf16) != 0)
-    return fail(Code::kInvalidArgument, "hidden size %lld: must be a multiple of %lld",
-                static_cast<long long>(args.hidden), static_cast<long long>(hidden_step(kPayloadBf16)));
-  if (args.zero_copy && args.logfmt) return fail(Code::kInvalidArgument, "use_logfmt and zero_copy exclude each other");
-  if (!args.zero_copy && !args.x) return fail(Code::kInvalidArgument, "x is missing");
-  if (!args.src_info || !args.layout_range)
-    return fail(Code::kInvalidArgument, "the handle of the dispatch is missing");
-  if (args.recv_weights && !args.recv_places) return fail(Code::kInvalidArgument, "recv_weights needs recv_places");
-  if (args.num_tokens > 0 && (!args.topk_idx || !args.topk_weights || !args.out))
-    return fail(Code::kInvalidArgument, "topk_idx, topk_weights or out is missing for %lld tokens",
-                static_cast<long long>(args.num_tokens));
+Result<void> check_ranges(const Setting& setting, const CombineArgs& args) {
   const std::int64_t rows = std::int64_t{args.num_ranks} * args.max_tokens;
   for (int local = 0; local < setting.capacity.experts_per_rank; ++local) {
     for (int rank = 0; rank < args.num_ranks; ++rank) {

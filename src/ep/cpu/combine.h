@@ -10,8 +10,8 @@
 
 namespace nixl::core::ep {
 
-// Refuses what cannot work, before anything is touched.
-Result<void> check_combine(const Setting& setting, const CombineArgs& args);
+// Refuses a handle whose ranges lie outside its tensors, before anything is touched.
+Result<void> check_ranges(const Setting& setting, const CombineArgs& args);
 
 class Combiner {
  public:

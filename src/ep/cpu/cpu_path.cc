@@ -42,11 +42,6 @@ class CpuPath::RunningPhase {
 };
 
 Result<std::unique_ptr<Path>> CpuPath::open(const PathOptions& options) {
-  if (options.rank < 0 || options.rank >= kMaxRanks)
-    return fail(Code::kInvalidArgument, "rank %d: allowed are 0 to %d", options.rank, kMaxRanks - 1);
-  if (options.timeout_ns < 0)
-    return fail(Code::kInvalidArgument, "timeout of %lld ns: must not be negative",
-                static_cast<long long>(options.timeout_ns));
   auto path = std::make_unique<CpuPath>(options);
   NIXL_TRY(path->own_.open(options.rank, options.incarnation));
   return path;
@@ -68,21 +63,6 @@ CpuPath::~CpuPath() {
 
 Result<void> CpuPath::reserve(const Capacity& capacity) {
   std::lock_guard lock(memory_mutex_);
-  const bool first = capacity_.num_ranks == 0;
-  if (capacity.num_ranks <= options_.rank || capacity.num_ranks > kMaxRanks)
-    return fail(Code::kInvalidArgument, "num_ranks %d: this is rank %d, allowed are %d to %d", capacity.num_ranks,
-                options_.rank, options_.rank + 1, kMaxRanks);
-  if (capacity.experts_per_rank <= 0 || capacity.num_bytes < 0)
-    return fail(Code::kInvalidArgument,
-                "experts per rank %d and %lld bytes: the first must be positive, the second not negative",
-                capacity.experts_per_rank, static_cast<long long>(capacity.num_bytes));
-  if (!first && (capacity.experts_per_rank != capacity_.experts_per_rank || capacity.num_ranks < capacity_.num_ranks ||
-                 capacity.num_bytes < capacity_.num_bytes))
-    return fail(
-        Code::kNotAllowed,
-        "memory of %d ranks, %d experts each, %lld bytes cannot become %d, %d, %lld: ranks and bytes may only grow",
-        capacity_.num_ranks, capacity_.experts_per_rank, static_cast<long long>(capacity_.num_bytes),
-        capacity.num_ranks, capacity.experts_per_rank, static_cast<long long>(capacity.num_bytes));
   if (pending_ != Pending::kNone)
     return fail(Code::kBusy, "operation %llu is between its phases: finish it first",
                 static_cast<unsigned long long>(operations_));
@@ -121,60 +101,6 @@ Result<void> CpuPath::check_open() const {
   return {};
 }
 
-Result<void> CpuPath::check_shape(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) const {
-  NIXL_TRY(check_open());
-  if (num_ranks < 1 || num_ranks > capacity_.num_ranks || num_ranks <= options_.rank)
-    return fail(Code::kInvalidArgument, "num_ranks %d: this is rank %d, allowed are %d to %d", num_ranks, options_.rank,
-                options_.rank + 1, capacity_.num_ranks);
-  if (hidden < 8 || hidden > kMaxHidden)
-    return fail(Code::kInvalidArgument, "hidden size %lld: allowed are 8 to %lld", static_cast<long long>(hidden),
-                static_cast<long long>(kMaxHidden));
-  const std::int64_t experts = std::int64_t{capacity_.num_ranks} * capacity_.experts_per_rank;
-  if (max_tokens < 1 || max_tokens > kMaxTokens || num_ranks * max_tokens > INT32_MAX)
-    return fail(Code::kInvalidArgument, "max_tokens %lld: allowed are 1 to %lld", static_cast<long long>(max_tokens),
-                static_cast<long long>(std::min<std::int64_t>(kMaxTokens, INT32_MAX / num_ranks)));
-  if (!allows(capacity_.num_bytes, experts, max_tokens, hidden))
-    return fail(
-        Code::kInvalidArgument,
-        "max_tokens %lld at hidden size %lld needs %lld bytes for %lld experts, the buffer has %lld: at most %lld "
-        "tokens fit; give update_memory_buffers more bytes (get_rdma_size_hint tells how many)",
-        static_cast<long long>(max_tokens), static_cast<long long>(hidden),
-        static_cast<long long>(size_hint_bytes(max_tokens, hidden, experts)), static_cast<long long>(experts),
-        static_cast<long long>(capacity_.num_bytes),
-        static_cast<long long>(max_tokens_for(capacity_.num_bytes, experts, hidden)));
-  return {};
-}
-
-Result<void> CpuPath::check_call(std::int64_t num_tokens, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
-                                 int topk, int index_bytes) const {
-  NIXL_TRY(check_shape(max_tokens, hidden, num_ranks));
-  if (num_tokens < 0 || num_tokens > max_tokens)
-    return fail(Code::kInvalidArgument, "%lld tokens: allowed are 0 to %lld", static_cast<long long>(num_tokens),
-                static_cast<long long>(max_tokens));
-  if (topk < 1 || topk > kMaxTopk) return fail(Code::kInvalidArgument, "top-k %d: allowed are 1 to %d", topk, kMaxTopk);
-  if (index_bytes != 4 && index_bytes != 8)
-    return fail(Code::kInvalidArgument, "top-k ids of %d bytes: allowed are 4 and 8", index_bytes);
-  if (const int highest = peers_.highest_active(); highest >= num_ranks)
-    return fail(Code::kInvalidArgument, "num_ranks %d, but rank %d is active: it must be at least %d", num_ranks,
-                highest, highest + 1);
-  return {};
-}
-
-Result<void> CpuPath::check(const Dispatch& args) const {
-  NIXL_TRY(check_call(args.num_tokens, args.max_tokens, args.hidden, args.num_ranks, args.topk, args.index_bytes));
-  return check_dispatch(args);
-}
-
-Result<void> CpuPath::check(const CombineArgs& args) const {
-  NIXL_TRY(check_call(args.num_tokens, args.max_tokens, args.hidden, args.num_ranks, args.topk, args.index_bytes));
-  if (args.zero_copy && !lent_)
-    return fail(
-        Code::kNotAllowed,
-        "a zero-copy combine takes its rows from get_next_combine_buffer(), which was not called since the last "
-        "operation");
-  return check_combine(setting(), args);
-}
-
 Setting CpuPath::setting() const {
   return Setting{options_.rank, capacity_, &own_, &exchange_, &errors_};
 }
@@ -194,7 +120,7 @@ void CpuPath::finish_pending() {
 }
 
 Result<void> CpuPath::send(const Dispatch& args) {
-  NIXL_TRY(check(args));
+  NIXL_TRY(check_open());
   finish_pending();
   begin_operation(Phase::kDispatch, args.num_ranks);
   NIXL_TRY(dispatcher_.send(setting(), args));
@@ -205,15 +131,18 @@ Result<void> CpuPath::send(const Dispatch& args) {
 
 Result<void> CpuPath::recv(const Dispatch& args) {
   if (pending_ != Pending::kDispatch || !same_call(args, sent_dispatch_)) return no_such_call("dispatch");
-  if (!args.recv_x || !args.recv_count || !args.src_info || !args.layout_range ||
-      (args.payload != nixl::ep::Payload::kBf16 && !args.recv_scales))
-    return fail(Code::kInvalidArgument, "an output of dispatch is missing");
   pending_ = Pending::kNone;
   return dispatcher_.recv(setting(), args);
 }
 
 Result<void> CpuPath::send(const CombineArgs& args) {
-  NIXL_TRY(check(args));
+  NIXL_TRY(check_open());
+  if (args.zero_copy && !lent_)
+    return fail(
+        Code::kNotAllowed,
+        "a zero-copy combine takes its rows from get_next_combine_buffer(), which was not called since the last "
+        "operation");
+  NIXL_TRY(check_ranges(setting(), args));
   finish_pending();
   begin_operation(Phase::kCombine, args.num_ranks);
   NIXL_TRY(combiner_.send(setting(), args));
@@ -224,7 +153,7 @@ Result<void> CpuPath::send(const CombineArgs& args) {
 
 Result<void> CpuPath::recv(const CombineArgs& args) {
   if (pending_ != Pending::kCombine || !same_call(args, sent_combine_)) return no_such_call("combine");
-  NIXL_TRY(check_combine(setting(), args));
+  NIXL_TRY(check_ranges(setting(), args));
   pending_ = Pending::kNone;
   return combiner_.recv(setting(), args);
 }
@@ -271,7 +200,7 @@ Result<void> CpuPath::barrier(void*) {
 }
 
 Result<View> CpuPath::next_combine_buffer(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) {
-  NIXL_TRY(check_shape(max_tokens, hidden, num_ranks));
+  NIXL_TRY(check_open());
   const std::int64_t stride = zero_copy_row_stride(hidden);
   const std::int64_t rows = num_ranks * max_tokens;
   const int slot = exchange_.next_slot();

@@ -46,11 +46,6 @@ class CpuPath final : public Path {
   class RunningPhase;
 
   Result<void> check_open() const;
-  Result<void> check_shape(std::int64_t max_tokens, std::int64_t hidden, int num_ranks) const;
-  Result<void> check_call(std::int64_t num_tokens, std::int64_t max_tokens, std::int64_t hidden, int num_ranks,
-                          int topk, int index_bytes) const;
-  Result<void> check(const Dispatch& args) const;
-  Result<void> check(const CombineArgs& args) const;
   Result<void> send(const Dispatch& args);
   Result<void> recv(const Dispatch& args);
   Result<void> send(const CombineArgs& args);

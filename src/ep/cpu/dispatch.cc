@@ -168,19 +168,4 @@ Result<void> Dispatcher::recv(const Setting& setting, const Dispatch& args) {
   return {};
 }
 
-Result<void> check_dispatch(const Dispatch& args) {
-  const int payload = static_cast<int>(args.payload);
-  if (payload < kPayloadBf16 || payload > kPayloadFp8Ue8m0)
-    return fail(Code::kInvalidArgument, "payload %d: allowed are 0 to 3", payload);
-  if (args.hidden % hidden_step(payload) != 0)
-    return fail(Code::kInvalidArgument, "hidden size %lld: must be a multiple of %lld for this payload",
-                static_cast<long long>(args.hidden), static_cast<long long>(hidden_step(payload)));
-  if (args.recv_weights && (!args.recv_places || (!args.topk_weights && args.num_tokens > 0)))
-    return fail(Code::kInvalidArgument, "recv_weights needs recv_places and topk_weights");
-  if (args.num_tokens > 0 && (!args.x || !args.topk_idx))
-    return fail(Code::kInvalidArgument, "x or topk_idx is missing for %lld tokens",
-                static_cast<long long>(args.num_tokens));
-  return {};
-}
-
 }  // namespace nixl::core::ep

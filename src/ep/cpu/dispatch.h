@@ -41,7 +41,4 @@ class Dispatcher {
   std::vector<std::int32_t> windows_;
 };
 
-// Refuses what cannot work, before anything is touched.
-Result<void> check_dispatch(const Dispatch& args);
-
 }  // namespace nixl::core::ep

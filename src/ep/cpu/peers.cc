@@ -130,14 +130,6 @@ void PeerTable::end_phase() {
   phase_ended_.notify_all();
 }
 
-int PeerTable::highest_active() const {
-  std::lock_guard lock(mutex_);
-  int highest = rank_;
-  for (int rank : attached_)
-    if (!peers_[rank]->masked.load(std::memory_order_relaxed)) highest = std::max(highest, rank);
-  return highest;
-}
-
 void PeerTable::begin_operation(Channel channel, int num_ranks, std::vector<Participant>& out) {
   out.clear();
   std::lock_guard lock(mutex_);

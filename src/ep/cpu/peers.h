@@ -59,8 +59,6 @@ class PeerTable {
   void begin_phase();
   void end_phase();
 
-  // The highest unmasked rank, this one included.
-  int highest_active() const;
   // The unmasked peers below num_ranks by ascending rank, for an exchange that sends to each of them. Counts it as
   // sent.
   void begin_operation(Channel channel, int num_ranks, std::vector<Participant>& out);
