@@ -1,11 +1,7 @@
 // Writes that the target pulls, with real second processes that are stopped and killed in the middle of it.
 #include <fcntl.h>
 #include <poll.h>
-#include <signal.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,15 +10,11 @@
 
 #include "backends/samehost/connection.h"
 #include "backends/samehost/pull_board.h"
-#include "check.h"
-#include "contract/entry.h"
+#include "backends/samehost/test_process.h"
 
 using namespace nixl::core;
+using namespace nixl::core::samehost::test;
 using samehost::PullBoard;
-
-namespace nixl::core {
-std::span<const BackendEntry> backends_of_samehost();
-}
 
 namespace {
 
@@ -33,20 +25,6 @@ struct Lost : Events {
   std::atomic<int> count{0};
   void peer_lost(const PeerId&, Error) noexcept override { ++count; }
 };
-
-std::unique_ptr<Backend> open_backend(const char* name, Events* events = nullptr) {
-  BackendConfig config;
-  config.self = {name, 1};
-  config.events = events;
-  return std::move(*CHECK_OK(backends_of_samehost()[0].open(std::move(config))));
-}
-
-std::uint64_t at(const void* p) {
-  return reinterpret_cast<std::uint64_t>(p);
-}
-Region region_of(void* p) {
-  return {MemKind::kDram, at(p), kBytes, 0, ""};
-}
 
 // Seen by both processes, so that the initiator can look at what was written, but for the backend as any other memory.
 class BothSee {
@@ -61,19 +39,6 @@ class BothSee {
  private:
   void* const base_;
 };
-
-void send_text(int fd, const std::string& text) {
-  const std::uint32_t size = static_cast<std::uint32_t>(text.size());
-  CHECK_EQ(::write(fd, &size, 4), 4);
-  CHECK_EQ(::write(fd, text.data(), size), static_cast<ssize_t>(size));
-}
-std::string read_text(int fd) {
-  std::uint32_t size;
-  CHECK_EQ(::recv(fd, &size, 4, MSG_WAITALL), 4);
-  std::string text(size, 0);
-  if (size) CHECK_EQ(::recv(fd, text.data(), size, MSG_WAITALL), static_cast<ssize_t>(size));
-  return text;
-}
 
 // A puller written out: arms a chunk, is stopped before its call, and goes on later. Answers what the call gave then.
 std::string pull_and_stop(int fd) {
@@ -100,33 +65,13 @@ std::string pull_and_stop(int fd) {
   }
 }
 
-// A process with one backend and one region, and a thread that serves it unless `idle`.
-struct Target {
-  explicit Target(char* memory, bool idle = false) {
-    int ends[2];
-    CHECK_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
-    pid = ::fork();
-    if (pid == 0) {
-      ::close(ends[0]);
-      ::alarm(100);
-      serve(ends[1], memory, idle);
-      ::_exit(0);
-    }
-    ::close(ends[1]);
-    fd = ends[0];
-    address = read_text(fd);
-    key = read_text(fd);
-  }
-  ~Target() {
-    ::kill(pid, SIGKILL);
-    ::waitpid(pid, nullptr, 0);
-    ::close(fd);
-  }
+// A second process; a thread of it serves its backend unless `idle`.
+struct Target : TargetProcess {
+  explicit Target(char* memory, bool idle = false) : TargetProcess([&](int fd) { serve(fd, memory, idle); }) {}
   static void serve(int fd, char* memory, bool idle) {
     auto backend = open_backend("target");
-    auto region = std::move(*CHECK_OK(backend->add_region(region_of(memory))));
-    send_text(fd, *CHECK_OK(backend->export_connection()));
-    send_text(fd, *CHECK_OK(backend->export_region(*region)));
+    auto region = std::move(*CHECK_OK(backend->add_region(region_of(memory, kBytes))));
+    send_address_and_key(fd, *backend, *region);
     std::thread thread([&] {
       while (!idle) {
         if (backend->progress() || !backend->arm()) continue;
@@ -147,40 +92,19 @@ struct Target {
     }
     ::_exit(0);
   }
-  void tell(char what) { CHECK_EQ(::write(fd, &what, 1), 1); }
-  std::string ask(char what) {
-    tell(what);
-    return read_text(fd);
-  }
-  pid_t pid;
-  int fd;
-  std::string address, key;
 };
 
 // Our process: a backend that is connected to the target, and as much memory.
 struct Initiator {
-  Initiator(const Target& target, char* far) : far(far) {
-    backend = open_backend("initiator", &lost);
-    ours = std::move(*CHECK_OK(backend->add_region(region_of(near))));
-    CHECK_OK(backend->export_connection());
-    peer = std::move(*CHECK_OK(backend->connect({"target", 7}, target.address)));
-    theirs = std::move(*CHECK_OK(backend->import_region(*peer, region_of(far), target.key)));
+  Initiator(const Target& target, char* far)
+      : backend(open_backend("initiator", &lost)),
+        far(far),
+        link(*backend, target.address, target.key, region_of(near, kBytes), region_of(far, kBytes)) {
+    CHECK_OK(backend->export_connection());  // allows the target to read from us
   }
   std::unique_ptr<Transfer> write(std::vector<std::pair<std::uint64_t, std::uint64_t>> rows = {{0, kBytes}}) {
-    Plan plan;
-    plan.op = Op::kWrite;
-    plan.peer = peer.get();
-    plan.local_regions = {ours.get()};
-    plan.remote_regions = {theirs.get()};
-    for (const auto& [offset, bytes] : rows) {
-      plan.local_address.push_back(at(near) + offset);
-      plan.remote_address.push_back(at(far) + offset);
-      plan.length.push_back(bytes);
-      plan.local_region.push_back(0);
-      plan.remote_region.push_back(0);
-      ++plan.num_blocks;
-      plan.total_bytes += bytes;
-    }
+    Plan plan = link.plan(Op::kWrite);
+    for (const auto& [offset, bytes] : rows) add_block(plan, at(near) + offset, at(far) + offset, bytes);
     return std::move(*CHECK_OK(backend->prepare(std::move(plan))));
   }
   void fill(unsigned salt) {
@@ -189,7 +113,7 @@ struct Initiator {
       std::memcpy(near + i, &word, 8);
     }
   }
-  samehost::PeerConnection& connection() { return static_cast<samehost::PeerConnection&>(*peer); }
+  samehost::PeerConnection& connection() { return static_cast<samehost::PeerConnection&>(*link.peer); }
   const PullBoard& board() { return connection().pull_desk()->board; }
   std::uint32_t pulled() { return board()->pulled.load(); }
 
@@ -197,9 +121,7 @@ struct Initiator {
   std::unique_ptr<Backend> backend;
   const BothSee near;
   char* const far;
-  std::unique_ptr<LocalRegion> ours;
-  std::unique_ptr<Connection> peer;
-  std::unique_ptr<RemoteRegion> theirs;
+  const Link link;
 };
 
 Result<void> finish(Transfer& transfer) {
@@ -210,11 +132,6 @@ Result<void> finish(Transfer& transfer) {
     CHECK(now_ns() < limit);
   }
 }
-Result<void> run(Transfer& transfer) {
-  NIXL_TRY(transfer.submit({}));
-  return finish(transfer);
-}
-
 // Submits until the target has pulled a chunk of a submission that still runs.
 void submit_until_pulled(Initiator& side, Transfer& transfer) {
   for (const Nanoseconds limit = now_ns() + kPatience;;) {
@@ -416,7 +333,7 @@ TEST(offers_that_make_no_sense_are_dropped) {
   Target target(far);
   Initiator side(target, far);
   side.fill(3);
-  const auto& theirs = static_cast<samehost::FarRegion&>(*side.theirs);
+  const auto& theirs = static_cast<samehost::FarRegion&>(*side.link.theirs);
   const samehost::OfferedRow good{at(side.near), at(far), 4 << 20, theirs.slot(), theirs.generation()};
   samehost::Offer offer{*CHECK_OK(side.backend->export_connection()),
                         static_cast<std::uint32_t>(side.board().fd()),

@@ -1,11 +1,7 @@
 // Two backends in one process, and real second processes that are killed, stopped, and lose their memory.
 #include <dirent.h>
 #include <poll.h>
-#include <signal.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,16 +9,11 @@
 #include <numeric>
 #include <random>
 
-#include "backends/samehost/chunks.h"
+#include "backends/samehost/test_process.h"
 #include "base/bytes.h"
-#include "check.h"
-#include "contract/entry.h"
 
 using namespace nixl::core;
-
-namespace nixl::core {
-std::span<const BackendEntry> backends_of_samehost();
-}
+using namespace nixl::core::samehost::test;
 
 namespace {
 
@@ -37,12 +28,7 @@ struct Lost : Events {
 };
 
 struct Side {
-  explicit Side(const char* name) {
-    BackendConfig config;
-    config.self = {name, 1};
-    config.events = &lost;
-    backend = std::move(*CHECK_OK(backends_of_samehost()[0].open(std::move(config))));
-  }
+  explicit Side(const char* name) : backend(open_backend(name, &lost)) {}
   Lost lost;
   std::unique_ptr<Backend> backend;
 };
@@ -53,62 +39,17 @@ char* shared_bytes(std::size_t bytes = kBytes) {
   return static_cast<char*>(p);
 }
 
-std::uint64_t at(const void* p) {
-  return reinterpret_cast<std::uint64_t>(p);
-}
-Region region_of(void* p, std::size_t bytes) {
-  return {MemKind::kDram, at(p), bytes, 0, ""};
-}
-
-void send_text(int fd, const std::string& text) {
-  const std::uint32_t size = static_cast<std::uint32_t>(text.size());
-  CHECK_EQ(::write(fd, &size, 4), 4);
-  CHECK_EQ(::write(fd, text.data(), size), static_cast<ssize_t>(size));
-}
-std::string read_text(int fd) {
-  std::uint32_t size;
-  CHECK_EQ(::recv(fd, &size, 4, MSG_WAITALL), 4);
-  std::string text(size, 0);
-  if (size) CHECK_EQ(::recv(fd, text.data(), size, MSG_WAITALL), static_cast<ssize_t>(size));  // of 0 it would block
-  return text;
-}
-
-// A process with one backend and one region; it does what it is told, one letter at a time.
-struct Target {
-  explicit Target(char* memory, std::size_t bytes = kBytes, unsigned user = 0) {
-    int ends[2];
-    CHECK_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
-    pid = ::fork();
-    if (pid == 0) {
-      ::close(ends[0]);
-      ::alarm(100);
-      if (user != 0) CHECK_EQ(::setuid(user), 0);
-      serve(ends[1], memory, bytes);
-      ::_exit(0);
-    }
-    ::close(ends[1]);
-    fd = ends[0];
-    address = read_text(fd);
-    key = read_text(fd);
-  }
-  ~Target() {
-    if (pid > 0) end();
-    ::close(fd);
-  }
-  void end() {
-    ::kill(pid, SIGKILL);
-    ::waitpid(pid, nullptr, 0);
-    pid = -1;
-  }
-  std::string ask(char what) {
-    CHECK_EQ(::write(fd, &what, 1), 1);
-    return read_text(fd);
-  }
+// A second process that does what it is told, one letter at a time.
+struct Target : TargetProcess {
+  explicit Target(char* memory, std::size_t bytes = kBytes, unsigned user = 0)
+      : TargetProcess([&](int fd) {
+          if (user != 0) CHECK_EQ(::setuid(user), 0);
+          serve(fd, memory, bytes);
+        }) {}
   static void serve(int fd, char* memory, std::size_t bytes) {
     Side side("target");
     auto region = std::move(*CHECK_OK(side.backend->add_region(region_of(memory, bytes))));
-    send_text(fd, *CHECK_OK(side.backend->export_connection()));
-    send_text(fd, *CHECK_OK(side.backend->export_region(*region)));
+    send_address_and_key(fd, *side.backend, *region);
     for (char what; ::read(fd, &what, 1) == 1;) {
       std::string answer;
       if (what == 'd') region.reset();
@@ -136,47 +77,7 @@ struct Target {
       send_text(fd, answer);
     }
   }
-  pid_t pid;
-  int fd;
-  std::string address, key;
 };
-
-struct Link {
-  Link(Side& side, const std::string& address, const std::string& key, Region local, Region remote) : side(side) {
-    ours = std::move(*CHECK_OK(side.backend->add_region(local)));
-    peer = std::move(*CHECK_OK(side.backend->connect({"target", 7}, address)));
-    theirs = std::move(*CHECK_OK(side.backend->import_region(*peer, remote, key)));
-  }
-  Plan plan(Op op) {
-    Plan p;
-    p.op = op;
-    p.peer = peer.get();
-    p.local_regions = {ours.get()};
-    p.remote_regions = {theirs.get()};
-    return p;
-  }
-  void add(Plan& p, std::uint64_t local, std::uint64_t remote, std::uint64_t length) {
-    p.local_address.push_back(local);
-    p.remote_address.push_back(remote);
-    p.length.push_back(length);
-    p.local_region.push_back(0);
-    p.remote_region.push_back(0);
-    ++p.num_blocks;
-    p.total_bytes += length;
-  }
-  Side& side;
-  std::unique_ptr<LocalRegion> ours;
-  std::unique_ptr<Connection> peer;
-  std::unique_ptr<RemoteRegion> theirs;
-};
-
-Result<void> run(Transfer& t, std::optional<std::string_view> message = {}) {
-  NIXL_ASSIGN(TransferState state, t.submit(message));
-  while (state == TransferState::kRunning) {
-    NIXL_ASSIGN(state, t.poll());
-  }
-  return {};
-}
 
 std::size_t open_fds() {
   std::size_t count = 0;
@@ -188,65 +89,6 @@ std::size_t open_fds() {
 
 }  // namespace
 
-TEST(chunks_cover_every_byte_once) {
-  std::mt19937_64 random(7);
-  for (int round = 0; round < 300; ++round) {
-    Plan plan;
-    const bool runs = round % 2;
-    const int rows = 1 + static_cast<int>(random() % (runs || round % 4 ? 40 : 700));
-    std::uint64_t next = 4096;
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> wanted;  // local address, remote address of every byte's block
-    for (int r = 0; r < rows; ++r) {
-      const std::uint64_t length = std::vector<std::uint64_t>{0, 1, 7, 4096, 100'000, 3'000'000}[random() % 6];
-      const std::uint64_t count = runs ? 1 + random() % 700 : 1, stride = length + random() % 3 * 64;
-      plan.local_address.push_back(next);
-      plan.remote_address.push_back(next + (1ull << 40));
-      plan.length.push_back(length);
-      plan.local_region.push_back(0);
-      plan.remote_region.push_back(static_cast<std::uint32_t>(r));
-      if (runs) {
-        plan.count.push_back(count);
-        plan.local_stride.push_back(stride);
-        plan.remote_stride.push_back(stride);
-      }
-      plan.num_blocks += count;
-      plan.total_bytes += count * length;
-      for (std::uint64_t b = 0; b < count; ++b)
-        if (length) wanted.push_back({next + b * stride, length});
-      next += count * stride + random() % 2 * 64;
-    }
-    const auto starts = samehost::cut(plan);
-    std::uint64_t total = 0;
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> seen;
-    for (std::size_t c = 0; c + 1 < starts.size(); ++c) {
-      samehost::Pieces pieces;
-      samehost::gather(plan, starts[c], starts[c + 1], pieces);
-      CHECK(pieces.count > 0 && pieces.count <= samehost::kMaxPieces && pieces.num_regions > 0);
-      std::uint64_t bytes = 0;
-      for (std::size_t i = 0; i < pieces.count; ++i) {
-        CHECK_EQ(at(pieces.remote[i].iov_base), at(pieces.local[i].iov_base) + (1ull << 40));
-        CHECK_EQ(pieces.local[i].iov_len, pieces.remote[i].iov_len);
-        bytes += pieces.local[i].iov_len;
-        const std::uint64_t from = at(pieces.local[i].iov_base);
-        if (!seen.empty() && seen.back().first + seen.back().second == from)
-          seen.back().second += pieces.local[i].iov_len;
-        else
-          seen.push_back({from, pieces.local[i].iov_len});
-      }
-      CHECK(bytes <= samehost::kMaxChunkBytes);
-      total += bytes;
-    }
-    CHECK_EQ(total, plan.total_bytes);
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> joined;
-    for (const auto& [from, length] : wanted)
-      if (!joined.empty() && joined.back().first + joined.back().second == from)
-        joined.back().second += length;
-      else
-        joined.push_back({from, length});
-    CHECK(joined == seen);
-  }
-}
-
 TEST(scattered_lists_between_processes) {
   char* const theirs = shared_bytes();
   std::vector<char> mine(kBytes);
@@ -254,7 +96,7 @@ TEST(scattered_lists_between_processes) {
   for (char& c : mine) c = static_cast<char>(random());
   Target target(theirs);
   Side side("initiator");
-  Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
+  Link link(*side.backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
   for (const std::size_t piece : {1, 63, 4096, 65536}) {
     std::vector<std::size_t> order(std::min<std::size_t>(5000, kBytes / piece));
     std::iota(order.begin(), order.end(), 0);
@@ -267,7 +109,7 @@ TEST(scattered_lists_between_processes) {
       for (std::size_t i = 0; i < kBytes; ++i) from[i] = static_cast<char>(i * 31 + piece);
       Plan plan = link.plan(op);
       for (std::size_t i = 0; i < order.size(); ++i)
-        link.add(plan, at(mine.data() + order[i] * piece), at(theirs + target_order[i] * piece), piece);
+        add_block(plan, at(mine.data() + order[i] * piece), at(theirs + target_order[i] * piece), piece);
       auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
       for (int repeat = 0; repeat < 3; ++repeat) CHECK_OK(run(*transfer));
       for (std::size_t i = 0; i < order.size(); ++i)
@@ -282,9 +124,9 @@ TEST(strided_runs_and_one_large_block) {
   for (std::size_t i = 0; i < kBytes; ++i) mine[i] = static_cast<char>(i * 7 + i / 4096);
   Target target(theirs);
   Side side("initiator");
-  Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
+  Link link(*side.backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
   Plan plan = link.plan(Op::kWrite);
-  link.add(plan, at(mine.data()), at(theirs), 1000);
+  add_block(plan, at(mine.data()), at(theirs), 1000);
   plan.count = {4000};
   plan.local_stride = {2000};
   plan.remote_stride = {3000};
@@ -296,7 +138,7 @@ TEST(strided_runs_and_one_large_block) {
     CHECK(theirs[b * 3000 + 1000] == 0 && theirs[b * 3000 + 2999] == 0);
   }
   plan = link.plan(Op::kWrite);
-  link.add(plan, at(mine.data()), at(theirs), kBytes);
+  add_block(plan, at(mine.data()), at(theirs), kBytes);
   CHECK_OK(run(**CHECK_OK(side.backend->prepare(std::move(plan)))));
   CHECK(!std::memcmp(mine.data(), theirs, kBytes));
 }
@@ -306,10 +148,10 @@ TEST(messages_keep_order_and_size) {
   std::vector<char> mine(4096, 'x');
   Target target(theirs);
   Side side("initiator");
-  Link link(side, target.address, target.key, region_of(mine.data(), 4096), region_of(theirs, kBytes));
+  Link link(*side.backend, target.address, target.key, region_of(mine.data(), 4096), region_of(theirs, kBytes));
   Notifier& notifier = *side.backend->notifier();
   Plan plan = link.plan(Op::kWrite);
-  link.add(plan, at(mine.data()), at(theirs), 4096);
+  add_block(plan, at(mine.data()), at(theirs), 4096);
   auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
   CHECK_OK(run(*transfer, "after the data"));
   CHECK_EQ(target.ask('n'), std::string("initiator:after the data\n"));
@@ -325,8 +167,7 @@ TEST(messages_keep_order_and_size) {
   CHECK_OK(notifier.send(*link.peer, big));
   std::string got;
   while (got.size() < 3000 || got.find(big) == std::string::npos) {
-    const char what = 'n';
-    CHECK_EQ(::write(target.fd, &what, 1), 1);
+    target.tell('n');
     pollfd answer{target.fd, POLLIN, 0};
     while (::poll(&answer, 1, 0) == 0) side.backend->progress();
     got += read_text(target.fd);
@@ -342,8 +183,7 @@ TEST(a_sleeping_receiver_is_woken) {
   Side side("initiator");
   auto peer = std::move(*CHECK_OK(side.backend->connect({"target", 7}, target.address)));
   for (int i = 0; i < 200; ++i) {
-    const char what = 'e';
-    CHECK_EQ(::write(target.fd, &what, 1), 1);
+    target.tell('e');
     if (i % 2) ::usleep(i * 10);  // before and after it has fallen asleep
     CHECK_OK(side.backend->notifier()->send(*peer, "wake " + std::to_string(i)));
     pollfd answer{target.fd, POLLIN, 0};
@@ -360,10 +200,10 @@ TEST(a_killed_peer_is_an_error_and_is_told_once) {
     const std::size_t bytes = round < 2 ? kBytes : 64;  // many calls; a single small copy
     Target target(theirs);
     Side side("initiator");
-    Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
+    Link link(*side.backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
     Plan plan = link.plan(Op::kWrite);
-    if (bytes == 64) link.add(plan, at(mine.data()), at(theirs), bytes);
-    for (std::size_t i = 0; i + 4096 <= bytes; i += 4096) link.add(plan, at(mine.data() + i), at(theirs + i), 4096);
+    if (bytes == 64) add_block(plan, at(mine.data()), at(theirs), bytes);
+    for (std::size_t i = 0; i + 4096 <= bytes; i += 4096) add_block(plan, at(mine.data() + i), at(theirs + i), 4096);
     auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
     CHECK_OK(run(*transfer));
     if (!inside) target.end();
@@ -392,10 +232,10 @@ TEST(a_stopped_peer_does_not_hold_up_copies) {
   std::vector<char> mine(kBytes, 's');
   Target target(theirs);
   Side side("initiator");
-  Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
+  Link link(*side.backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
   ::kill(target.pid, SIGSTOP);
   Plan plan = link.plan(Op::kWrite);
-  link.add(plan, at(mine.data()), at(theirs), kBytes);
+  add_block(plan, at(mine.data()), at(theirs), kBytes);
   CHECK_OK(run(**CHECK_OK(side.backend->prepare(std::move(plan))), "stopped"));
   CHECK(!std::memcmp(mine.data(), theirs, kBytes));
   ::kill(target.pid, SIGCONT);
@@ -410,9 +250,9 @@ TEST(deregistered_and_freed_memory_is_refused) {
     std::memset(theirs, 0, kBytes);
     Target target(theirs);
     Side side("initiator");
-    Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
+    Link link(*side.backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
     Plan plan = link.plan(Op::kWrite);
-    link.add(plan, at(mine.data()), at(theirs), bytes);
+    add_block(plan, at(mine.data()), at(theirs), bytes);
     auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
     CHECK_OK(run(*transfer));
     std::memset(theirs, 0, kBytes);
@@ -432,9 +272,9 @@ TEST(cancel_ends_and_sends_nothing) {
   std::vector<char> mine(kBytes, 'c');
   Target target(theirs);
   Side side("initiator");
-  Link link(side, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
+  Link link(*side.backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(theirs, kBytes));
   Plan plan = link.plan(Op::kWrite);
-  link.add(plan, at(mine.data()), at(theirs), kBytes);
+  add_block(plan, at(mine.data()), at(theirs), kBytes);
   auto transfer = std::move(*CHECK_OK(side.backend->prepare(std::move(plan))));
   int cancelled = 0;
   for (int i = 0; i < 50; ++i) {
@@ -510,8 +350,8 @@ TEST(a_forked_child_takes_nothing_from_its_parent) {
   Side side("initiator"), watcher("watcher");
   auto region = std::move(*CHECK_OK(side.backend->add_region(region_of(mine.data(), 4096))));
   const std::string key = *CHECK_OK(side.backend->export_region(*region));
-  auto link =
-      std::make_unique<Link>(side, target.address, target.key, region_of(mine.data(), 4096), region_of(theirs, kBytes));
+  auto link = std::make_unique<Link>(*side.backend, target.address, target.key, region_of(mine.data(), 4096),
+                                     region_of(theirs, kBytes));
   CHECK_OK(side.backend->notifier()->send(*link->peer, "before"));
   CHECK_EQ(target.ask('n'), std::string("initiator:before\n"));
   const pid_t pid = ::fork();
@@ -528,10 +368,10 @@ TEST(a_forked_child_takes_nothing_from_its_parent) {
   CHECK_EQ(target.ask('n'), std::string("initiator:after\n"));
   CHECK_OK(side.backend->notifier()->send(*link->peer, "and once more"));
   CHECK_EQ(target.ask('n'), std::string("initiator:and once more\n"));
-  Link back(watcher, *CHECK_OK(side.backend->export_connection()), key, region_of(theirs, 4096),
+  Link back(*watcher.backend, *CHECK_OK(side.backend->export_connection()), key, region_of(theirs, 4096),
             region_of(mine.data(), 4096));
   Plan plan = back.plan(Op::kRead);
-  back.add(plan, at(theirs), at(mine.data()), 4096);
+  add_block(plan, at(theirs), at(mine.data()), 4096);
   CHECK_OK(run(**CHECK_OK(watcher.backend->prepare(std::move(plan)))));
   CHECK_EQ(theirs[4095], 'f');
 }
@@ -540,10 +380,11 @@ TEST(two_backends_in_one_process) {
   std::vector<char> mine(kBytes, 'p'), theirs(kBytes);
   Side side("initiator"), other("target");
   auto region = std::move(*CHECK_OK(other.backend->add_region(region_of(theirs.data(), kBytes))));
-  Link link(side, *CHECK_OK(other.backend->export_connection()), *CHECK_OK(other.backend->export_region(*region)),
-            region_of(mine.data(), kBytes), region_of(theirs.data(), kBytes));
+  Link link(*side.backend, *CHECK_OK(other.backend->export_connection()),
+            *CHECK_OK(other.backend->export_region(*region)), region_of(mine.data(), kBytes),
+            region_of(theirs.data(), kBytes));
   Plan plan = link.plan(Op::kWrite);
-  link.add(plan, at(mine.data()), at(theirs.data()), kBytes);
+  add_block(plan, at(mine.data()), at(theirs.data()), kBytes);
   CHECK_OK(run(**CHECK_OK(side.backend->prepare(std::move(plan))), "m"));
   CHECK(mine == theirs);
   std::vector<Notification> got;
