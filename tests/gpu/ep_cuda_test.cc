@@ -158,7 +158,7 @@ void run_case(Mesh& mesh, const Case& c) {
     const View data = path->data_memory();
     CUDA_OK(cudaStreamSynchronize(t.stream));
     mesh.barrier();
-    if (time == 1 && mesh.rank() % 2) CUDA_OK(cudaMemset(data.data, 0, data.shape[0]));
+    if (time == 1 && mesh.rank() % 2) fill(data.data, 0, data.shape[0]);
     CUDA_OK(cudaDeviceSynchronize());
     mesh.barrier();
   }

@@ -143,6 +143,12 @@ inline int count_gpus() {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 }
 
+// Done when it returns: cudaMemset alone may come after a kernel of another stream that is launched later.
+inline void fill(void* data, int byte, std::size_t bytes) {
+  CUDA_OK(cudaMemset(data, byte, bytes));
+  CUDA_OK(cudaStreamSynchronize(nullptr));
+}
+
 // Forks `ranks` processes that run `body`, rank r on GPU r % gpus. Returns the number that failed.
 inline int run_ranks(int ranks, int gpus, const std::function<void(Mesh&)>& body, int limit_seconds) {
   std::vector<std::vector<int>> sockets(ranks, std::vector<int>(ranks, -1));
@@ -239,7 +245,7 @@ class Device {
     CUDA_OK(cudaMemcpy(host.data(), data_ + first, count * sizeof(T), cudaMemcpyDeviceToHost));
     return host;
   }
-  void fill(int byte) { CUDA_OK(cudaMemset(data_, byte, count_ * sizeof(T))); }
+  void fill(int byte) { gpu_test::fill(data_, byte, count_ * sizeof(T)); }
 
  private:
   T* data_ = nullptr;

@@ -62,7 +62,7 @@ inline void fill_rows(Path& path, const Tensors& t) {
     block = view.stride[0];
     stride = view.stride[1];
   } else {
-    CUDA_OK(cudaMemset(base, 0xff, t.y.size() * 2));  // NaN where no row is
+    fill(base, 0xff, t.y.size() * 2);  // NaN where no row is
   }
   const auto rows = expected_rows(c, t.rank);
   std::vector<std::uint16_t> host;
