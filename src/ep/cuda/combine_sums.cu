@@ -20,7 +20,6 @@ template <int kChunks, int kAhead>
 struct Task {
   int rank, number, piece;
   bool exists;
-  const int2* record;  // what dispatch left: token and entries, then of each entry row and place
   Message message;
   uint4 rows[kAhead][kChunks];
   __device__ __forceinline__ void locate(const CombineOp& a, unsigned index) {
@@ -29,16 +28,11 @@ struct Task {
     number = static_cast<int>(of);
     rank = a.op.rank + 1 + static_cast<int>(in_turn - of * (a.op.ranks - 1));
     if (rank >= a.op.ranks) rank -= a.op.ranks;
-    record = reinterpret_cast<const int2*>(a.records + a.record.message_of(rank, a.route.max_tokens, number));
   }
   __device__ __forceinline__ void load(const CombineOp& a, int count_of_lane) {
     const int lane = threadIdx.x % 32;
     if (a.op.ranks == 1 || number >= a.route.max_tokens) return;
-    const int2 head = __ldg(record), entry = lane < a.route.topk ? __ldg(record + 1 + lane) : make_int2(-1, 0);
-    message.token = head.x >= 0 && head.x < a.route.max_tokens ? head.x : 0;
-    message.entries = min(head.y, a.route.topk);
-    message.place = entry.y & 31;
-    message.row = lane < message.entries ? row_at(a, entry.x) : nullptr;
+    message = load_message(a, rank, number, lane);
     const int count = rank < 32 ? __shfl_sync(~0u, count_of_lane, rank) : load_count(a, rank);
     exists = number < count && message.entries > 0;
     if (exists) load_rows(a, 0);
@@ -180,40 +174,31 @@ __device__ __forceinline__ void send_weights(const CombineOp& a, const Shared& s
   }
 }
 
-// Turns are numbered by words that never go back: the operation's number above, how many were taken below.
-__device__ __forceinline__ void open_turns(unsigned long long& turns, std::uint64_t number) {
-  asm volatile("red.max.relaxed.gpu.global.u64 [%0],%1;" ::"l"(&turns), "l"(number << kTurnBits) : "memory");
+// Items behind the first round are numbered by a word that never goes back: the operation's number above, how many were taken below.
+__device__ __forceinline__ void open_items(State& state, std::uint64_t number) {
+  asm volatile("red.max.relaxed.gpu.global.u64 [%0],%1;" ::"l"(&state.taken), "l"(number << kTakenBits) : "memory");
 }
-// Lane 0 of a warp takes one; nothing waits for the answer here. (A constant would be added up over the warp first, and a branch would
-// copy the answer: both wait.)
-__device__ __forceinline__ unsigned long long take_turn(unsigned long long& turns) {
+// By lane 0 of a warp that takes one; nothing waits for the answer here. (A constant would be added up over the warp first, and a
+// branch would copy the answer: both wait.)
+__device__ __forceinline__ unsigned long long take_item(State& state, bool takes) {
   unsigned long long before;
   asm volatile(
-      "{.reg .pred p; .reg .u32 n; .reg .u64 m; mov.u32 n,%%laneid; setp.eq.u32 p,n,0;"
+      "{.reg .pred p; .reg .u32 n; .reg .u64 m; mov.u32 n,%%laneid; setp.eq.u32 p,n,0; setp.ne.and.u32 p,%2,0,p;"
       "cvt.u64.u32 m,n; add.u64 m,m,1; @p atom.add.relaxed.gpu.global.u64 %0,[%1],m;}"
       : "=l"(before)
-      : "l"(&turns)
+      : "l"(&state.taken), "r"(static_cast<unsigned>(takes))
       : "memory");
   return before;
 }
-__device__ __forceinline__ unsigned turn_of(unsigned long long taken, std::uint64_t number) {
-  const unsigned long long before = taken - (number << kTurnBits), most = 1ull << kTurnBits;
-  return __shfl_sync(~0u, static_cast<unsigned>(before < most ? before : most), 0);
+__device__ __forceinline__ unsigned items_before(unsigned long long taken, std::uint64_t number) {
+  const unsigned long long before = taken - (number << kTakenBits), most = 1ull << kTakenBits;
+  return static_cast<unsigned>(before < most ? before : most);
 }
-
-// Units as long as there are any, in the order in which they come: of few tokens the first ones are everybody's own, where there are
-// many whoever is free takes the next. One warp.
-template <int kLanes, bool kFew>
-__device__ __forceinline__ void sum_units(const CombineOp& a, const Shared& s, unsigned first, unsigned all) {
-  const unsigned units = a.route.num_tokens * a.units.of_token, own = kFew ? all : 0;
-  unsigned long long& turns = a.op.state->units_taken;
-  unsigned unit = kFew ? all - 1 - first : turn_of(take_turn(turns), s.block->number);
-#pragma unroll 1
-  while (unit < units) {
-    const unsigned long long taken = take_turn(turns);
-    sum_unit<kLanes, kFew>(a, s, Unit<unit_chunks(kLanes, kFew)>(a, unit));
-    unit = own + turn_of(taken, s.block->number);
-  }
+// The next unit of this block if it is below `end`; ~0: there is none now; ~1: others were quicker. One thread.
+__device__ __forceinline__ unsigned take_unit(unsigned& taken, unsigned end) {
+  const unsigned before = *static_cast<volatile unsigned*>(&taken), unit = blockIdx.x + before * gridDim.x;
+  if (unit >= end) return ~0u;
+  return atomicCAS(&taken, before, before + 1) == before ? unit : ~1u;
 }
 
 // One block adds everything up again without the ranks that failed.
@@ -235,25 +220,26 @@ __global__ void __launch_bounds__(gpu::kSumsThreads, 1) combine_sums(const __gri
   constexpr int kThreads = kSumsThreads, kWarps = kThreads / 32;
   constexpr int kControl = kWarps - 1;  // the warp that begins the operation,
   constexpr int kWeights = kWarps - 2;  // and the one that sends weights: they have the fewest rows to send
+  constexpr int kChunks = unit_chunks(kLanes, kFew);
   __shared__ Block block;
+  __shared__ unsigned units_taken;  // of this block
   const Shared s{&block, reinterpret_cast<Peer*>(shared_memory), nullptr};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  const unsigned first = blockIdx.x + warp * gridDim.x, all = kWarps * gridDim.x;  // of all warps
-  unsigned index = first;
+  unsigned index =
+      blockIdx.x + warp * gridDim.x;  // of this warp's item; behind the first ones they go to whoever is free
   Task<sums_piece(kFew), sums_ahead(kFew)> item{};
   item.locate(a, index);
   // worked out here, not where it is used
-  asm volatile("" : "+r"(item.rank), "+r"(item.number), "+r"(item.piece), "+l"(item.record));
+  asm volatile("" : "+r"(item.rank), "+r"(item.number), "+r"(item.piece));
+  const unsigned units = receives ? a.route.num_tokens * a.units.of_token : 0;
   touch_parameters(a);
   unsigned items = 0;
   int count = 0;  // messages of rank `lane`
   if (warp == kControl) {
+    if (lane == 0) units_taken = 0;
     begin_operation(a.op, *s.block, s.peers);
-    if (lane == 0) {
-      open_turns(a.op.state->items_taken, s.block->number);
-      open_turns(a.op.state->units_taken, s.block->number);
-    }
+    if (lane == 0) open_items(*a.op.state, s.block->number);
     arrive_some(kPeersKnown, 64);
     if (sends) send_headers(a, *s.block, s.peers);
   } else {
@@ -277,19 +263,34 @@ __global__ void __launch_bounds__(gpu::kSumsThreads, 1) combine_sums(const __gri
   }
   if (warp < kWeights) sync_some(kAll, kThreads);
   if (warp == kControl && receives && blockIdx.x == 0) await_headers(a, *s.block, s.peers);
+  // After a send one sum of a token whose messages were taken up a round before. What a sum waits for is held by warps that wait for
+  // earlier messages only, so no circle can form.
+  const unsigned in_round = kWarps * gridDim.x;
 #pragma unroll 1
-  while (index < items) {  // whoever sends waits for no sum, so what a sum waits for comes
-    const unsigned long long taken = take_turn(a.op.state->items_taken);
-    if (item.exists && s.peers[item.rank].active) send_sum<kLanes>(a, s, item);
+  for (;;) {
+    const bool sending = index < items;
+    const unsigned long long taken = take_item(*a.op.state, sending);
+    if (sending && item.exists && s.peers[item.rank].active) send_sum<kLanes>(a, s, item);
+    unsigned unit = ~0u;
+    if (lane == 0) {
+      const unsigned ready = index < in_round ? 0 : a.units.of_token * a.units.by_messages.quotient(index - in_round);
+      unit = take_unit(units_taken, sending ? min(ready, units) : units);
+    }
+    unit = __shfl_sync(~0u, unit, 0);
+    if (unit < units)
+      sum_unit<kLanes, kFew>(a, s, Unit<kChunks>(a, unit));
+    else if (unit == ~0u && !sending)
+      break;
     Task<sums_piece(kFew), sums_ahead(kFew)> next{};  // nothing of the one before stays in registers
-    index = all + turn_of(taken, s.block->number);
-    if (index < items) {
-      next.locate(a, index);
-      next.load(a, count);
+    if (sending) {
+      index = in_round + __shfl_sync(~0u, items_before(taken, s.block->number), 0);
+      if (index < items) {
+        next.locate(a, index);
+        next.load(a, count);
+      }
     }
     item = next;
   }
-  if (receives) sum_units<kLanes, kFew>(a, s, first, all);
   if (!receives) return finish_sending(a.op, *s.block);
   if (finish_operation(a.op, *s.block, s.peers)) repair<kLanes, kFew>(a, s);
 }

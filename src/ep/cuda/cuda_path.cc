@@ -321,13 +321,13 @@ Result<void> CudaPath::combine_parts(const CombineArgs& args, int parts) {
                                                        : RowsKind::kMany;
   NIXL_ASSIGN(a.shape,
               shape_of(2 * args.hidden, args.max_tokens, summed ? gpu::sums_piece(few) : gpu::rows_piece(kind), 0, 0));
-  a.units = gpu::plan_units(a.shape, gpu::unit_chunks(lanes_, few));
+  a.units = gpu::plan_units(a.shape, gpu::unit_chunks(lanes_, few), args.num_ranks);
   a.by_pieces = Divisor(a.shape.pieces);
   a.by_others = Divisor(args.num_ranks - 1);
-  if (summed && args.max_tokens * args.num_ranks * a.units.of_token > gpu::kMostTurns)
+  if (summed && args.max_tokens * args.num_ranks * a.units.of_token > gpu::kMostItems)
     return fail(Code::kUnsupported, "%lld tokens of %d ranks in %u parts are more than a combine numbers: %lld in all",
                 static_cast<long long>(args.max_tokens), args.num_ranks, a.units.of_token,
-                static_cast<long long>(gpu::kMostTurns));
+                static_cast<long long>(gpu::kMostItems));
   const std::int64_t all_rows = args.max_tokens * args.topk * a.shape.row_bytes;
   a.rows = summed ? gpu::Rows::kSummed : all_rows <= layout_.slot_bytes ? gpu::Rows::kInSlot : gpu::Rows::kByPlace;
   a.split = summed || args.max_tokens > kSmallBatch ? 1 : args.max_tokens > 4 ? 2 : 4;

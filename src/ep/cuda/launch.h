@@ -46,12 +46,13 @@ NIXL_HD inline CombineShared make_combine_shared(const CombineOp& a, int grid) {
   return at;
 }
 
-inline UnitPlan plan_units(const RowShape& shape, int chunks) {
+inline UnitPlan plan_units(const RowShape& shape, int chunks, int ranks) {
   UnitPlan units;
   units.of_piece = (shape.per + chunks - 1) / chunks;
   units.of_token = units.of_piece * shape.pieces;
   units.by_piece = Divisor(units.of_piece);
   units.by_token = Divisor(units.of_token);
+  units.by_messages = Divisor(ranks > 1 ? (ranks - 1) * shape.pieces : 1);
   return units;
 }
 

@@ -63,8 +63,7 @@ NIXL_HD constexpr std::uint32_t epoch_of(std::uint64_t ticket) {
 struct State {
   Ticket tickets[kTicketWords];
   Ended ended[kTicketWords];             // together kTicket an operation
-  unsigned long long items_taken;        // turns of a combine of sums, below its number (kTurnBits)
-  unsigned long long units_taken;        // the same
+  unsigned long long taken;              // items of a combine of sums that were taken up, below its number (kTakenBits)
   unsigned long long redo;               // last operation + 1 that was repaired
   unsigned long long fault_op;           // operation + 1 that fault_view speaks of
   unsigned long long looking;            // threads that are reading a peer's control memory
@@ -184,14 +183,14 @@ enum class Rows {
   kInSlot,   // every row, in the sender's slot
   kByPlace,  // every row, by (token, place) in an area that all senders share
 };
-// In a combine of sums warps take turns: at pieces of messages to send, at units to add up. Bits that count turns, and how many of one kind
-// there may be; those that warps take in vain come on top.
-inline constexpr int kTurnBits = 24;
-inline constexpr std::int64_t kMostTurns = 1 << 23;
+// Items of a combine of sums that warps take up, pieces of messages: bits that count them, and how many there may be; those that warps
+// take in vain come on top.
+inline constexpr int kTakenBits = 24;
+inline constexpr std::int64_t kMostItems = 1 << 23;
 // What warps add up at once in a combine of sums: units of a piece, and of a token.
 struct UnitPlan {
   unsigned of_piece = 1, of_token = 1;
-  Divisor by_piece, by_token;
+  Divisor by_piece, by_token, by_messages;  // the last: pieces of all messages of a token
 };
 struct CombineOp {
   Op op;

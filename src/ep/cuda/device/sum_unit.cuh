@@ -243,11 +243,9 @@ __device__ __forceinline__ void sum_unit(const CombineOp& a, const Shared& s, co
     unsigned polls = 0;
 #pragma unroll 1
     for (;;) {
-      int first = first_at, tail = tail_at;
-      asm volatile("" : "+r"(first), "+r"(tail));  // addresses are worked out anew: registers are short
 #pragma unroll
       for (int u = 0; u < kBatch; ++u)
-        if (missing >> u & 1) in[u].load(from[u] + first, step, from[u] + tail, lane, tag[u]);
+        if (missing >> u & 1) in[u].load(from[u] + first_at, step, from[u] + tail_at, lane, tag[u]);
 #pragma unroll
       for (int u = 0; u < kBatch; ++u)
         if ((missing >> u & 1) && __all_sync(~0u, in[u].fresh(lane, tag[u]))) missing &= ~(1u << u);
