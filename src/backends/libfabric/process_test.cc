@@ -1,12 +1,7 @@
 // The backend between processes and, where namespaces are permitted, between two hosts: data, notifications, peers that
 // are killed, stopped and resumed.
-#include <fcntl.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include "backends/libfabric/entry.h"
-#include "peer_process.h"
+#include "peer_cases.h"
 
 using namespace nixl::core;
 using namespace nixl::core::test;
@@ -35,37 +30,14 @@ TEST(data_with_a_thread_of_its_own_and_few_operations_in_flight) {
 }
 
 TEST(attached_notification_leaves_when_nobody_polls) {
-  Pair pair(kTcp, kTcp);
-  pair.prepare(Op::kWrite, 16);
-  CHECK(pair.transfer->submit("after the data").has_value());
-  CHECK_EQ(pair.peer.ask("n"), "initiator:after the data");
-  CHECK_EQ(pair.peer.ask("c 2"), "1");
-  CHECK(done(pair.finish()));
-}
-
-// Round 0: before anything was said; 1: after a transfer; 2: well within one.
-void kill_peer(const Params& params, Op op, int round) {
-  Pair pair(params, params);
-  pair.prepare(op, 1024, true);
-  if (round > 0) CHECK(done(pair.run()));
-  CHECK(pair.transfer->submit("never").has_value());
-  if (round == 2) CHECK_OK(pair.finish(500'000));
-  kill(pair.peer.pid, SIGKILL);
-  const Nanoseconds start = now_ns();
-  const auto state = pair.finish();
-  if (!state) CHECK(state.error().code == Code::kPeerLost);
-  CHECK(now_ns() - start < 10'000'000'000);
-  while (pair.node.lost.count == 0) CHECK(now_ns() - start < 10'000'000'000);
-  CHECK(pair.run().error().code == Code::kPeerLost);
-  CHECK_EQ(pair.node.lost.count.load(), 1);
-  CHECK(pair.node.backend->notifier()->send(*pair.line, "x").error().code == Code::kPeerLost);
+  attached_notification_leaves_when_nobody_polls(kTcp);
 }
 
 TEST(killed_peer_is_lost_in_time) {
-  kill_peer(kTcp, Op::kWrite, 0);
-  kill_peer(kTcp, Op::kRead, 1);
-  for (const Op op : {Op::kWrite, Op::kRead}) kill_peer(kTcp, op, 2);
-  kill_peer({{"provider", "sockets"}}, Op::kWrite, 2);
+  killed_peer_is_lost_in_time(kTcp, Op::kWrite, 0);
+  killed_peer_is_lost_in_time(kTcp, Op::kRead, 1);
+  for (const Op op : kBothOps) killed_peer_is_lost_in_time(kTcp, op, 2);
+  killed_peer_is_lost_in_time({{"provider", "sockets"}}, Op::kWrite, 2);
 }
 
 TEST(killed_peer_is_noticed_when_nothing_is_under_way) {
@@ -81,37 +53,12 @@ TEST(killed_peer_is_noticed_when_nothing_is_under_way) {
 }
 
 TEST(stopped_peer_stalls_and_goes_on) {
-  for (const Op op : {Op::kWrite, Op::kRead}) {
-    Pair pair(kTcp, kTcp);
-    pair.prepare(op, 64);
-    CHECK(done(pair.run()));
-    stop(pair.peer.pid);
-    CHECK(pair.transfer->submit({}).has_value());
-    const auto state = pair.finish(op == Op::kWrite ? 1'500'000'000 : 200'000'000);
-    CHECK(state && *state == TransferState::kRunning);
-    kill(pair.peer.pid, SIGCONT);
-    CHECK(done(pair.finish()));
-  }
+  stopped_peer_stalls_and_goes_on(kTcp, Op::kWrite, 1'500'000'000);
+  stopped_peer_stalls_and_goes_on(kTcp, Op::kRead, 200'000'000);
 }
 
 TEST(what_a_stopped_peer_holds_is_cancelled_when_it_lets_go) {
-  for (const Op op : {Op::kWrite, Op::kRead}) {
-    Pair pair(kTcp, kTcp);
-    pair.prepare(op, 64);
-    CHECK(done(pair.run()));
-    stop(pair.peer.pid);
-    CHECK(pair.transfer->submit({}).has_value());
-    for (int i = 0; i < 100; ++i) {
-      CHECK(!pair.transfer->cancel());
-      usleep(1000);
-    }
-    kill(pair.peer.pid, SIGCONT);
-    const Deadline deadline = Deadline::after(kPatience);
-    while (!pair.transfer->cancel()) CHECK(!deadline.passed());
-    CHECK(pair.transfer->poll().error().code == Code::kCancelled);
-    CHECK(done(pair.run()));
-    if (op == Op::kWrite) CHECK_EQ(pair.peer.ask("c 2"), "1");
-  }
+  for (const Op op : kBothOps) what_a_stopped_peer_holds_is_cancelled_when_it_lets_go(kTcp, op);
 }
 
 TEST(closing_towards_a_stopped_peer_harms_nobody) {
@@ -148,24 +95,11 @@ TEST(closing_towards_a_stopped_peer_harms_nobody) {
 }
 
 TEST(deregistered_memory_is_refused_at_the_initiator) {
-  for (const Op op : {Op::kRead, Op::kWrite}) {
-    Pair pair(kTcp, kTcp);
-    pair.prepare(op, 4);
-    CHECK(done(pair.run()));
-    CHECK_EQ(pair.peer.ask("d"), "gone");
-    const Deadline deadline = Deadline::after(kPatience);
-    Result<TransferState> state;
-    do {
-      state = pair.run();
-      CHECK(!deadline.passed());
-    } while (state);  // the notice may still be under way for the first ones
-    CHECK(state.error().code == Code::kNotFound);
-    CHECK_EQ(pair.node.lost.count.load(), 0);
-  }
+  for (const Op op : kBothOps) deregistered_memory_is_refused_at_the_initiator(kTcp, op);
 }
 
 TEST(memory_that_goes_under_a_transfer_costs_the_transfer_and_not_the_peer) {
-  for (const Op op : {Op::kRead, Op::kWrite}) {
+  for (const Op op : kBothOps) {
     Pair pair(kTcp, kTcp);
     pair.prepare(op, 4096, true);
     for (int round = 0; round < 3; ++round) CHECK(done(pair.run()));
@@ -182,12 +116,7 @@ TEST(memory_that_goes_under_a_transfer_costs_the_transfer_and_not_the_peer) {
 }
 
 TEST(a_stranger_at_the_address_is_not_the_peer) {
-  Peer peer(7, kTcp);
-  Node node("initiator", 1, kTcp);
-  auto line = std::move(*CHECK_OK(node.backend->connect({"peer", 6}, peer.connection)));
-  const auto ready = line->wait_ready(Deadline::after(kPatience));
-  CHECK(!ready);
-  CHECK(ready.error().code == Code::kPeerLost);
+  a_stranger_at_the_address_is_not_the_peer(kTcp);
 }
 
 TEST(peers_with_other_providers_are_refused_at_once) {
@@ -200,11 +129,6 @@ TEST(peers_with_other_providers_are_refused_at_once) {
 
 TEST(restarted_peer_is_a_new_one_and_nothing_leaks) {
   Node node("initiator", 1, kTcp);
-  const auto num_fds = [] {
-    int count = 0;
-    for (int fd = 0; fd < 4096; ++fd) count += fcntl(fd, F_GETFD) >= 0;
-    return count;
-  };
   int before = 0;
   for (int round = 0; round < 6; ++round) {
     {
@@ -225,22 +149,8 @@ TEST(restarted_peer_is_a_new_one_and_nothing_leaks) {
   while (num_fds() > before) CHECK(!deadline.passed());  // connections are closed as the node goes on
 }
 
-double cpu_seconds() {
-  timespec cpu{};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
-  return static_cast<double>(cpu.tv_sec) + 1e-9 * static_cast<double>(cpu.tv_nsec);
-}
-
 TEST(idle_costs_nothing) {
-  Pair pair(kTcp, kTcp);
-  pair.prepare(Op::kWrite, 4);
-  CHECK(done(pair.run()));
-  usleep(300'000);
-  const double before = cpu_seconds();
-  usleep(1'000'000);
-  const double used = cpu_seconds() - before;
-  if (used >= 0.02) std::fprintf(stderr, "used %.3f s of CPU in 1 s\n", used);
-  CHECK(used < 0.02);
+  idle_costs_nothing(kTcp);
 }
 
 // ---- two hosts ----
@@ -262,16 +172,6 @@ TEST(two_hosts_with_two_links) {
 }  // namespace
 
 int main(int argc, char** argv) {
-#ifdef __SANITIZE_THREAD__
-  SKIP(
-      "the peer's buffer is written by libfabric, whose synchronisation the thread sanitizer cannot see; "
-      "libfabric_test "
-      "covers threads");
-#endif
-  signal(SIGPIPE, SIG_IGN);
-  const Probe probe = backends_of_libfabric()[0].probe();
-  if (!probe.viable) SKIP(probe.reason.c_str());
   tested = &backends_of_libfabric()[0];
-  if (argc > 2 && std::string(argv[1]) == "peer") return serve(argv + 2);
-  return check::run_tests(argc, argv);
+  return run_peer_tests(argc, argv);
 }
