@@ -1,11 +1,12 @@
-// For tests of a network backend between processes: the backend driven as an agent drives it, and a peer, which is this program
-// started again with the argument "peer". Such a program sets `tested` and gives what follows "peer" to serve().
+// For tests of a network backend, between processes and within one: the backend driven as an agent drives it, and a peer, which is
+// this program started again with the argument "peer". Such a program sets `tested` and gives what follows "peer" to serve().
 #pragma once
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -60,12 +61,27 @@ struct Node {
       active = now_ns();
     }
   }
+  std::unique_ptr<Connection> connect(Node& peer) {
+    return std::move(*CHECK_OK(backend->connect(peer.id, *CHECK_OK(peer.backend->export_connection()))));
+  }
   Lost lost;
   PeerId id;
   std::unique_ptr<Backend> backend;
   std::atomic<bool> stop{false};
   std::thread thread;
 };
+
+// Ends the TCP connections of this process both ways; their number.
+inline int cut_connections() {
+  int num_cut = 0;
+  for (int fd = 3; fd < 1024; ++fd) {
+    sockaddr_storage peer{};
+    socklen_t size = sizeof peer;
+    if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0) continue;
+    if (peer.ss_family == AF_INET || peer.ss_family == AF_INET6) num_cut += shutdown(fd, SHUT_RDWR) == 0;
+  }
+  return num_cut;
+}
 
 inline std::string to_hex(const std::string& bytes) {
   std::string text;

@@ -1,14 +1,10 @@
 // Parameters, the choice of the provider, missing libraries, messages, and links that break; no second process needed.
-#include <arpa/inet.h>
 #include <dlfcn.h>
-#include <poll.h>
 #include <rdma/fi_domain.h>
 #include <rdma/fi_endpoint.h>
 #include <signal.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -19,17 +15,14 @@
 #include "backends/libfabric/messages.h"
 #include "backends/libfabric/options.h"
 #include "backends/libfabric/provider.h"
-#include "base/clock.h"
-#include "check.h"
-#include "contract/backend.h"
 #include "fuzz.h"
+#include "peer_process.h"
 
 using namespace nixl::core;
 using namespace nixl::core::libfabric;
+using namespace nixl::core::test;
 
 namespace {
-
-constexpr Nanoseconds kPatience = 20'000'000'000;
 
 TEST(parameters_beat_the_environment_beats_defaults) {
   unsetenv("NIXL_LIBFABRIC_POST_QUEUE_SIZE");
@@ -242,56 +235,11 @@ TEST(messages_survive_and_damage_is_refused_or_read) {
 
 // ---- links ----
 
-struct Lost final : Events {
-  void peer_lost(const PeerId&, Error) noexcept override { ++count; }
-  std::atomic<int> count{0};
-};
-
-// A backend with a thread that drives it.
-struct Driven {
-  explicit Driven(PeerId who, Params params = {{"provider", "tcp"}}) {
-    BackendConfig config;
-    config.self = std::move(who);
-    config.params = backends_of_libfabric()[0].params;
-    for (const auto& [key, value] : params) config.params[key] = value;
-    config.events = &lost;
-    backend = std::move(*CHECK_OK(backends_of_libfabric()[0].open(std::move(config))));
-    thread = std::thread([this] {
-      while (!stop) {
-        if (backend->progress() || !backend->arm()) continue;
-        pollfd wait{backend->event_fd(), POLLIN, 0};
-        poll(&wait, 1, 5);
-      }
-    });
-  }
-  ~Driven() {
-    stop = true;
-    thread.join();
-  }
-  std::unique_ptr<Connection> connect(Driven& peer, std::uint64_t incarnation) {
-    return std::move(*CHECK_OK(backend->connect({"there", incarnation}, *CHECK_OK(peer.backend->export_connection()))));
-  }
-  Lost lost;
-  std::unique_ptr<Backend> backend;
-  std::atomic<bool> stop{false};
-  std::thread thread;
-};
-
-// Ends the TCP connections of this process both ways; their number.
-int cut_connections() {
-  int num_cut = 0;
-  for (int fd = 3; fd < 1024; ++fd) {
-    sockaddr_storage peer{};
-    socklen_t size = sizeof peer;
-    if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0) continue;
-    if (peer.ss_family == AF_INET || peer.ss_family == AF_INET6) num_cut += shutdown(fd, SHUT_RDWR) == 0;
-  }
-  return num_cut;
-}
+const Params kTcp = {{"provider", "tcp"}};
 
 TEST(notifications_survive_broken_connections) {
-  Driven here({"here", 1}), there({"there", 2});
-  auto line = here.connect(there, 2);
+  Node here("here", 1, kTcp), there("there", 2, kTcp);
+  auto line = here.connect(there);
   CHECK_OK(line->wait_ready(Deadline::after(kPatience)));
   std::vector<Notification> seen;
   constexpr int kMessages = 60;
@@ -312,7 +260,7 @@ TEST(notifications_survive_broken_connections) {
 }
 
 struct Buffers {
-  Buffers(Driven& a, Driven& b, Connection& to_b, std::size_t size) : line(to_b), local(size, 'l'), remote(size, 'r') {
+  Buffers(Node& a, Node& b, Connection& to_b, std::size_t size) : line(to_b), local(size, 'l'), remote(size, 'r') {
     ours = std::move(*CHECK_OK(a.backend->add_region(region(local))));
     theirs = std::move(*CHECK_OK(b.backend->add_region(region(remote))));
     imported = std::move(
@@ -355,8 +303,8 @@ void run(Transfer& transfer) {
 }
 
 TEST(a_transfer_starts_over_when_its_connection_breaks) {
-  Driven here({"here", 1}), there({"there", 2});
-  auto line = here.connect(there, 2);
+  Node here("here", 1, kTcp), there("there", 2, kTcp);
+  auto line = here.connect(there);
   Buffers buffers(here, there, *line, 32 << 20);
   for (const Op op : {Op::kWrite, Op::kRead}) {
     std::fill(buffers.local.begin(), buffers.local.end(), 'w');
@@ -385,8 +333,8 @@ TEST(a_transfer_starts_over_when_its_connection_breaks) {
 TEST(many_threads_share_one_backend) {
   constexpr int kThreads = 4, kRounds = 40;
   constexpr std::size_t kShare = 64 << 10;
-  Driven here({"here", 1}, {{"provider", "tcp"}, {"post_queue_size", "8"}}), there({"there", 2});
-  auto line = here.connect(there, 2);
+  Node here("here", 1, {{"provider", "tcp"}, {"post_queue_size", "8"}}), there("there", 2, kTcp);
+  auto line = here.connect(there);
   Buffers buffers(here, there, *line, kThreads * kShare);
   std::vector<std::thread> threads;
   for (std::size_t t = 0; t < kThreads; ++t)
@@ -408,8 +356,8 @@ TEST(many_threads_share_one_backend) {
 }
 
 TEST(an_agent_reaches_itself) {
-  Driven here({"there", 2});
-  auto line = here.connect(here, 2);
+  Node here("here", 1, kTcp);
+  auto line = here.connect(here);
   Buffers buffers(here, here, *line, 4 << 20);
   auto write = std::move(*CHECK_OK(here.backend->prepare(buffers.plan(Op::kWrite, 0, 4 << 20, 64))));
   run(*write);
@@ -426,5 +374,6 @@ int main(int argc, char** argv) {
     _exit(dlopen("libfabric.so.1", RTLD_NOW) ? 0 : 1);
   else if (waitpid(child, &status, 0) != child || status != 0)
     SKIP("no libfabric.so.1 can be loaded (Debian: libfabric1)");
+  tested = &backends_of_libfabric()[0];
   return check::run_tests(argc, argv);
 }

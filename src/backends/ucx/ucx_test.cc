@@ -1,12 +1,9 @@
 // Parameters, precedence of UCX's configuration, message layout and the order of notifications; no second process
 // needed.
-#include <arpa/inet.h>
 #include <dlfcn.h>
 #include <poll.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -18,15 +15,17 @@
 #include "backends/ucx/messages.h"
 #include "backends/ucx/options.h"
 #include "backends/ucx/shares.h"
-#include "base/clock.h"
-#include "check.h"
 #include "contract/plan_cursor.h"
 #include "fuzz.h"
+#include "peer_process.h"
 
 using namespace nixl::core;
 using namespace nixl::core::ucx;
+using namespace nixl::core::test;
 
 namespace {
+
+const Params kTcp = {{"UCX_TLS", "tcp"}};
 
 // The value that UCX itself shows for a key of the configuration made from `params`.
 std::string value_in_ucx(const Params& params, const std::string& key) {
@@ -204,31 +203,6 @@ TEST(notifications_keep_the_order_of_their_stream) {
   CHECK_EQ(inbox.next_sequence(9, 9), 0u);
 }
 
-// A backend with a thread that drives it.
-struct Driven {
-  explicit Driven(PeerId who) {
-    BackendConfig config;
-    config.self = std::move(who);
-    config.params = backends_of_ucx()[0].params;
-    config.params["UCX_TLS"] = "tcp";
-    backend = std::move(*CHECK_OK(backends_of_ucx()[0].open(std::move(config))));
-    thread = std::thread([this] {
-      while (!stop) {
-        if (backend->progress() || !backend->arm()) continue;
-        pollfd wait{backend->event_fd(), POLLIN, 0};
-        poll(&wait, 1, 5);
-      }
-    });
-  }
-  ~Driven() {
-    stop = true;
-    thread.join();
-  }
-  std::unique_ptr<Backend> backend;
-  std::atomic<bool> stop{false};
-  std::thread thread;
-};
-
 // Every byte of a plan is in exactly one share, and the shares are about equal.
 TEST(shares_cover_a_plan_once) {
   std::mt19937 random(11);
@@ -316,20 +290,8 @@ TEST(news_that_only_arming_tells_is_looked_at) {
   }
 }
 
-// Ends the TCP connections of this process both ways; their number.
-int cut_connections() {
-  int num_cut = 0;
-  for (int fd = 3; fd < 1024; ++fd) {
-    sockaddr_in peer{};
-    socklen_t size = sizeof peer;
-    if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0 || peer.sin_family != AF_INET) continue;
-    num_cut += shutdown(fd, SHUT_RDWR) == 0;
-  }
-  return num_cut;
-}
-
 TEST(an_attempt_to_connect_that_is_reset_is_repeated) {
-  Driven there({"there", 2});
+  Node there("there", 2, kTcp);
   BackendConfig config;
   config.self = {"here", 1};
   config.params = backends_of_ucx()[0].params;
@@ -355,14 +317,14 @@ TEST(an_attempt_to_connect_that_is_reset_is_repeated) {
 TEST(many_threads_share_one_backend) {
   constexpr int kThreads = 4, kRounds = 60;
   constexpr std::size_t kShare = 64 << 10;
-  Driven here({"here", 1}), there({"there", 2});
+  Node here("here", 1, kTcp), there("there", 2, kTcp);
   std::vector<char> local(kThreads * kShare, 'l'), remote(kThreads * kShare, 'r');
   const auto region = [](std::vector<char>& bytes) {
     return Region{MemKind::kDram, reinterpret_cast<std::uint64_t>(bytes.data()), bytes.size(), 0, ""};
   };
   auto ours = std::move(*CHECK_OK(here.backend->add_region(region(local))));
   auto theirs = std::move(*CHECK_OK(there.backend->add_region(region(remote))));
-  auto line = std::move(*CHECK_OK(here.backend->connect({"there", 2}, *CHECK_OK(there.backend->export_connection()))));
+  auto line = here.connect(there);
   auto imported = std::move(
       *CHECK_OK(here.backend->import_region(*line, region(remote), *CHECK_OK(there.backend->export_region(*theirs)))));
   std::vector<std::unique_ptr<Transfer>> transfers;
@@ -415,5 +377,6 @@ int main(int argc, char** argv) {
   open_first();
   const Probe probe = backends_of_ucx()[0].probe();
   if (!probe.viable) SKIP(probe.reason.c_str());
+  tested = &backends_of_ucx()[0];
   return check::run_tests(argc, argv);
 }
