@@ -1,4 +1,5 @@
 // Parameters, the choice of the provider, missing libraries, messages, and links that break; no second process needed.
+#include <arpa/inet.h>
 #include <dlfcn.h>
 #include <rdma/fi_domain.h>
 #include <rdma/fi_endpoint.h>
