@@ -159,7 +159,8 @@ class NIXL_EXPORT Agent {
   void releaseTransfer(const XferHandle& transfer);
 
   std::string getMetadata() const;
-  std::string addRemoteAgent(const std::string& metadata);  // the peer's name
+  // The peer's name. Older metadata of a peer undoes nothing of newer.
+  std::string addRemoteAgent(const std::string& metadata);
   void removeRemoteAgent(const std::string& agent);
   bool checkRemoteMetadata(const std::string& agent);
   // By socket when an ip is given, else by the configured store. These return at once.

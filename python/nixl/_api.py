@@ -472,7 +472,8 @@ class nixl_agent:
         return self._reg_list(descs, None)
 
     def add_remote_agent(self, metadata: bytes) -> bytes:
-        """Makes a peer known from its metadata; its name as bytes."""
+        """Makes a peer known from its metadata, or adds to what is known of it; its name as bytes. What full metadata does not hold any
+        more is forgotten; metadata older than what was loaded of the same life of the peer changes nothing."""
         return self.agent.loadRemoteMD(metadata)
 
     def remove_remote_agent(self, agent: str | bytes) -> None:

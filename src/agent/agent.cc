@@ -209,8 +209,10 @@ Result<Slot*> Agent::open_slot(const BackendEntry& entry, Params params, bool co
     self_->adopt(std::move(link));
   }
   {
+    const std::lock_guard change(changes_mutex_);
     const std::unique_lock lock(mutex_);
     slots_.push_back(std::move(fresh));
+    ++revision_;
   }
   runtime_->add_slot(*raw);
   return raw;

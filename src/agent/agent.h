@@ -119,7 +119,9 @@ class Agent {
                                     std::optional<std::string> message);
   Result<void> send_to(Peer& peer, std::string_view message, const std::vector<Slot*>& allowed);
   BackendInfo info_of(Slot& slot, bool connection) const;
-  Metadata envelope() const;
+  Metadata envelope() const;  // changes_mutex_ is held
+  Result<Metadata> full_metadata() const;
+  Result<Metadata> some_metadata(const Descs& descs, bool connections, BackendIds backends) const;
   void memory_changed();
 
   const AgentOptions options_;
@@ -136,6 +138,10 @@ class Agent {
   std::vector<std::unique_ptr<Slot>> slots_;
   std::map<std::string, std::shared_ptr<Peer>> peers_;
   std::shared_ptr<Peer> self_;
+
+  // Held while a backend or region comes into the tables or leaves them, and while these are read for metadata; taken before mutex_.
+  mutable std::mutex changes_mutex_;
+  std::uint64_t revision_ = 0;  // number of such changes
 
   mutable std::mutex registry_mutex_;  // one registration, deregistration or creation at a time
   std::mutex load_mutex_;              // one peer is loaded at a time

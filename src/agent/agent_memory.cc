@@ -70,14 +70,20 @@ Result<void> Agent::register_one(Slot& slot, const Region& region) {
     target->base = entry;
     self_->link(slot)->regions.put(target);
   }
+  const std::lock_guard change(changes_mutex_);
   slot.regions.put(entry);
+  ++revision_;
   return {};
 }
 
 void Agent::deregister_one(Slot& slot, const Region& region) {
   const auto entry = slot.regions.exact(region);
   if (!entry || --entry->registrations > 0) return;
-  slot.regions.remove(region);
+  {
+    const std::lock_guard change(changes_mutex_);
+    slot.regions.remove(region);
+    ++revision_;
+  }
   if (PeerLink* self = self_->link(slot))
     if (const auto target = self->regions.exact(region)) {
       self->regions.remove(region);

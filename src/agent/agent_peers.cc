@@ -48,6 +48,7 @@ Metadata Agent::envelope() const {
   Metadata data;
   data.agent = name();
   data.incarnation = incarnation_;
+  data.revision = revision_;
   data.home = home_;
   return data;
 }
@@ -60,9 +61,11 @@ BackendInfo Agent::info_of(Slot& slot, bool connection) const {
   return info;
 }
 
-Result<std::string> Agent::metadata() const {
+Result<Metadata> Agent::full_metadata() const {
   NIXL_TRY(usable());
+  const std::lock_guard unchanged(changes_mutex_);
   Metadata data = envelope();
+  data.complete = true;
   for (Slot* slot : slots()) {
     if (!slot->abilities().remote) continue;
     BackendInfo info = info_of(*slot, true);
@@ -70,11 +73,12 @@ Result<std::string> Agent::metadata() const {
       if (slot->abilities().remote_kinds.has(entry->region.kind)) info.regions.push_back({entry->region, entry->key});
     data.backends.push_back(std::move(info));
   }
-  return encode(data);
+  return data;
 }
 
-Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections, BackendIds backends) const {
+Result<Metadata> Agent::some_metadata(const Descs& descs, bool connections, BackendIds backends) const {
   NIXL_ASSIGN(const std::vector<Slot*> allowed, chosen(backends, true));
+  const std::lock_guard unchanged(changes_mutex_);
   Metadata data = envelope();
   const bool with_connection = connections || descs.rows() == 0;
   bool any_usable = false, any_holds = false;
@@ -101,6 +105,16 @@ Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections
     return fail(Code::kIo, "no backend of agent '%s' reaches other agents with these descriptors", name().c_str());
   if (!any_holds)
     return fail(Code::kNotFound, "%s is not registered exactly as given", describe(descs, missing).c_str());
+  return data;
+}
+
+Result<std::string> Agent::metadata() const {
+  NIXL_ASSIGN(const Metadata data, full_metadata());
+  return encode(data);
+}
+
+Result<std::string> Agent::partial_metadata(const Descs& descs, bool connections, BackendIds backends) const {
+  NIXL_ASSIGN(const Metadata data, some_metadata(descs, connections, backends));
   return encode(data);
 }
 
@@ -165,20 +179,34 @@ Result<void> stage_connection(Staged& staged, const BackendInfo& info, const Met
   return {};
 }
 
+// Leaves in `info` the regions that the link does not have and of which it knows nothing newer.
+void keep_news(const PeerLink& link, BackendInfo& info, const Metadata& data) {
+  if (data.revision < link.complete_revision) {  // what it holds is known, or gone since
+    NIXL_DEBUG("agent '%s' by %s: metadata of revision %llu came after that of revision %llu; nothing is taken from it",
+               data.agent.c_str(), info.name.c_str(), static_cast<unsigned long long>(data.revision),
+               static_cast<unsigned long long>(link.complete_revision));
+    info.regions.clear();
+    return;
+  }
+  std::erase_if(info.regions, [&](const RegionInfo& item) {
+    const auto held = link.regions.exact(item.region);
+    if (!held) return false;
+    if (held->key != item.key) return held->revision > data.revision;
+    held->revision = std::max(held->revision, data.revision);  // true, whatever becomes of the rest
+    return true;
+  });
+}
+
 // Takes the regions out of `info`.
-Result<void> stage_regions(Staged& staged, BackendInfo& info, const std::string& agent, bool optional) {
+Result<void> stage_regions(Staged& staged, BackendInfo& info, const Metadata& data, bool optional) {
   if (info.regions.empty()) return {};
   if (!staged.link) {
     if (optional) return {};
     return fail(Code::kNotFound, "regions of agent '%s' for %s came before its connection: load that first",
-                agent.c_str(), info.name.c_str());
+                data.agent.c_str(), info.name.c_str());
   }
   if (!staged.link->connection) return {};
-  if (!staged.fresh)
-    std::erase_if(info.regions, [&](const RegionInfo& item) {
-      const auto held = staged.link->regions.exact(item.region);
-      return held && held->key == item.key;
-    });
+  if (!staged.fresh) keep_news(*staged.link, info, data);
   const auto lock = staged.slot->setup();
   const std::shared_ptr<RemoteEntry[]> block(new RemoteEntry[info.regions.size()]);  // one allocation for all of them
   staged.entries.reserve(info.regions.size());
@@ -187,15 +215,32 @@ Result<void> stage_regions(Staged& staged, BackendInfo& info, const std::string&
     if (!object && optional) continue;
     if (!object)
       return fail(Code::kIo, "region 0x%llx of agent '%s' by %s: %s",
-                  static_cast<unsigned long long>(item.region.address), agent.c_str(), info.name.c_str(),
+                  static_cast<unsigned long long>(item.region.address), data.agent.c_str(), info.name.c_str(),
                   object.error().reason.c_str());
     RemoteEntry& entry = block[staged.entries.size()];
     entry.region = std::move(item.region);
     entry.key = std::move(item.key);
     entry.object = std::move(*object);
+    entry.revision = data.revision;
     staged.entries.emplace_back(block, &entry);
   }
   return {};
+}
+
+// Cannot fail. Of what two revisions say about a region, the newer counts.
+void settle(Staged& staged, Peer& peer, const Metadata& data) {
+  PeerLink* const link = staged.link;
+  if (!link) return;
+  const auto retire = [&](const auto& entries) {
+    for (const auto& old : entries) staged.slot->retire(*old);
+  };
+  retire(link->regions.put(staged.entries));
+  if (data.complete && data.revision >= link->complete_revision) {
+    link->complete_revision = data.revision;
+    if (!staged.fresh)
+      retire(link->regions.remove_if([&](const RemoteEntry& entry) { return entry.revision < data.revision; }));
+  }
+  if (staged.fresh) peer.adopt(std::move(staged.fresh));
 }
 
 }  // namespace
@@ -240,7 +285,7 @@ Result<std::shared_ptr<Peer>> Agent::admit(Metadata data) {
     one.link = peer->link(*slot);
     const bool optional = slot->is_companion;
     auto done = stage_connection(one, info, data, optional);
-    if (done) done = stage_regions(one, info, data.agent, optional);
+    if (done) done = stage_regions(one, info, data, optional);
     if (!done) {
       unstage();
       return fail(done.error());
@@ -253,11 +298,7 @@ Result<std::shared_ptr<Peer>> Agent::admit(Metadata data) {
     return fail(Code::kIo, "agent '%s' shares no backend with agent '%s'%s", data.agent.c_str(), name().c_str(),
                 why.c_str());
   }
-  for (Staged& one : staged) {
-    if (one.fresh) peer->adopt(std::move(one.fresh));
-    if (one.link)
-      for (const auto& old : one.link->regions.put(one.entries)) one.slot->retire(*old);
-  }
+  for (Staged& one : staged) settle(one, *peer, data);
   if (!known) {
     const std::unique_lock lock(mutex_);
     peers_[peer->name] = peer;

@@ -36,6 +36,8 @@ Metadata sample() {
   Metadata data;
   data.agent = "prefill-0";
   data.incarnation = 42;
+  data.revision = 1ull << 40;
+  data.complete = true;
   data.home = home_of_this_process();
   data.backends.push_back({"UCX",
                            true,
@@ -283,6 +285,8 @@ TEST(metadata_round_trip_and_damage) {
   const Metadata back = *CHECK_OK(decode(good));
   CHECK_EQ(back.agent, "prefill-0");
   CHECK_EQ(back.incarnation, 42u);
+  CHECK_EQ(back.revision, 1ull << 40);
+  CHECK(back.complete);
   CHECK_EQ(back.backends.size(), 2u);
   CHECK(back.backends[0].connection == std::string("\0addr", 5));
   CHECK_EQ(back.backends[0].regions[1].region.device, 3u);
@@ -291,6 +295,9 @@ TEST(metadata_round_trip_and_damage) {
     CHECK(bytes == good || !seen);  // the checksum tells every change
     if (!seen) CHECK(seen.error().code == Code::kMismatch && !seen.error().reason.empty());
   });
+  std::string first_version = good;
+  first_version[8] = 1;
+  CHECK_EQ(decode(first_version).error().reason, "agent metadata of version 1; this library reads version 2");
   // The payload's own reader, with the checksum made right each time.
   const std::string payload = good.substr(24);
   fuzz(payload, [&](const std::string& bytes) {

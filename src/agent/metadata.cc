@@ -12,7 +12,7 @@ namespace nixl::core {
 namespace {
 
 constexpr std::string_view kMagic = "NIXLMETA";
-constexpr std::uint16_t kVersion = 1;
+constexpr std::uint16_t kVersion = 2;
 constexpr std::size_t kMaxConnection = 16 << 20;
 constexpr std::size_t kMaxKey = 1 << 20;
 constexpr std::size_t kHeaderBytes = 8 + 2 + 2 + 8 + 4;
@@ -29,14 +29,17 @@ std::uint64_t start_time(std::uint64_t process) {
   return at == std::string::npos ? 0 : std::strtoull(line.c_str() + at, nullptr, 10);
 }
 
+Result<bool> get_flag(ByteReader& in) {
+  NIXL_ASSIGN(const auto flag, in.get<std::uint8_t>());
+  if (flag > 1) return fail(Code::kMismatch, "flag %u at offset %zu is not 0 or 1", flag, in.offset() - 1);
+  return flag == 1;
+}
+
 Result<BackendInfo> decode_backend(ByteReader& in) {
   BackendInfo info;
   NIXL_ASSIGN(info.name, in.get_text(kMaxName));
-  NIXL_ASSIGN(const auto has_connection, in.get<std::uint8_t>());
-  if (has_connection > 1)
-    return fail(Code::kMismatch, "flag %u at offset %zu is not 0 or 1", has_connection, in.offset() - 1);
-  info.has_connection = has_connection;
-  if (has_connection) {
+  NIXL_ASSIGN(info.has_connection, get_flag(in));
+  if (info.has_connection) {
     NIXL_ASSIGN(info.connection, in.get_text(kMaxConnection));
   }
   NIXL_ASSIGN(const auto count, in.get<std::uint32_t>());
@@ -63,6 +66,8 @@ Result<Metadata> decode_payload(std::string_view payload) {
   NIXL_ASSIGN(data.agent, in.get_text(kMaxName));
   if (data.agent.empty()) return fail(Code::kMismatch, "the agent's name is empty");
   NIXL_ASSIGN(data.incarnation, in.get<std::uint64_t>());
+  NIXL_ASSIGN(data.revision, in.get<std::uint64_t>());
+  NIXL_ASSIGN(data.complete, get_flag(in));
   NIXL_ASSIGN(data.home.host, in.get_text(kMaxName));
   NIXL_ASSIGN(data.home.process, in.get<std::uint64_t>());
   NIXL_ASSIGN(data.home.started, in.get<std::uint64_t>());
@@ -100,6 +105,8 @@ std::string encode(const Metadata& data) {
   ByteWriter payload;
   payload.put_text(data.agent);
   payload.put(data.incarnation);
+  payload.put(data.revision);
+  payload.put<std::uint8_t>(data.complete);
   payload.put_text(data.home.host);
   payload.put(data.home.process);
   payload.put(data.home.started);

@@ -36,6 +36,8 @@ struct BackendInfo {
 struct Metadata {
   std::string agent;
   std::uint64_t incarnation = 0;
+  std::uint64_t revision = 0;  // of two of one incarnation, the higher is the newer
+  bool complete = false;       // holds every region that the agent had at that revision
   Home home;
   std::vector<BackendInfo> backends;
 };

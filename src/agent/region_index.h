@@ -49,6 +49,7 @@ struct RemoteEntry {
   Region region;
   std::unique_ptr<RemoteRegion> object;
   std::string key;
+  std::uint64_t revision = 0;  // of the newest metadata that held it; guarded by the agent, which loads one at a time
   std::shared_ptr<LocalEntry> base;  // our own region seen as target; used by this entry until its object is destroyed
   Usage usage;
 };
@@ -194,6 +195,22 @@ class RegionIndex {
     const std::lock_guard lock(mutex_);
     views_[static_cast<int>(region.kind)].reset();
     if (const auto found = entries_.find(region); found != entries_.end()) entries_.erase(found);
+  }
+  // Removes and returns the entries for which `is_over` says yes.
+  template <typename Condition>
+  std::vector<std::shared_ptr<Entry>> remove_if(const Condition& is_over) {
+    std::vector<std::shared_ptr<Entry>> removed;
+    const std::lock_guard lock(mutex_);
+    for (auto at = entries_.begin(); at != entries_.end();) {
+      if (!is_over(**at)) {
+        ++at;
+        continue;
+      }
+      views_[static_cast<int>((*at)->region.kind)].reset();
+      removed.push_back(*at);
+      at = entries_.erase(at);
+    }
+    return removed;
   }
   std::vector<std::shared_ptr<Entry>> all() const {
     const std::lock_guard lock(mutex_);

@@ -64,6 +64,7 @@ struct PeerLink {
   std::unique_ptr<Connection> connection;  // null: the peer cannot be reached by this backend
   std::string unreachable;                 // why
   RegionIndex<RemoteEntry> regions;
+  std::uint64_t complete_revision = 0;  // of the newest complete metadata; guarded as RemoteEntry::revision
   Usage usage;
 
   void release() {

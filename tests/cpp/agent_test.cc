@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <thread>
 
 #include "check.h"
@@ -221,6 +223,34 @@ TEST(eight_threads_share_one_agent) {
     });
   for (auto& thread : threads) thread.join();
   CHECK_EQ(failures.load(), 0);
+}
+
+// Order between metadata rests on it: what one revision tells of does not depend on when it was asked for.
+TEST(metadata_of_one_revision_is_the_same) {
+  Agent b("b", loopback());
+  std::vector<char> memory(4096);
+  std::vector<MemDescriptor> descs = {{memory.data(), memory.size(), 0}};
+  std::atomic<bool> over{false};
+  std::thread changes([&] {
+    while (!over) b.deregisterMemory(b.registerMemory(descs));
+  });
+  constexpr std::size_t kRevisionAt = 24 + 4 + 1 + 8;  // docs/wire.md: header, name, incarnation
+  std::map<std::uint64_t, std::size_t> sizes;
+  std::uint64_t last = 0;
+  while (sizes.size() < 1000) {  // ctest's limit ends a count that stands still
+    const std::string bytes = b.getMetadata();
+    std::uint64_t revision;
+    std::memcpy(&revision, bytes.data() + kRevisionAt, sizeof revision);
+    CHECK(revision >= last);
+    last = revision;
+    const auto [known, added] = sizes.emplace(revision, bytes.size());
+    CHECK_EQ(known->second, bytes.size());
+    const auto before = std::prev(known, known != sizes.begin());
+    CHECK(before == known || before->first + 1 < revision ||
+          before->second != bytes.size());  // each change is a revision
+  }
+  over = true;
+  changes.join();
 }
 
 TEST(every_documented_backend_is_reported) {

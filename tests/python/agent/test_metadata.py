@@ -63,7 +63,7 @@ def test_refusals():
     for bad in (b"", b"garbage", good[:-1], good + b"x", good[:30] + b"\xff" + good[31:]):
         with pytest.raises(nixl.nixlMismatchError):
             a.add_remote_agent(bad)
-    with pytest.raises(nixl.nixlMismatchError, match="version 9.*version 1"):
+    with pytest.raises(nixl.nixlMismatchError, match="version 9.*version 2"):
         a.add_remote_agent(good[:8] + struct.pack("<H", 9) + good[10:])
     with pytest.raises(nixl.nixlInvalidParamError):
         a.add_remote_agent(a.get_agent_metadata())
