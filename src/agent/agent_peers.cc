@@ -398,7 +398,7 @@ Result<void> Agent::connect(const std::string& agent, BackendIds backends, Nanos
 
 void Agent::memory_changed() {
   if (!exchange_ || !exchange_->discovers()) return;
-  if (auto bytes = metadata()) exchange_->publish("metadata", std::move(*bytes));
+  if (const auto data = full_metadata()) exchange_->publish("metadata", data->revision, encode(*data));
 }
 
 namespace {
@@ -411,26 +411,26 @@ Result<void> need_store(const Exchange& exchange) {
 }  // namespace
 
 Result<void> Agent::send_metadata(const std::string& ip, std::uint16_t port) {
-  NIXL_ASSIGN(std::string bytes, metadata());
+  NIXL_ASSIGN(const Metadata data, full_metadata());
   if (!ip.empty()) {
-    exchange_->send(ip, port, std::move(bytes));
+    exchange_->send(ip, port, encode(data));
     return {};
   }
   NIXL_TRY(need_store(*exchange_));
-  exchange_->publish("metadata", std::move(bytes));
+  exchange_->publish("metadata", data.revision, encode(data));
   return {};
 }
 
 Result<void> Agent::send_partial(const Descs& descs, bool connections, BackendIds backends, const std::string& ip,
                                  std::uint16_t port, const std::string& label) {
-  NIXL_ASSIGN(std::string bytes, partial_metadata(descs, connections, backends));
+  NIXL_ASSIGN(const Metadata data, some_metadata(descs, connections, backends));
   if (!ip.empty()) {
-    exchange_->send(ip, port, std::move(bytes));
+    exchange_->send(ip, port, encode(data));
     return {};
   }
   NIXL_TRY(need_store(*exchange_));
   if (label.empty()) return fail(Code::kInvalidArgument, "partial metadata in a store needs a label");
-  exchange_->publish(label, std::move(bytes));
+  exchange_->publish(label, data.revision, encode(data));
   return {};
 }
 

@@ -56,7 +56,16 @@ class Scripted : public Store, private StoreWatcher {
     last = store.get();
     return store;
   }
-  Result<void> publish(std::string_view, std::string_view) override { return {}; }
+  Result<void> publish(std::string_view key, std::string_view value) override {
+    std::unique_lock lock(mutex);
+    if (value == slow) {
+      publishing = true;
+      moved.notify_all();
+      moved.wait(lock, [&] { return slow.empty(); });
+    }
+    if (key.ends_with("metadata")) published = value;
+    return {};
+  }
   Result<void> withdraw(std::string_view) override { return {}; }
   Result<std::string> fetch(std::string_view key, Deadline deadline) override {
     std::unique_lock lock(mutex);
@@ -76,7 +85,8 @@ class Scripted : public Store, private StoreWatcher {
   }
   std::mutex mutex;
   std::condition_variable moved;
-  bool asked = false;
+  bool asked = false, publishing = false;
+  std::string published, slow;  // publishing `slow` takes until that is cleared
   std::optional<std::string> answer;
   std::function<void(const StoreEvent&)> tell;
 };
@@ -172,6 +182,32 @@ TEST(changes_are_applied_in_the_order_in_which_they_are_told) {
   store.tell({StoreEvent::Kind::kPut, "b/metadata", "last"});
   e.wait([&] { return e.done == 602; });
   CHECK_EQ(e.there, std::string("last"));
+}
+
+TEST(of_two_that_publish_the_newer_stays) {
+  Exchanging e;
+  Scripted& store = *Scripted::last;
+  e.exchange->publish("metadata", 2, "two");
+  e.exchange->publish("metadata", 1, "one");
+  CHECK_EQ(store.published, std::string("two"));
+  e.exchange->publish("metadata", 2, "two again");
+  CHECK_EQ(store.published, std::string("two again"));
+  store.slow = "four";
+  std::thread newer([&] { e.exchange->publish("metadata", 4, "four"); });
+  {
+    std::unique_lock lock(store.mutex);
+    CHECK(store.moved.wait_for(lock, std::chrono::seconds(20), [&] { return store.publishing; }));
+  }
+  std::thread older([&] { e.exchange->publish("metadata", 3, "three"); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // time for the older to come to wait
+  {
+    const std::lock_guard lock(store.mutex);
+    store.slow.clear();
+    store.moved.notify_all();
+  }
+  newer.join();
+  older.join();
+  CHECK_EQ(store.published, std::string("four"));
 }
 
 }  // namespace

@@ -125,12 +125,13 @@ class ExchangeImpl final : public Exchange {
         });
   }
 
-  void publish(const std::string& label, std::string bytes) override {
+  void publish(const std::string& label, std::uint64_t revision, std::string bytes) override {
     bool wait = false;
     {
       const std::lock_guard lock(mutex_);
-      if (store_.etcd && !published_.count("")) pending_[""] = "";
-      pending_[label] = std::move(bytes);
+      if (store_.etcd && !published_.count("")) pending_[""] = {};
+      Pending& next = pending_[label];
+      if (next.revision <= revision) next = {revision, std::move(bytes)};
       wait = discovers_ && now_ns() >= quiet_until_;
     }
     if (wait)
@@ -260,30 +261,34 @@ class ExchangeImpl final : public Exchange {
 
   void publish_pending() {
     const std::lock_guard one_at_a_time(publish_mutex_);
-    std::map<std::string, std::string> pending;
+    std::map<std::string, Pending> pending;
     {
       const std::lock_guard lock(mutex_);
       pending.swap(pending_);
+      std::erase_if(pending, [this](const auto& item) {
+        const auto there = published_.find(item.first);
+        return there != published_.end() && there->second > item.second.revision;
+      });
     }
-    for (auto& [label, bytes] : pending) {
-      if (auto done = store_.store->publish(store_.key(hooks_.agent, label), bytes); !done) {
+    for (const auto& [label, next] : pending) {
+      if (auto done = store_.store->publish(store_.key(hooks_.agent, label), next.bytes); !done) {
         warn(done.error());
         continue;
       }
       const std::lock_guard lock(mutex_);
-      published_.insert(label);
+      published_[label] = next.revision;
     }
   }
 
   Result<void> withdraw_all() {
     const std::lock_guard one_at_a_time(publish_mutex_);
-    std::set<std::string> labels;
+    std::map<std::string, std::uint64_t> labels;
     {
       const std::lock_guard lock(mutex_);
       labels.swap(published_);
       pending_.clear();
     }
-    for (const std::string& label : labels)  // a store that fails once is not waited for again
+    for (const auto& [label, revision] : labels)  // a store that fails once is not waited for again
       NIXL_TRY(store_.store->withdraw(store_.key(hooks_.agent, label)));
     return {};
   }
@@ -325,6 +330,11 @@ class ExchangeImpl final : public Exchange {
       return {};
     }
   }
+
+  struct Pending {
+    std::uint64_t revision = 0;
+    std::string bytes;
+  };
 
   bool watch(const std::string& agent) {  // false: watched already, or not possible
     StoreWatcher* watcher = store_.store->watcher();
@@ -403,9 +413,9 @@ class ExchangeImpl final : public Exchange {
   const Nanoseconds watch_timeout_;
   const bool discovers_;
   std::mutex publish_mutex_;
-  std::mutex mutex_;  // all below
-  std::map<std::string, std::string> pending_;
-  std::set<std::string> published_;
+  std::mutex mutex_;                                // all below
+  std::map<std::string, Pending> pending_;          // by label
+  std::map<std::string, std::uint64_t> published_;  // by label: the revision
   std::set<std::pair<std::string, std::string>> fetching_;
   std::map<std::string, std::unique_ptr<StoreWatch>> watches_;
   std::map<std::string, Seen> seen_;  // by peer; stays
