@@ -81,7 +81,7 @@ def serve_target(options, server_class):
 def connect_sockets(agent, options, port, limit_s):
     """Exchanges metadata with the target's listener; Failure after `limit_s`."""
     _, target = names(options)
-    deadline, next_try, tries = time.monotonic() + limit_s, 0.0, 0
+    deadline, next_try = time.monotonic() + limit_s, 0.0
     while not agent.check_remote_metadata(target):
         now = time.monotonic()
         if now > deadline:
@@ -89,10 +89,8 @@ def connect_sockets(agent, options, port, limit_s):
                           "reason, if it answered")
         if now >= next_try:
             agent.fetch_remote_metadata(target, options.target_ip, port)
-            next_try, tries = now + 1.0, tries + 1
+            next_try = now + 1.0
         time.sleep(0.002)
-    if tries > 1:
-        time.sleep(0.5)  # a second answer would bring back memory that the target has given back since
     agent.send_local_metadata(options.target_ip, port)
     return target
 
