@@ -226,8 +226,8 @@ __global__ void __launch_bounds__(gpu::kSumsThreads, 1) combine_sums(const __gri
   const Shared s{&block, reinterpret_cast<Peer*>(shared_memory), nullptr};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool sends = a.op.parts & kSends, receives = a.op.parts & kReceives;
-  unsigned index =
-      blockIdx.x + warp * gridDim.x;  // of this warp's item; behind the first ones they go to whoever is free
+  // Of this warp's item; behind the first round they go to whoever is free.
+  unsigned index = blockIdx.x + warp * gridDim.x;
   Task<sums_piece(kFew), sums_ahead(kFew)> item{};
   item.locate(a, index);
   // worked out here, not where it is used
