@@ -2,13 +2,12 @@
 from __future__ import annotations as _annotations
 
 import functools as _functools
-import io as _io
 import pickle
 
 from . import _bindings as nixlBind
 from . import _descs, _native
 from ._bindings import DEFAULT_COMM_PORT
-from ._config import nixl_agent_config, nixl_thread_sync_t, text_of as _text_of
+from ._config import nixl_agent_config, native_config as _native_config, nixl_thread_sync_t, text_of as _text_of
 from ._handles import nixl_prepped_dlist_handle, nixl_xfer_handle
 from .logging import get_logger
 
@@ -75,18 +74,6 @@ class _Backends(dict):
         return self[name] if name in self else default
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads plain builtins and our list classes, nothing else: the bytes come from a peer."""
-
-    _allowed = {("nixl._native", "nixlXferDList"), ("nixl._native", "nixlRegDList"), ("nixl._native", "nixlRemoteDList"),
-                ("copyreg", "__newobj__")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"serialized descriptors may not hold {module}.{name}")
-        return super().find_class(module, name)
-
-
 class nixl_agent:
     """One agent: registers memory, exchanges metadata and moves data.
 
@@ -116,7 +103,7 @@ class nixl_agent:
         self._num_threads = getattr(conf, "num_threads", 0)
         self._backend_params = {_canonical(name): params
                                 for name, params in (getattr(conf, "backend_params", None) or {}).items()}
-        self.agent = nixlBind.nixlAgent(agent_name, self._native_config(conf))
+        self.agent = nixlBind.nixlAgent(agent_name, _native_config(conf))
         if instantiate_all:
             self._create_all()
         else:
@@ -124,27 +111,6 @@ class nixl_agent:
         if not self.backends and not self.plugin_list:
             raise RuntimeError("No plugins available for NIXL, cannot start transfers!")
         logger.info("Initialized NIXL agent: %s", agent_name)
-
-    @staticmethod
-    def _native_config(conf):
-        sync = conf.sync_mode
-        if sync is not None:
-            mode = sync.value
-        else:
-            mode = nixlBind.NIXL_THREAD_SYNC_STRICT if conf.enable_listen else nixlBind.NIXL_THREAD_SYNC_NONE
-        native = nixlBind.nixlAgentConfig()
-        native.useProgThread = bool(conf.enable_pthread)
-        native.useListenThread = bool(conf.enable_listen)
-        native.listenPort = conf.port
-        native.syncMode = mode
-        native.captureTelemetry = bool(conf.capture_telemetry)
-        native.pthrDelay = 0
-        native.lthrDelay = 100000
-        use_etcd = getattr(conf, "use_etcd", None)
-        if use_etcd not in (None, True, False):
-            raise TypeError(f"use_etcd is {use_etcd!r}; True, False or None is needed")
-        native.useEtcd = None if use_etcd is None else bool(use_etcd)
-        return native
 
     # Asked for only when used: looking at every backend loads every vendor's library.
     @_functools.cached_property
@@ -271,11 +237,7 @@ class nixl_agent:
 
     def deserialize_descs(self, serialized_descs: bytes):
         """What get_serialized_descs was given. Bytes of a peer are safe to read: they make lists and plain builtins only."""
-        if not isinstance(serialized_descs, (bytes, bytearray, memoryview)):
-            raise TypeError(f"serialized descriptors are {serialized_descs!r}; bytes are needed")
-        if serialized_descs[:8] == b"NIXLDESC":
-            return _native.unpack_descs(bytes(serialized_descs))
-        return _Unpickler(_io.BytesIO(serialized_descs)).load()
+        return _descs.unpack(serialized_descs)
 
     # ---- memory
 

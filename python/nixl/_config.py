@@ -66,3 +66,25 @@ class nixl_agent_config:
     enable_prog_thread = property(lambda self: self.enable_pthread, lambda self, value: setattr(self, "enable_pthread", value))
     enable_listen_thread = property(lambda self: self.enable_listen, lambda self, value: setattr(self, "enable_listen", value))
     listen_port = property(lambda self: self.port, lambda self, value: setattr(self, "port", value))
+
+
+def native_config(conf):
+    """The native configuration of a nixl_agent_config, or of whatever has its attributes."""
+    sync = conf.sync_mode
+    if sync is not None:
+        mode = sync.value
+    else:
+        mode = nixlBind.NIXL_THREAD_SYNC_STRICT if conf.enable_listen else nixlBind.NIXL_THREAD_SYNC_NONE
+    native = nixlBind.nixlAgentConfig()
+    native.useProgThread = bool(conf.enable_pthread)
+    native.useListenThread = bool(conf.enable_listen)
+    native.listenPort = conf.port
+    native.syncMode = mode
+    native.captureTelemetry = bool(conf.capture_telemetry)
+    native.pthrDelay = 0
+    native.lthrDelay = 100000
+    use_etcd = getattr(conf, "use_etcd", None)
+    if use_etcd not in (None, True, False):
+        raise TypeError(f"use_etcd is {use_etcd!r}; True, False or None is needed")
+    native.useEtcd = None if use_etcd is None else bool(use_etcd)
+    return native

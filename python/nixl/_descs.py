@@ -1,11 +1,14 @@
-"""What callers may pass where descriptors are wanted, turned into native lists.
+"""What callers may pass where descriptors are wanted, turned into native lists; and lists back from the bytes of a peer.
 
 Accepted: a native list; a list of tuples or an N x 3 array of (addr, len, dev) with a memory type; an N x 5 array of strided runs;
 one tensor or a list of tensors; a list of NumPy buffers. Tensors are recognised without importing torch.
 """
+import io
+import pickle
 import sys
 
 from . import _bindings as nixlBind
+from . import _native
 from .logging import get_logger
 
 logger = get_logger("_descs")
@@ -139,3 +142,24 @@ def convert_remote(descs, mem_type=None):
     if not isinstance(descs, list) or mem_type is None or (descs and not isinstance(descs[0], tuple)):
         return _refused("remote descriptors are a nixlRemoteDList, or tuples (addr, len, dev, agent) with mem_type")
     return nixlBind.nixlRemoteDList(MEMS[mem_type], descs)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain builtins and our list classes, nothing else: the bytes come from a peer."""
+
+    _allowed = {("nixl._native", "nixlXferDList"), ("nixl._native", "nixlRegDList"), ("nixl._native", "nixlRemoteDList"),
+                ("copyreg", "__newobj__")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self._allowed:
+            raise pickle.UnpicklingError(f"serialized descriptors may not hold {module}.{name}")
+        return super().find_class(module, name)
+
+
+def unpack(serialized):
+    """What a peer's get_serialized_descs was given: lists and plain builtins only."""
+    if not isinstance(serialized, (bytes, bytearray, memoryview)):
+        raise TypeError(f"serialized descriptors are {serialized!r}; bytes are needed")
+    if serialized[:8] == b"NIXLDESC":
+        return _native.unpack_descs(bytes(serialized))
+    return _Unpickler(io.BytesIO(serialized)).load()
