@@ -152,17 +152,21 @@ def test_lossy_and_slow(wire, sides, loss, delay):
     assert wire.lost > 0 or not loss
 
 
-def test_cut_for_a_while(wire, sides):
-    """Three seconds without a packet, in the middle of a transfer and of notifications: everything arrives, once."""
-    near, far = sides
-    want = near.ok("fill", 1)
-    far.ok("fill", 99)
+def cut_within_a_transfer(wire, near, far):
     wire.delay = 0.005
     before = wire.passed
     near.ok("post", "WRITE", far.address, "far")
     while wire.passed < before + 100:
         time.sleep(0.001)
     wire.cut = True
+
+
+def test_cut_for_a_while(wire, sides):
+    """Three seconds without a packet, in the middle of a transfer and of notifications: everything arrives, once."""
+    near, far = sides
+    want = near.ok("fill", 1)
+    far.ok("fill", 99)
+    cut_within_a_transfer(wire, near, far)
     lost = wire.lost
     near.ok("notify", "far", 50)
     assert near.ok("wait", 3) == "PROC"
@@ -177,12 +181,7 @@ def test_cut_for_a_while(wire, sides):
 def test_cut_for_good(wire, sides):
     """The transfer ends with an error that names the peer; with a new link and new metadata the two work again."""
     near, far = sides
-    wire.delay = 0.005
-    before = wire.passed
-    near.ok("post", "WRITE", far.address, "far")
-    while wire.passed < before + 100:
-        time.sleep(0.001)
-    wire.cut = True
+    cut_within_a_transfer(wire, near, far)
     start = time.monotonic()
     answer = near.ask("wait", GIVEN_UP_S)
     assert "nixlRemoteDisconnectError" in answer and "far" in answer, answer

@@ -128,6 +128,16 @@ class Child:
         self.process.join(10)
 
 
+def receiver_of(child, blocks):
+    """Our pool and receiver, connected with the sender of the child."""
+    pool = BlockPool(blocks)
+    receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), pool)
+    receiver.connect(child.get())
+    child.pipe.send(receiver.card())
+    assert child.get() == "connected"
+    return pool, receiver
+
+
 @pytest.mark.parametrize("when", ["before", "while waiting to open"])
 def test_receiver_killed_gives_the_blocks_back(when):
     blocks = 64
@@ -174,11 +184,7 @@ def test_blocks_of_a_push_that_cannot_be_stopped_stay_out_of_the_pool(monkeypatc
 def test_sender_killed_is_told_to_the_waiting_receiver():
     blocks = 16
     with Child(child_sender, blocks) as child:
-        pool = BlockPool(blocks)
-        receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), pool)
-        receiver.connect(child.get())
-        child.pipe.send(receiver.card())
-        assert child.get() == "connected"
+        pool, receiver = receiver_of(child, blocks)
         receiver.open("r", pool.take(blocks), blocks * 4)
         child.process.kill()
         start = time.monotonic()
@@ -192,11 +198,7 @@ def test_sender_killed_is_told_to_the_waiting_receiver():
 def test_sender_gives_up_and_timeouts_keep_blocks_that_may_still_be_written():
     blocks = 16
     with Child(child_sender, blocks) as child:
-        pool = BlockPool(blocks)
-        receiver = KVReceiver(make_agent("decode"), KVCache(make_layers(blocks)), pool)
-        receiver.connect(child.get())
-        child.pipe.send(receiver.card())
-        assert child.get() == "connected"
+        pool, receiver = receiver_of(child, blocks)
         receiver.open("r", pool.take(8), 32)
         with pytest.raises(KVTimeout):
             receiver.wait("r", 0.05)
