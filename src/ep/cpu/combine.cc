@@ -9,15 +9,6 @@ namespace nixl::core::ep {
 
 namespace {
 
-template <typename T>
-T* at(std::byte* base, std::int64_t offset) {
-  return reinterpret_cast<T*>(base + offset);
-}
-template <typename T>
-const T* at(const std::byte* base, std::int64_t offset) {
-  return reinterpret_cast<const T*>(base + offset);
-}
-
 // Where the caller's rows lie: its tensor, or this exchange's slot.
 struct Rows {
   const std::byte* base = nullptr;

@@ -14,15 +14,6 @@ static_assert(static_cast<int>(nixl::ep::Payload::kFp8) == kPayloadFp8);
 static_assert(static_cast<int>(nixl::ep::Payload::kFp8Pow2) == kPayloadFp8Pow2);
 static_assert(static_cast<int>(nixl::ep::Payload::kFp8Ue8m0) == kPayloadFp8Ue8m0);
 
-template <typename T>
-T* at(std::byte* base, std::int64_t offset) {
-  return reinterpret_cast<T*>(base + offset);
-}
-template <typename T>
-const T* at(const std::byte* base, std::int64_t offset) {
-  return reinterpret_cast<const T*>(base + offset);
-}
-
 }  // namespace
 
 Result<void> Dispatcher::send(const Setting& setting, const Dispatch& args) {

@@ -16,6 +16,15 @@
 
 namespace nixl::core::ep {
 
+template <typename T>
+T* at(std::byte* base, std::int64_t offset) {
+  return reinterpret_cast<T*>(base + offset);
+}
+template <typename T>
+const T* at(const std::byte* base, std::int64_t offset) {
+  return reinterpret_cast<const T*>(base + offset);
+}
+
 inline constexpr std::uint64_t kControlMagic = 0x314c5254434c584eULL;  // "NXLCTRL1"
 
 // Operations and barriers of a pair are counted apart: a barrier may come between the phases of an operation.
