@@ -23,7 +23,7 @@ import numpy  # noqa: E402
 from utils.floor import floor, nccl, raw_ucx  # noqa: E402
 from utils.figures import Figure, parse_arguments, report  # noqa: E402
 from utils.helper_process import HelperProcess  # noqa: E402
-from utils.memory import INITIATOR_FILL, TARGET_FILL, DeviceBuffer, HostBuffer, TorchBuffer, pattern, torch_has_cuda  # noqa: E402
+from utils.memory import INITIATOR_FILL, TARGET_FILL, DeviceBuffer, HostBuffer, LockedBuffer, TorchBuffer, pattern, torch_has_cuda  # noqa: E402
 
 BYTES = 400 << 20
 ROUNDS = 3
@@ -47,6 +47,15 @@ GPU_COPIES = [
     ("10,000 x 16 KiB", 10_000, 16 << 10, 320, 360),
     ("100,000 x 4 KiB", 100_000, 4 << 10, 320, 365),
     ("100,000 x 1 KiB", 100_000, 1 << 10, 250, 340),
+]
+# Host memory on one side, GPU memory on the other: name, pieces, bytes of one, must and goal as parts of what the copy
+# engine gives from page-locked memory. The must is for the paths without staging.
+MIXED_BYTES = 256 << 20
+MIXED_COPIES = [
+    ("1 x 256 MiB", 1, 256 << 20, 0.9, 0.98),
+    ("1,000 x 64 KiB", 1000, 64 << 10, 0.7, 0.9),
+    ("10,000 x 16 KiB", 10_000, 16 << 10, 0.8, 0.95),
+    ("50,000 x 4 KiB", 50_000, 4 << 10, 0.8, 0.95),
 ]
 SCALE = {"us": 1e6, "ms": 1e3}
 # A fresh process: the CUDA context that a program has in any case, then its first agent.
@@ -73,18 +82,20 @@ def table(base, order, piece, device):
 
 
 class Pair:
-    """Our agent and buffer, and a helper process with its own."""
+    """Our agent and buffer, and a helper process with its own, of the same kind unless `near` is given."""
 
-    def __init__(self, kind, size, prog_thread=True, **far):
+    def __init__(self, kind, size, prog_thread=True, near=None, **far):
         import nixl
 
         self.nixl, self.kind, self.size, self.far_device = nixl, kind, size, far.get("device", 0)
-        if far.get("torch"):
+        if near is not None:
+            self.near = near
+        elif far.get("torch"):
             self.near = TorchBuffer(size, 0)
         else:
             self.near = DeviceBuffer(size, 0, far.get("vmm", False), far.get("piece")) if kind == "VRAM" else HostBuffer(size)
         self.agent = nixl.nixl_agent("initiator", nixl.nixl_agent_config(enable_prog_thread=prog_thread, backends=["UCX"]))
-        self.registered = self.agent.register_memory([(self.near.address, size, 0, "")], kind)
+        self.registered = self.agent.register_memory([(self.near.address, size, 0, "")], self.near.kind)
         self.helper = HelperProcess("target", prog_thread)
         self.far_address = self.helper.ask(do="allocate", kind=kind, size=size, **far)["address"]
         self.agent.add_remote_agent(self.helper.metadata())
@@ -92,7 +103,7 @@ class Pair:
     def request(self, operation, count, piece):
         """A request over `count` pieces, random order on both sides, with the orders that were used."""
         near, far = shuffled(count, 1), shuffled(count, 2)
-        local = self.agent.get_xfer_descs(table(self.near.address, near, piece, 0), self.kind)
+        local = self.agent.get_xfer_descs(table(self.near.address, near, piece, 0), self.near.kind)
         remote = self.agent.get_xfer_descs(table(self.far_address, far, piece, self.far_device), self.kind)
         return self.agent.initialize_xfer(operation, local, remote, "target"), near, far
 
@@ -305,6 +316,35 @@ def gpu_copies(figures, blocks):
         pair.close()
 
 
+def mixed_copies(figures):
+    """Host memory of one process, GPU memory of the other."""
+    link = floor("host_link_floor")
+    if link is None:
+        raise SystemExit("bench local: build/.../benchmarks/floor/host_link_floor was not built (it needs nvcc)")
+    far_device = 1 if link["devices"] > 1 else 0
+    figures.append(Figure("page-locking 256 MiB", link["lock_ms"], "ms", beside={"unlocking": link["unlock_ms"]}))
+    cases = (
+        ("locked DRAM, peer's VRAM", lambda: LockedBuffer(MIXED_BYTES, far_device), "VRAM", {"device": far_device}),
+        ("VRAM, peer's memory file", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {"shared": True}),
+        ("DRAM, peer's VRAM", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}),
+        ("VRAM, peer's DRAM", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {}),
+    )
+    for what, make_near, far_kind, far in cases:
+        pair = Pair(far_kind, MIXED_BYTES, near=make_near(), **far)
+        near_is_host = far_kind == "VRAM"
+        for operation in ("WRITE", "READ"):
+            pair.prove(operation, 10_000, 16 << 10)
+        for name, count, piece, must, goal in MIXED_COPIES:
+            for operation in ("WRITE", "READ"):
+                seconds, path = pair.best(operation, count, piece, 10)
+                way = "H2D" if near_is_host == (operation == "WRITE") else "D2H"
+                engine = link[f"GPU {far_device if near_is_host else 0} {way}"]
+                direct = not path.startswith("staged")
+                figures.append(Figure(f"{what}: {operation} {name}", count * piece / seconds / 1e9, "GB/s", must * engine if direct else None,
+                                      goal * engine if direct else None, {f"copy engine {way}": engine}, True, path))
+        pair.close()
+
+
 def small_gpu_copies(figures, pair):
     for name, piece in (("64 B", 64), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)):
         for operation in ("WRITE", "READ"):
@@ -359,7 +399,7 @@ def main():
         groups += [("copies", host_copies), ("notifications", notifications), ("idle", idle_cpu)]
     if arguments.memory == "vram" or arguments.memory == "auto" and num_gpus():
         blocks = int(os.environ.get("NIXL_SAME_HOST_GPU_BLOCKS") or 64)
-        groups += [("creation", creation), ("vram", lambda into: gpu_copies(into, blocks))]
+        groups += [("creation", creation), ("vram", lambda into: gpu_copies(into, blocks)), ("mixed", mixed_copies)]
     elif arguments.memory == "auto":
         skipped.append("GPU memory: no GPU (/proc/driver/nvidia/gpus is missing or empty)")
     for name, group in groups:

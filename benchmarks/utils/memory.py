@@ -99,6 +99,26 @@ class Cuda:
         self.check(self.lib.cuCtxSetCurrent(self._contexts[device]), f"context of GPU {device}")
 
 
+class LockedBuffer(HostBuffer):
+    """Host memory that is page-locked for all GPUs, as torch's pin_memory gives it. Made in a context of GPU `owner`."""
+
+    def __init__(self, size, owner=0):
+        self._cuda, self.size = Cuda.get(), size
+        self._cuda.use(owner)
+        pointer = ctypes.c_void_p()
+        portable_and_mapped = 3
+        self._cuda.check(self._cuda.lib.cuMemHostAlloc(ctypes.byref(pointer), ctypes.c_size_t(size), portable_and_mapped),
+                         f"cuMemHostAlloc of {size} bytes")
+        self.address = pointer.value
+        self.array = numpy.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint8)), (size,))
+        self.array[:] = 0
+
+    def close(self):
+        if self.array is not None:
+            self.array = None
+            self._cuda.lib.cuMemFreeHost(ctypes.c_void_p(self.address))
+
+
 class _Location(ctypes.Structure):
     _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
 

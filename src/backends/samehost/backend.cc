@@ -125,6 +125,7 @@ Result<std::unique_ptr<LocalRegion>> SameHostBackend::add_region(const Region& r
   NIXL_ASSIGN(const auto slot, slots_->take(is_dram ? region.address : 0, is_dram ? region.length : 0));
   HugeRange pages(is_dram ? pages_ : nullptr, region.address, region.length);
   auto own = std::make_unique<OwnRegion>(slots_, slot.first, slot.second, std::move(exported), std::move(pages));
+  own->address = region.address, own->bytes = region.length;
   if (is_dram) own->shared = shared_.find(region);
   return own;
 }
@@ -160,7 +161,9 @@ Result<std::unique_ptr<RemoteRegion>> SameHostBackend::import_region(Connection&
     if (in.left() != 0)
       return fail(Code::kMismatch, "a same-host key for %s with %zu bytes too many", name(region.kind), in.left());
   }
-  return std::make_unique<FarRegion>(connection, slot, generation, std::move(mapping), std::move(shared));
+  auto far = std::make_unique<FarRegion>(connection, slot, generation, std::move(mapping), std::move(shared));
+  far->address = region.address, far->bytes = region.length;
+  return far;
 }
 
 Result<std::string> SameHostBackend::export_connection() {

@@ -95,6 +95,7 @@ class OwnRegion final : public LocalRegion {
   const VramExport* vram() const noexcept { return vram_.get(); }  // null: DRAM
   std::uint32_t slot() const noexcept { return slot_; }
   std::uint64_t generation() const noexcept { return generation_; }
+  std::uint64_t address = 0, bytes = 0;
   std::optional<SharedExport> shared;  // DRAM that peers can map
 
  private:
@@ -128,12 +129,13 @@ class FarRegion final : public RemoteRegion {
   FarRegion(PeerConnection& peer, std::uint32_t slot, std::uint64_t generation, std::unique_ptr<VramMapping> vram,
             std::unique_ptr<SharedMapping> shared);
   ~FarRegion() override;
-  const VramMapping* vram() const noexcept { return vram_.get(); }        // null: DRAM
-  const SharedMapping* shared() const noexcept { return shared_.get(); }  // null: not mapped here
+  const VramMapping* vram() const noexcept { return vram_.get(); }  // null: DRAM
+  SharedMapping* shared() const noexcept { return shared_.get(); }  // null: not mapped here
   // false once the owner has deregistered it.
   bool registered() const noexcept { return slot_->load(std::memory_order_acquire) == generation_; }
   std::uint32_t slot() const noexcept { return index_; }
   std::uint64_t generation() const noexcept { return generation_; }
+  std::uint64_t address = 0, bytes = 0;  // in the owner's process
 
  private:
   std::uint32_t index_;

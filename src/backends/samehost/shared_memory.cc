@@ -62,6 +62,7 @@ void SharedExport::encode(ByteWriter& out) const {
 }
 
 SharedMapping::~SharedMapping() {
+  lock.reset();
   if (base_) ::munmap(base_, bytes_);
 }
 

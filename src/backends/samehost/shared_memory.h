@@ -27,12 +27,23 @@ class SharedExport {
   std::uint64_t device_ = 0, inode_ = 0, offset_ = 0;
 };
 
+// Keeps pages of a mapping where they are.
+class PageLock {
+ public:
+  virtual ~PageLock() = default;
+};
+
 // A peer's region, mapped into this process.
 class SharedMapping {
  public:
   ~SharedMapping();
   // Added to an address of the peer's, it gives ours.
   std::uint64_t delta() const noexcept { return delta_; }
+  // All that is mapped: whole pages.
+  char* base() const noexcept { return static_cast<char*>(base_); }
+  std::size_t bytes() const noexcept { return bytes_; }
+  // Let go before the memory is unmapped; null until GPUs copy to or from it.
+  std::unique_ptr<PageLock> lock;
 
  private:
   friend class SharedMemory;

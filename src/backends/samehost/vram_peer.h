@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 #include <dirent.h>
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -77,6 +78,17 @@ inline char* allocate(char kind, int device) {
   return reinterpret_cast<char*>(base);
 }
 
+// kBytes of a new memory file; 's': sealed against shrinking.
+inline char* map_file(char kind, int& file) {
+  file = ::memfd_create("vram_peer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  CHECK(file >= 0);
+  CHECK_EQ(::ftruncate(file, static_cast<off_t>(kBytes)), 0);
+  if (kind == 's') CHECK_EQ(::fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK), 0);
+  void* const memory = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  CHECK(memory != MAP_FAILED);
+  return static_cast<char*>(memory);
+}
+
 inline std::unique_ptr<Backend> open_backend(const char* name) {
   BackendConfig config;
   config.self = {name, 1};
@@ -99,7 +111,8 @@ inline std::string read_text(int fd) {
   return text;
 }
 
-// Kind 'h': host memory (the mirror itself).
+// Kind 'h': host memory that no other process can map (the mirror itself); 's': a memory file that cannot shrink, 'u': one
+// that can.
 struct Target {
   explicit Target(char kind) : kind(kind) {
     int ends[2];
@@ -115,6 +128,7 @@ struct Target {
     fd = ends[0];
     connection = read_text(fd);
     key = read_text(fd);
+    spare_key = read_text(fd);
   }
   ~Target() {
     if (pid > 0) ::kill(pid, SIGKILL), ::waitpid(pid, nullptr, 0);
@@ -122,31 +136,42 @@ struct Target {
   }
   void serve(int fd) {
     int count = 0;
-    if (kind != 'h') CUDA(::cudaGetDeviceCount(&count));
+    if (!is_host()) CUDA(::cudaGetDeviceCount(&count));
     const int device = count > 1 ? 1 : 0;
-    char* const memory = kind == 'h' ? mirror : allocate(kind, device);
-    Region mine{kind == 'h' ? MemKind::kDram : MemKind::kVram, at(memory), kBytes, static_cast<std::uint64_t>(device),
+    int file = -1;
+    char* const memory = kind == 'h' ? mirror : is_host() ? map_file(kind, file) : allocate(kind, device);
+    Region mine{is_host() ? MemKind::kDram : MemKind::kVram, at(memory), kBytes, static_cast<std::uint64_t>(device),
                 ""};
     auto backend = open_backend("target");
     auto own = std::move(*CHECK_OK(backend->add_region(mine)));
+    auto spare = std::move(*CHECK_OK(backend->add_region(mine)));
     auto* words = reinterpret_cast<std::uint64_t*>(mirror + kBytes);
     words[0] = static_cast<std::uint64_t>(mine.kind), words[1] = mine.address, words[2] = mine.device;
     send_text(fd, *CHECK_OK(backend->export_connection()));
     send_text(fd, *CHECK_OK(backend->export_region(*own)));
+    send_text(fd, *CHECK_OK(backend->export_region(*spare)));
     for (char what; ::read(fd, &what, 1) == 1; send_text(fd, "")) {
-      if (kind == 'h') continue;
-      if (what == 'w') CUDA(::cudaMemcpy(memory, mirror, kBytes, cudaMemcpyHostToDevice));
-      if (what == 'r') CUDA(::cudaMemcpy(mirror, memory, kBytes, cudaMemcpyDeviceToHost));
+      if (what == 'd') spare.reset();
+      if (what == 't') CHECK_EQ(::ftruncate(file, 0), 0);
+      if (kind == 'h' || (what != 'w' && what != 'r')) continue;
+      char *to = memory, *from = mirror;
+      if (what == 'r') std::swap(to, from);
+      if (is_host())
+        std::memcpy(to, from, kBytes);
+      else
+        CUDA(::cudaMemcpy(to, from, kBytes, cudaMemcpyDefault));
     }
   }
+  // 'w': takes the mirror over, 'r': shows its memory there, 'd': deregisters the spare region, 't': truncates its file.
   void ask(char what) {
     CHECK_EQ(::write(fd, &what, 1), 1);
     read_text(fd);
   }
+  bool is_host() const { return std::strchr("hsu", kind) != nullptr; }
   char kind;
   pid_t pid;
   int fd;
-  std::string connection, key;
+  std::string connection, key, spare_key;
 };
 
 }  // namespace vram_peer

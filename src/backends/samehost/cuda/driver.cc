@@ -19,6 +19,7 @@ Result<void> load(Driver& driver) {
   if (!library) return fail(Code::kUnsupported, "the CUDA driver is missing: %s", ::dlerror());
   NIXL_LOAD(get_error_string, cuGetErrorString);
   NIXL_LOAD(pointer_get_attribute, cuPointerGetAttribute);
+  NIXL_LOAD(pointer_get_attributes, cuPointerGetAttributes);
   NIXL_LOAD(get_address_range, cuMemGetAddressRange);
   NIXL_LOAD(retain_handle, cuMemRetainAllocationHandle);
   NIXL_LOAD(export_handle, cuMemExportToShareableHandle);

@@ -10,6 +10,7 @@ namespace nixl::core::samehost {
 struct Driver {
   decltype(&::cuGetErrorString) get_error_string = nullptr;
   decltype(&::cuPointerGetAttribute) pointer_get_attribute = nullptr;
+  decltype(&::cuPointerGetAttributes) pointer_get_attributes = nullptr;
   decltype(&::cuMemGetAddressRange) get_address_range = nullptr;
   decltype(&::cuMemRetainAllocationHandle) retain_handle = nullptr;
   decltype(&::cuMemExportToShareableHandle) export_handle = nullptr;

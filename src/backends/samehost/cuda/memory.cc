@@ -43,6 +43,13 @@ class CudaExport final : public VramExport {
   std::vector<std::shared_ptr<Allocation>> allocations_;
 };
 
+// The device that holds the GPU memory at an address of ours.
+int device_of_memory(const Driver& driver, std::uint64_t address) {
+  int device = -1;
+  return driver.pointer_get_attribute(&device, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address) == CUDA_SUCCESS ? device
+                                                                                                             : -1;
+}
+
 struct Key {
   int device = 0;  // ordinal in the owner's process
   std::vector<FarAllocation> allocations;
@@ -83,6 +90,7 @@ Result<Key> parse(std::string_view bytes) {
 class OwnSpan final : public Span {
  public:
   explicit OwnSpan(int owner) : owner_(owner) { how = "cuda"; }
+  int owner(int) override { return owner_; }
   Result<std::uint64_t> reach(int device) override {
     if (device == owner_) return 0;
     const DeviceScope scope(device);
@@ -98,7 +106,7 @@ class OwnSpan final : public Span {
 // A plain allocation: opened once for each device that copies.
 class IpcSpan final : public Span {
  public:
-  explicit IpcSpan(const FarAllocation& far) : far_(far) { how = "cuda_ipc"; }
+  IpcSpan(const Driver& driver, const FarAllocation& far) : driver_(driver), far_(far) { how = "cuda_ipc"; }
   ~IpcSpan() override {
     for (const auto& [device, base] : open_) {
       const DeviceScope scope(device);
@@ -118,8 +126,15 @@ class IpcSpan final : public Span {
     }
     return reinterpret_cast<std::uint64_t>(found->second) - far_.base;
   }
+  int owner(int guess) override {
+    if (open_.empty() && !reach(guess)) return -1;
+    const auto& [device, base] = *open_.begin();
+    const DeviceScope scope(device);
+    return device_of_memory(driver_, reinterpret_cast<std::uint64_t>(base));
+  }
 
  private:
+  const Driver& driver_;
   const FarAllocation far_;
   std::map<int, void*> open_;
 };
@@ -154,6 +169,10 @@ class VirtualSpan final : public Span {
       granted_ |= std::uint64_t{1} << device;
     }
     return base_ - far_base_;
+  }
+  int owner(int guess) override {
+    const DeviceScope scope(guess);
+    return device_of_memory(driver_, base_);
   }
 
  private:
@@ -285,7 +304,7 @@ Result<std::unique_ptr<VramMapping>> MemoryExchange::map_region(PeerProcess& pee
     } else if (key.allocations[0].is_virtual) {
       NIXL_ASSIGN(span, VirtualSpan::open(driver_, peer, key.allocations));
     } else {
-      span = std::make_shared<IpcSpan>(key.allocations[0]);
+      span = std::make_shared<IpcSpan>(driver_, key.allocations[0]);
     }
     if (device >= 0) NIXL_TRY(span->reach(device));
     std::erase_if(spans_, [](const auto& entry) { return entry.second.expired(); });

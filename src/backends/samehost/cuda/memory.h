@@ -51,6 +51,8 @@ class Span {
   // What to add to an address of the peer (modulo 2^64) to reach it from kernels of a device of ours; maps it if
   // needed.
   virtual Result<std::uint64_t> reach(int device) = 0;
+  // The device of ours that holds the memory; -1 where the driver does not tell. Mapped through `guess` if it is not yet.
+  virtual int owner(int guess) = 0;
   const char* how = "";  // for people: cuda_ipc, cuda_vmm, cuda
 };
 
@@ -70,6 +72,7 @@ class MemoryExchange {
   Result<std::unique_ptr<VramExport>> export_region(const Region& region);
   // `device`: of ours, on which copies will probably run: mapped for it at once; -1: not known yet.
   Result<std::unique_ptr<VramMapping>> map_region(PeerProcess& peer, std::string_view key, int device);
+  const Driver& driver() const noexcept { return driver_; }
 
  private:
   Result<std::shared_ptr<Allocation>> allocation_at(std::uint64_t address);

@@ -144,9 +144,11 @@ Result<void> StagedJob::copy_chunk(std::uint32_t index) {
 
 Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, Plan plan,
                                               std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
-                                              int home_device) {
-  const std::vector<int> device_of = devices_of(plan, home_device);
-  NIXL_ASSIGN(const auto deltas, deltas_of(plan, device_of[0]));
+                                              Assignment assignment) {
+  std::vector<int>& device_of = assignment.device_of;
+  // One device scatters or gathers, and reaches a peer's other devices through the link.
+  if (assignment.by_remote) device_of.assign(device_of.size(), device_of[0]);
+  NIXL_ASSIGN(const auto deltas, deltas_of(plan, assignment, device_of[0]));
   const bool gpu_is_local = plan.local_kind == MemKind::kVram;
   std::vector<StagedJob::Pair> pieces;
   std::vector<std::size_t> starts{0};

@@ -51,20 +51,31 @@ Result<std::shared_ptr<Device>> Devices::at(int ordinal) {
   return device;
 }
 
-std::vector<int> devices_of(const Plan& plan, int home_device) {
-  std::vector<int> devices;
-  for (const LocalRegion* region : plan.local_regions)
-    devices.push_back(plan.local_kind == MemKind::kVram ? static_cast<const OwnRegion*>(region)->vram()->device()
-                                                        : home_device);
-  return devices;
+Assignment assign(const Plan& plan, int home) {
+  Assignment assignment;
+  assignment.by_remote = plan.local_kind == MemKind::kDram;
+  if (!assignment.by_remote) {
+    for (const LocalRegion* region : plan.local_regions)
+      assignment.device_of.push_back(static_cast<const OwnRegion*>(region)->vram()->device());
+    return assignment;
+  }
+  for (const RemoteRegion* region : plan.remote_regions) {
+    const int owner = span_of(region).owner(home);
+    assignment.device_of.push_back(owner < 0 ? home : owner);
+  }
+  return assignment;
 }
 
-Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, int device) {
+Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, const Assignment& assignment, int device) {
   std::vector<std::uint64_t> deltas(plan.remote_regions.size(), 0);
-  if (plan.remote_kind == MemKind::kVram)
-    for (std::size_t region = 0; region < deltas.size(); ++region) {
+  for (std::size_t region = 0; region < deltas.size(); ++region) {
+    if (plan.remote_kind == MemKind::kDram) {
+      const SharedMapping* const shared = static_cast<const FarRegion*>(plan.remote_regions[region])->shared();
+      if (shared) deltas[region] = shared->delta();
+    } else if (!assignment.by_remote || assignment.device_of[region] == device) {
       NIXL_ASSIGN(deltas[region], span_of(plan.remote_regions[region]).reach(device));
     }
+  }
   return deltas;
 }
 
@@ -143,15 +154,35 @@ bool PinnedList::done() const noexcept {
   return __atomic_load_n(copy_.done, __ATOMIC_ACQUIRE) == copy_.epoch;
 }
 
-Result<std::shared_ptr<DeviceJob>> DeviceJob::create(Devices& devices, const Plan& plan) {
+Result<std::shared_ptr<DeviceJob>> DeviceJob::create(Devices& devices, const Plan& plan, const Assignment& assignment,
+                                                     std::optional<HostSide> host) {
   std::shared_ptr<DeviceJob> job(new DeviceJob(plan));
-  NIXL_TRY(job->fill(devices, plan));
+  job->host_ = std::move(host);
+  job->path_ = job->host_ ? job->host_->how() : "";
+  if (plan.remote_kind == MemKind::kVram)
+    job->path_ += (job->host_ ? "+" : "") + std::string(span_of(plan.remote_regions[0]).how);
+  NIXL_TRY(job->fill(devices, plan, assignment));
   return job;
 }
 
-Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
-  const std::vector<int> device_of = devices_of(plan, 0);
-  std::vector<int> ordinals = device_of;
+// For the copy engine, which takes host memory in pieces as it was page-locked.
+void DeviceJob::add_direct(Part& part, const Plan& plan, const Piece& piece, std::uint64_t delta) {
+  const std::uint64_t far = piece.remote + delta;
+  for (std::uint64_t at = 0, bytes; at < piece.length; at += bytes) {
+    bytes = piece.length - at;
+    if (host_) {
+      const bool near_host = plan.local_kind == MemKind::kDram;
+      bytes = std::min(bytes, host_->bytes_from(near_host ? piece.local_region : piece.remote_region,
+                                                near_host ? piece.local + at : far + at));
+    }
+    std::uint64_t to = far + at, from = piece.local + at;
+    if (plan.op == Op::kRead) std::swap(to, from);
+    part.direct.push_back({reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes});
+  }
+}
+
+Result<void> DeviceJob::fill(Devices& devices, const Plan& plan, const Assignment& assignment) {
+  std::vector<int> ordinals = assignment.device_of;
   std::sort(ordinals.begin(), ordinals.end());
   ordinals.erase(std::unique(ordinals.begin(), ordinals.end()), ordinals.end());
   const bool engine = plan.num_blocks <= kFewPieces ||
@@ -161,9 +192,8 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
       engine ? ~std::uint64_t{0}
              : std::clamp((plan.total_bytes / shares + kMinItem - 1) / kMinItem * kMinItem, kMinItem, kMaxItem);
   const Count count = engine ? Count{0, false} : count_items(plan, item);
-  path_ = span_of(plan.remote_regions[0]).how;
   for (const int ordinal : ordinals) {
-    NIXL_ASSIGN(const auto deltas, deltas_of(plan, ordinal));
+    NIXL_ASSIGN(const auto deltas, deltas_of(plan, assignment, ordinal));
     NIXL_ASSIGN(auto device, devices.at(ordinal));
     const cudaStream_t stream = device->next_stream();
     NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), count.items));
@@ -175,13 +205,14 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan) {
     }
     for (PlanCursor cursor(plan); !cursor.at_end();) {
       const Piece piece = cursor.next(item);
-      if (ordinals.size() > 1 && device_of[piece.local_region] != ordinal) continue;
+      if (ordinals.size() > 1 && assignment.at(piece) != ordinal) continue;
+      if (engine) {
+        add_direct(part, plan, piece, deltas[piece.remote_region]);
+        continue;
+      }
       std::uint64_t to = piece.remote + deltas[piece.remote_region], from = piece.local;
       if (plan.op == Op::kRead) std::swap(to, from);
-      if (engine)
-        part.direct.push_back({reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), piece.length});
-      else
-        part.list.add(to, from, static_cast<std::uint32_t>(piece.length));
+      part.list.add(to, from, static_cast<std::uint32_t>(piece.length));
     }
   }
   return {};
@@ -200,7 +231,7 @@ Result<void> DeviceJob::start() {
       if (const auto code =
               ::cudaMemcpyAsync(piece.destination, piece.source, piece.bytes, cudaMemcpyDefault, part.stream);
           code != cudaSuccess && result)
-        result = cuda_error("cudaMemcpyAsync between GPUs", code);
+        result = cuda_error("cudaMemcpyAsync", code);
     if (result) result = part.direct.empty() ? part.list.launch(part.stream) : part.list.signal(part.stream);
     if (!result) break;
   }
@@ -229,7 +260,7 @@ bool DeviceJob::look() {
   for (Part& part : parts_) {
     const DeviceScope scope(part.list.device().ordinal());
     if (const auto code = ::cudaStreamQuery(part.stream); code != cudaSuccess && code != cudaErrorNotReady) {
-      finish(cuda_error("the copy between GPUs", code).value());
+      finish(cuda_error("the copy by a GPU", code).value());
       return true;
     }
   }
@@ -244,6 +275,7 @@ void DeviceJob::finish(std::optional<Error> error) {
 Result<TransferState> DeviceTransfer::submit(std::optional<std::string_view> message) {
   NIXL_TRY(job_->ending.peer().check_alive());
   NIXL_TRY(job_->ending.check_all_registered());
+  NIXL_TRY(job_->check_host());
   job_->ending.set_message(message);
   NIXL_TRY(job_->start());
   entered_(job_);

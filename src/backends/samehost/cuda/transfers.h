@@ -4,9 +4,11 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "backends/samehost/cuda/device.h"
+#include "backends/samehost/cuda/host_memory.h"
 #include "backends/samehost/cuda/memory.h"
 #include "backends/samehost/transfer.h"
 #include "contract/plan_cursor.h"
@@ -55,20 +57,34 @@ class PinnedList {
   std::uint32_t max_blocks_ = 1;
 };
 
-// VRAM to VRAM: one kernel for the list, or the copy engine for a few large pieces. On several devices if the local
-// side is.
+// Which device copies what.
+struct Assignment {
+  std::vector<int> device_of;  // by local region where that side is VRAM, else by remote region
+  bool by_remote = false;
+  int at(const Piece& piece) const noexcept { return device_of[by_remote ? piece.remote_region : piece.local_region]; }
+};
+// Local GPU memory is copied by its own device, a peer's to and from host memory by the one that holds it; `home`: where
+// the driver does not tell which that is.
+Assignment assign(const Plan& plan, int home);
+
+// VRAM to VRAM, or between VRAM and host memory within reach of GPUs: one kernel for the list, or the copy engine for a
+// few large pieces. On several devices if the GPU memory is.
 class DeviceJob {
  public:
-  static Result<std::shared_ptr<DeviceJob>> create(Devices& devices, const Plan& plan);
+  // `host`: of the plan, where one side is host memory.
+  static Result<std::shared_ptr<DeviceJob>> create(Devices& devices, const Plan& plan, const Assignment& assignment,
+                                                   std::optional<HostSide> host);
   Ending ending;
 
+  // The host memory of the plan is still within reach of GPUs.
+  Result<void> check_host() const { return host_ ? host_->check() : Result<void>{}; }
   Result<void> start();
   // Looks whether the device is through; true when the submission has ended. Any thread.
   bool look();
   bool running() const noexcept { return running_.load(std::memory_order_acquire); }
   void abandon() noexcept { abandoned_.store(true, std::memory_order_release); }
   const std::optional<Error>& error() const noexcept { return error_; }  // when not running
-  const char* path() const noexcept { return path_; }
+  const std::string& path() const noexcept { return path_; }
 
  private:
   struct Direct {
@@ -82,7 +98,8 @@ class DeviceJob {
     cudaStream_t stream = nullptr;
   };
   explicit DeviceJob(const Plan& plan) : ending(plan) {}
-  Result<void> fill(Devices& devices, const Plan& plan);
+  Result<void> fill(Devices& devices, const Plan& plan, const Assignment& assignment);
+  void add_direct(Part& part, const Plan& plan, const Piece& piece, std::uint64_t delta);
   void finish(std::optional<Error> error);
 
   std::vector<Part> parts_;
@@ -90,7 +107,8 @@ class DeviceJob {
   std::atomic<bool> running_{false}, abandoned_{false};
   Nanoseconds asked_at_ = 0;
   std::optional<Error> error_;
-  const char* path_ = "";
+  std::optional<HostSide> host_;
+  std::string path_;
 };
 
 class DeviceTransfer final : public SizedTransfer {
@@ -112,11 +130,10 @@ class DeviceTransfer final : public SizedTransfer {
 // One side VRAM, the other DRAM: through pinned memory, chunk by chunk, several chunks at once.
 Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, Plan plan,
                                               std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
-                                              int home_device);
+                                              Assignment assignment);
 
-// The device that copies, by local region: that of the region, or `home_device` for host memory.
-std::vector<int> devices_of(const Plan& plan, int home_device);
-// By remote region: what to add to an address of the plan when `device` copies; 0 for host memory.
-Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, int device);
+// By remote region: what to add to an address of the plan when `device` copies; 0 for host memory that is not mapped
+// here, and for regions that another device is to copy.
+Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, const Assignment& assignment, int device);
 
 }  // namespace nixl::core::samehost

@@ -6,12 +6,14 @@
 
 #include "backends/samehost/cuda/transfers.h"
 #include "base/env.h"
+#include "base/log.h"
 
 namespace nixl::core::samehost {
 namespace {
 
 // Half of a large GPU: fills the link and leaves room for the model's kernels.
 constexpr std::int64_t kDefaultBlocks = 64;
+constexpr const char* kDirectEnv = "NIXL_SAME_HOST_DIRECT";
 
 Result<std::uint32_t> blocks_from_environment() {
   NIXL_ASSIGN(const auto asked, env_int("NIXL_SAME_HOST_GPU_BLOCKS"));
@@ -24,8 +26,8 @@ Result<std::uint32_t> blocks_from_environment() {
 
 class CudaVram final : public Vram {
  public:
-  CudaVram(const Driver& driver, std::uint32_t blocks, std::shared_ptr<Mailbox> mailbox)
-      : exchange_(driver), devices_(std::make_shared<Devices>(blocks)), mailbox_(std::move(mailbox)) {}
+  CudaVram(const Driver& driver, std::uint32_t blocks, bool direct, std::shared_ptr<Mailbox> mailbox)
+      : exchange_(driver), devices_(std::make_shared<Devices>(blocks)), direct_(direct), mailbox_(std::move(mailbox)) {}
 
   Result<std::unique_ptr<VramExport>> export_region(const Region& region) override {
     NIXL_ASSIGN(auto exported, exchange_.export_region(region));
@@ -40,21 +42,39 @@ class CudaVram final : public Vram {
   bool busy() const noexcept override { return num_running_.load(std::memory_order_acquire) > 0; }
 
  private:
+  Result<HostSide> reach_host(const Plan& plan, int device);
   void enter(std::shared_ptr<DeviceJob> job);
 
   MemoryExchange exchange_;
   const std::shared_ptr<Devices> devices_;
+  const bool direct_;  // host memory and GPUs without staging, where it can be
   const std::shared_ptr<Mailbox> mailbox_;
-  int home_ = -1;  // the device of the last region of ours: copies of plans without local VRAM run there
+  int home_ = -1;  // the device of the last region of ours
   std::mutex mutex_;
   std::vector<std::shared_ptr<DeviceJob>> running_;
   std::atomic<std::size_t> num_running_{0};
 };
 
+Result<HostSide> CudaVram::reach_host(const Plan& plan, int device) {
+  if (!direct_) return fail(Code::kUnsupported, "%s says so", kDirectEnv);
+  return HostSide::open(exchange_.driver(), plan, device);
+}
+
 Result<std::unique_ptr<Transfer>> CudaVram::prepare(Plan plan, std::shared_ptr<CopyThreads> threads) {
-  if (plan.local_kind != plan.remote_kind)
-    return make_staged(devices_, std::move(plan), mailbox_, std::move(threads), std::max(home_, 0));
-  NIXL_ASSIGN(auto job, DeviceJob::create(*devices_, plan));
+  int home = home_;
+  if (home < 0) NIXL_CUDA_TRY(::cudaGetDevice(&home));
+  const Assignment assignment = assign(plan, home);
+  std::optional<HostSide> host;
+  if (plan.local_kind != plan.remote_kind) {
+    auto reached = reach_host(plan, assignment.device_of[0]);
+    if (!reached) {
+      NIXL_DEBUG("a request between host and GPU memory goes through staging buffers: %s",
+                 reached.error().reason.c_str());
+      return make_staged(devices_, std::move(plan), mailbox_, std::move(threads), assignment);
+    }
+    host = std::move(*reached);
+  }
+  NIXL_ASSIGN(auto job, DeviceJob::create(*devices_, plan, assignment, std::move(host)));
   return std::make_unique<DeviceTransfer>(plan, std::move(job),
                                           [this](std::shared_ptr<DeviceJob> started) { enter(std::move(started)); });
 }
@@ -101,7 +121,8 @@ Result<std::unique_ptr<Vram>> Vram::open(std::shared_ptr<Mailbox> mailbox) {
   NIXL_TRY(probe());
   NIXL_ASSIGN(const Driver* const driver, Driver::get());
   NIXL_ASSIGN(const std::uint32_t blocks, blocks_from_environment());
-  return std::make_unique<CudaVram>(*driver, blocks, std::move(mailbox));
+  NIXL_ASSIGN(const auto direct, env_bool(kDirectEnv));
+  return std::make_unique<CudaVram>(*driver, blocks, direct.value_or(true), std::move(mailbox));
 }
 
 }  // namespace nixl::core::samehost
