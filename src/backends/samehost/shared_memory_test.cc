@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "backends/samehost/connection.h"
 #include "backends/samehost/test_process.h"
 
 using namespace nixl::core;
@@ -125,6 +126,30 @@ TEST(memory_that_was_given_back_and_dead_peers_are_refused) {
   target.end();
   ::usleep(1000);
   CHECK(run(*transfer, "done").error().code == Code::kPeerLost);
+}
+
+// As a GPU driver does, which holds the pages by their addresses.
+struct WatchedLock final : samehost::PageLock {
+  WatchedLock(const char* memory, bool& let_go) : memory(memory), let_go(let_go) {}
+  ~WatchedLock() override { let_go = memory[0] == 'f'; }
+  const char* memory;
+  bool& let_go;
+};
+
+TEST(pages_are_let_go_before_they_are_unmapped) {
+  if (!can_ask()) SKIP("this kernel does not tell which file memory is (Linux 6.11)");
+  Target target(F_SEAL_SHRINK);
+  std::memset(target.memory, 'f', kBytes);
+  std::vector<char> mine(kBytes);
+  const auto backend = open_backend("initiator");
+  Link link(*backend, target.address, target.key, region_of(mine.data(), kBytes), region_of(target.memory, kBytes));
+  samehost::SharedMapping* const shared = static_cast<samehost::FarRegion*>(link.theirs.get())->shared();
+  CHECK_EQ(at(target.memory) + shared->delta(), at(shared->base()) + kAt % 4096);
+  CHECK_EQ(shared->bytes(), kAt % 4096 + kBytes);
+  bool let_go = false;
+  shared->lock = std::make_unique<WatchedLock>(shared->base() + kAt % 4096, let_go);
+  link.theirs.reset();
+  CHECK(let_go);
 }
 
 TEST(private_memory_is_no_file) {

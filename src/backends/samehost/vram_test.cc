@@ -259,6 +259,38 @@ TEST(registered_host_to_gpu) {
 TEST(gpu_to_host_file) {
   check_pair('p', 's', file_path());
 }
+TEST(host_and_gpu_of_one_process) {
+  need_gpu();
+  in_own_process([] {
+    auto here = open_backend("here"), there = open_backend("there");
+    char *const gpu = allocate('p', 0), *const host = near_memory('c');
+    const Region near{MemKind::kVram, at(gpu), kBytes, 0, ""}, far{MemKind::kDram, at(host), kBytes, 0, ""};
+    const auto own = std::move(*CHECK_OK(here->add_region(near))), other = std::move(*CHECK_OK(there->add_region(far)));
+    const auto peer = std::move(*CHECK_OK(here->connect({"there", 1}, *CHECK_OK(there->export_connection()))));
+    const auto theirs = std::move(*CHECK_OK(here->import_region(*peer, far, *CHECK_OK(there->export_region(*other)))));
+    CUDA(::cudaMemset(gpu, 7, kBytes));
+    Plan plan;
+    plan.local_kind = near.kind;
+    plan.remote_kind = far.kind;
+    plan.peer = peer.get();
+    plan.local_regions = {own.get()};
+    plan.remote_regions = {theirs.get()};
+    for (std::size_t at = 0; at < kBytes; at += 4096) {
+      plan.local_address.push_back(near.address + at);
+      plan.remote_address.push_back(far.address + at);
+      plan.length.push_back(4095);
+      plan.local_region.push_back(0);
+      plan.remote_region.push_back(0);
+    }
+    plan.num_blocks = kBytes / 4096;
+    plan.total_bytes = plan.num_blocks * 4095;
+    std::memset(host, 1, kBytes);
+    const auto transfer = std::move(*CHECK_OK(here->prepare(std::move(plan))));
+    CHECK_EQ(transfer->path(), std::string("pinned"));
+    CHECK_OK(run(*transfer));
+    for (std::size_t i = 0; i < kBytes; ++i) CHECK_EQ(static_cast<int>(host[i]), i % 4096 == 4095 ? 1 : 7);
+  });
+}
 TEST(host_direct_switched_off) {
   need_gpu();
   in_own_process([] {
