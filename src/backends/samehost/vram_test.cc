@@ -94,14 +94,14 @@ struct Link {
   }
   // Into or from memory of ours, whatever it is.
   void set(const std::vector<char>& values) {
-    if (local_kind == 'h')
+    if (is_host(local_kind))
       std::memcpy(memory, values.data(), kBytes);
     else
       CUDA(::cudaMemcpy(memory, values.data(), kBytes, cudaMemcpyDefault));
   }
   std::vector<char> get() {
     std::vector<char> values(kBytes);
-    if (local_kind == 'h')
+    if (is_host(local_kind))
       std::memcpy(values.data(), memory, kBytes);
     else
       CUDA(::cudaMemcpy(values.data(), memory, kBytes, cudaMemcpyDefault));
