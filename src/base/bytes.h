@@ -22,6 +22,11 @@ class ByteWriter {
     std::memcpy(raw, &value, sizeof(T));
     out_.append(raw, sizeof(T));
   }
+  // Integers one after the other.
+  template <typename... T>
+  void put_all(T... values) {
+    (put(values), ...);
+  }
   void put_text(std::string_view text) {  // u32 length, bytes
     put(static_cast<std::uint32_t>(text.size()));
     out_.append(text);

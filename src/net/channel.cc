@@ -55,9 +55,7 @@ Result<void> Channel::send(std::string_view bytes, std::span<const int> descript
     return fail(Code::kInvalidArgument, "message of %zu bytes and %zu descriptors; at most %u and %zu are possible",
                 bytes.size(), descriptors.size(), UINT32_MAX, kMaxFrameDescriptors);
   ByteWriter header;
-  header.put(static_cast<std::uint32_t>(bytes.size()));
-  header.put(static_cast<std::uint16_t>(descriptors.size()));
-  header.put(kFrameMark);
+  header.put_all(static_cast<std::uint32_t>(bytes.size()), static_cast<std::uint16_t>(descriptors.size()), kFrameMark);
   std::size_t sent = 0;
   const std::size_t total = kHeaderBytes + bytes.size();
   Control control;

@@ -22,9 +22,8 @@ std::string encode(const ConnectionBytes& connection) {
   ByteWriter out;
   out.put(kMessageVersion);
   out.put_text(connection.provider);
-  out.put(connection.address_format);
-  out.put(static_cast<std::uint8_t>(connection.driven));
-  out.put(static_cast<std::uint32_t>(connection.rails.size()));
+  out.put_all(connection.address_format, static_cast<std::uint8_t>(connection.driven),
+              static_cast<std::uint32_t>(connection.rails.size()));
   for (const RailAddress& rail : connection.rails) {
     out.put_text(rail.fabric);
     out.put_text(rail.address);
@@ -54,12 +53,9 @@ Result<ConnectionBytes> decode_connection(std::string_view bytes) {
 
 std::string encode(const RegionKey& key) {
   ByteWriter out;
-  out.put(kMessageVersion);
-  out.put(key.id);
-  out.put(static_cast<std::uint32_t>(key.rails.size()));
+  out.put_all(kMessageVersion, key.id, static_cast<std::uint32_t>(key.rails.size()));
   for (const auto& rail : key.rails) {
-    out.put(rail.key);
-    out.put(rail.base);
+    out.put_all(rail.key, rail.base);
   }
   return sealed(out.take());
 }
@@ -81,12 +77,7 @@ Result<RegionKey> decode_key(std::string_view bytes) {
 
 std::string encode(const Hello& hello) {
   ByteWriter out = message(MessageKind::kHello);
-  out.put(kMessageVersion);
-  out.put(hello.expected_incarnation);
-  out.put(hello.incarnation);
-  out.put(hello.link);
-  out.put(hello.path);
-  out.put(hello.attempt);
+  out.put_all(kMessageVersion, hello.expected_incarnation, hello.incarnation, hello.link, hello.path, hello.attempt);
   out.put_text(hello.name);
   out.put_text(hello.address);
   return out.take();
@@ -103,11 +94,7 @@ Result<Hello> decode_hello(std::string_view bytes) {
 
 std::string encode(const HelloAck& ack) {
   ByteWriter out = message(MessageKind::kHelloAck);
-  out.put(ack.link);
-  out.put(ack.incarnation);
-  out.put(ack.next_sequence);
-  out.put(ack.path);
-  out.put(ack.attempt);
+  out.put_all(ack.link, ack.incarnation, ack.next_sequence, ack.path, ack.attempt);
   return out.take();
 }
 Result<HelloAck> decode_ack(std::string_view bytes) {
@@ -119,11 +106,7 @@ Result<HelloAck> decode_ack(std::string_view bytes) {
 
 std::string encode(const Notify& notify) {
   ByteWriter out = message(MessageKind::kNotify);
-  out.put(notify.incarnation);
-  out.put(notify.link);
-  out.put(notify.sequence);
-  out.put(notify.total);
-  out.put(notify.offset);
+  out.put_all(notify.incarnation, notify.link, notify.sequence, notify.total, notify.offset);
   out.put_raw(notify.part);
   return out.take();
 }
@@ -141,8 +124,7 @@ Result<Notify> decode_notify(std::string_view bytes) {
 
 std::string encode(const Revoke& revoke) {
   ByteWriter out = message(MessageKind::kRevoke);
-  out.put(revoke.incarnation);
-  out.put(revoke.region);
+  out.put_all(revoke.incarnation, revoke.region);
   return out.take();
 }
 Result<Revoke> decode_revoke(std::string_view bytes) {
@@ -154,9 +136,7 @@ Result<Revoke> decode_revoke(std::string_view bytes) {
 
 std::string encode(MessageKind kind, const LinkWord& word) {
   ByteWriter out = message(kind);
-  out.put(word.incarnation);
-  out.put(word.link);
-  out.put(word.sequence);
+  out.put_all(word.incarnation, word.link, word.sequence);
   return out.take();
 }
 Result<LinkWord> decode_word(std::string_view bytes) {

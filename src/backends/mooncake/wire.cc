@@ -25,9 +25,7 @@ bool is_numeric_address(const std::string& text) {
 
 std::string Contact::encode() const {
   ByteWriter out;
-  out.put(kMark);
-  out.put(kVersion);
-  out.put(incarnation);
+  out.put_all(kMark, kVersion, incarnation);
   out.put_text(address);
   out.put(port);
   out.put_text(segment);
@@ -58,10 +56,7 @@ Result<Contact> Contact::decode(std::string_view bytes) {
 
 std::string Hello::encode() const {
   ByteWriter out;
-  out.put(kMark);
-  out.put(kVersion);
-  out.put(wanted_incarnation);
-  out.put(caller.incarnation);
+  out.put_all(kMark, kVersion, wanted_incarnation, caller.incarnation);
   out.put_text(caller.name);
   return frame_of(FrameKind::kHello, out.bytes());
 }
@@ -74,8 +69,7 @@ Result<Hello> Hello::decode(std::string_view frame) {
   NIXL_ASSIGN(const auto version, in.get<std::uint16_t>());
   if (mark != kMark || version != kVersion) return fail(Code::kMismatch, "a hello of another kind or version");
   Hello hello;
-  NIXL_ASSIGN(hello.wanted_incarnation, in.get<std::uint64_t>());
-  NIXL_ASSIGN(hello.caller.incarnation, in.get<std::uint64_t>());
+  NIXL_TRY(in.get_all(hello.wanted_incarnation, hello.caller.incarnation));
   NIXL_ASSIGN(const auto name, in.get_text(std::size_t{1} << 16));
   hello.caller.name = name;
   return hello;

@@ -54,10 +54,7 @@ std::string Address::encode() const {
   ByteWriter out;
   out.put(kAddressVersion);
   out.put_text(host);
-  out.put(pid);
-  out.put(segment_fd);
-  out.put(header_address);
-  out.put(incarnation);
+  out.put_all(pid, segment_fd, header_address, incarnation);
   out.put_text(doorbell);
   return out.take();
 }
@@ -69,10 +66,7 @@ Result<Address> Address::decode(std::string_view bytes) {
     return fail(Code::kMismatch, "same-host address of version %u, %u understood", version, kAddressVersion);
   Address address;
   NIXL_ASSIGN(address.host, in.get_text(kMaxText));
-  NIXL_ASSIGN(address.pid, in.get<std::uint32_t>());
-  NIXL_ASSIGN(address.segment_fd, in.get<std::uint32_t>());
-  NIXL_ASSIGN(address.header_address, in.get<std::uint64_t>());
-  NIXL_ASSIGN(address.incarnation, in.get<std::uint64_t>());
+  NIXL_TRY(in.get_all(address.pid, address.segment_fd, address.header_address, address.incarnation));
   NIXL_ASSIGN(address.doorbell, in.get_text(100));
   return address;
 }

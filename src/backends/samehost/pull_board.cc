@@ -99,16 +99,9 @@ OfferedRow OfferedRows::chunk(std::uint32_t index) const noexcept {
 std::string Offer::encode() const {
   ByteWriter out;
   out.put_text(address);
-  out.put(board_fd);
-  out.put(board_id);
-  out.put(number);
-  out.put(static_cast<std::uint32_t>(rows.size()));
+  out.put_all(board_fd, board_id, number, static_cast<std::uint32_t>(rows.size()));
   for (const OfferedRow& row : rows) {
-    out.put(row.source);
-    out.put(row.target);
-    out.put(row.bytes);
-    out.put(row.slot);
-    out.put(row.generation);
+    out.put_all(row.source, row.target, row.bytes, row.slot, row.generation);
   }
   return out.take();
 }
@@ -117,20 +110,14 @@ Result<Offer> Offer::decode(std::string_view bytes) {
   ByteReader in(bytes);
   Offer offer;
   NIXL_ASSIGN(offer.address, in.get_text(kMaxAddress));
-  NIXL_ASSIGN(offer.board_fd, in.get<std::uint32_t>());
-  NIXL_ASSIGN(offer.board_id, in.get<std::uint64_t>());
-  NIXL_ASSIGN(offer.number, in.get<std::uint64_t>());
+  NIXL_TRY(in.get_all(offer.board_fd, offer.board_id, offer.number));
   NIXL_ASSIGN(const std::uint32_t count, in.get<std::uint32_t>());
   if (count > kMaxOfferedRows)
     return fail(Code::kMismatch, "an offer of %u rows; at most %zu are taken", count, kMaxOfferedRows);
   std::uint64_t chunks = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
     OfferedRow row;
-    NIXL_ASSIGN(row.source, in.get<std::uint64_t>());
-    NIXL_ASSIGN(row.target, in.get<std::uint64_t>());
-    NIXL_ASSIGN(row.bytes, in.get<std::uint64_t>());
-    NIXL_ASSIGN(row.slot, in.get<std::uint32_t>());
-    NIXL_ASSIGN(row.generation, in.get<std::uint64_t>());
+    NIXL_TRY(in.get_all(row.source, row.target, row.bytes, row.slot, row.generation));
     chunks += row.bytes / kOfferedChunkBytes + 1;
     if (row.bytes == 0 || row.bytes > kMaxOfferedChunks * kOfferedChunkBytes || chunks > kMaxOfferedChunks)
       return fail(Code::kMismatch, "row %u of an offer has %llu bytes; 1 to %llu, %u chunks in all, are taken", i,

@@ -55,10 +55,7 @@ Fd descriptor_of(std::uint64_t device, std::uint64_t inode) {
 }  // namespace
 
 void SharedExport::encode(ByteWriter& out) const {
-  out.put(static_cast<std::uint32_t>(file_.get()));
-  out.put(device_);
-  out.put(inode_);
-  out.put(offset_);
+  out.put_all(static_cast<std::uint32_t>(file_.get()), device_, inode_, offset_);
 }
 
 SharedMapping::~SharedMapping() {

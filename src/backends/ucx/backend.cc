@@ -141,8 +141,7 @@ Result<std::unique_ptr<RemoteRegion>> UcxBackend::import_region(Connection& peer
 
 Result<std::string> UcxBackend::export_connection() {
   ByteWriter out;
-  out.put(kMessageVersion);
-  out.put(static_cast<std::uint32_t>(desks_.size()));
+  out.put_all(kMessageVersion, static_cast<std::uint32_t>(desks_.size()));
   for (const Desk& desk : desks_) out.put_text(desk.worker->address());
   return sealed(out.take());
 }

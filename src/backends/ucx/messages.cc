@@ -4,10 +4,7 @@ namespace nixl::core::ucx {
 
 std::string encode(const Hello& hello) {
   ByteWriter out;
-  out.put(kMessageVersion);
-  out.put(hello.expected_incarnation);
-  out.put(hello.incarnation);
-  out.put(hello.link);
+  out.put_all(kMessageVersion, hello.expected_incarnation, hello.incarnation, hello.link);
   out.put_text(hello.name);
   out.put_text(hello.address);
   return out.take();
@@ -25,9 +22,7 @@ Result<void> decode(std::string_view bytes, Hello& hello) {
 
 std::string encode(const HelloAck& ack) {
   ByteWriter out;
-  out.put(ack.link);
-  out.put(ack.incarnation);
-  out.put(ack.next_sequence);
+  out.put_all(ack.link, ack.incarnation, ack.next_sequence);
   return out.take();
 }
 Result<void> decode(std::string_view bytes, HelloAck& ack) {
@@ -37,9 +32,7 @@ Result<void> decode(std::string_view bytes, HelloAck& ack) {
 
 std::string encode(const Notify& notify) {
   ByteWriter out;
-  out.put(notify.incarnation);
-  out.put(notify.stream);
-  out.put(notify.sequence);
+  out.put_all(notify.incarnation, notify.stream, notify.sequence);
   out.put_text(notify.name);
   out.put_raw(notify.text);
   return out.take();
@@ -54,18 +47,11 @@ Result<void> decode(std::string_view bytes, Notify& notify) {
 
 std::string encode(const ReadRequest& request) {
   ByteWriter out;
-  out.put(request.incarnation);
-  out.put(request.link);
-  out.put(request.request);
-  out.put(static_cast<std::uint32_t>(request.keys.size()));
+  out.put_all(request.incarnation, request.link, request.request, static_cast<std::uint32_t>(request.keys.size()));
   for (const std::string_view key : request.keys) out.put_text(key);
   out.put(static_cast<std::uint32_t>(request.pieces.size()));
   for (const ReadPiece& piece : request.pieces) {
-    out.put(piece.region);
-    out.put(piece.source);
-    out.put(piece.destination);
-    out.put(piece.length);
-    out.put(piece.key);
+    out.put_all(piece.region, piece.source, piece.destination, piece.length, piece.key);
   }
   return out.take();
 }
@@ -92,8 +78,7 @@ Result<void> decode(std::string_view bytes, ReadRequest& request) {
 
 std::string encode(const ReadDone& done) {
   ByteWriter out;
-  out.put(done.request);
-  out.put(done.code);
+  out.put_all(done.request, done.code);
   out.put_text(done.reason);
   return out.take();
 }
@@ -106,8 +91,7 @@ Result<void> decode(std::string_view bytes, ReadDone& done) {
 
 std::string encode(const Revoke& revoke) {
   ByteWriter out;
-  out.put(revoke.incarnation);
-  out.put(revoke.region);
+  out.put_all(revoke.incarnation, revoke.region);
   return out.take();
 }
 Result<void> decode(std::string_view bytes, Revoke& revoke) {

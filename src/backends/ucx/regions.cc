@@ -28,8 +28,7 @@ std::shared_ptr<Exposed> ExposedTable::find(std::uint64_t id) const {
 
 std::string export_key(const Exposed& region) {
   ByteWriter out;
-  out.put(kMessageVersion);
-  out.put(region.id);
+  out.put_all(kMessageVersion, region.id);
   out.put_text(region.memory->remote_key());
   return sealed(out.take());
 }

@@ -26,13 +26,10 @@ Result<Export> CudaPath::export_memory() {
   NIXL_TRY(cuda_check(cudaStreamSynchronize(stream_), "read the number of operations"));
   first_count_ = first_count(gpu::operations_begun(ticket));
   ByteWriter out;
-  out.put(kExportMagic);
-  out.put(static_cast<std::uint32_t>(lanes_));
+  out.put_all(kExportMagic, static_cast<std::uint32_t>(lanes_));
   out.put_text(gpu_);
-  out.put(first_count_);
-  out.put(static_cast<std::uint64_t>(layout_.slot_bytes));
-  out.put(static_cast<std::uint64_t>(layout_.exact_bytes));
-  out.put(static_cast<std::uint32_t>(words_.cells));
+  out.put_all(first_count_, static_cast<std::uint64_t>(layout_.slot_bytes),
+              static_cast<std::uint64_t>(layout_.exact_bytes), static_cast<std::uint32_t>(words_.cells));
   Export result;
   for (const DeviceSpan* span : {&control_, &data_}) {
     const auto bytes = span->chunk_bytes();

@@ -17,8 +17,7 @@ struct Overloaded : Fs... {
 };
 
 void put_stamp(ByteWriter& out) {
-  out.put(kMagic);
-  out.put(kVersion);
+  out.put_all(kMagic, kVersion);
 }
 
 Result<void> check_stamp(ByteReader& in, const char* what) {
@@ -63,9 +62,7 @@ std::string store_key(int rank) {
 std::string encode(const Card& card) {
   ByteWriter out;
   put_stamp(out);
-  out.put(static_cast<std::int32_t>(card.rank));
-  out.put(card.incarnation);
-  out.put(card.pid);
+  out.put_all(static_cast<std::int32_t>(card.rank), card.incarnation, card.pid);
   for (const std::string* text : {&card.host, &card.place.boot_id, &card.place.network_namespace, &card.socket})
     out.put_text(*text);
   return out.take();
@@ -91,10 +88,8 @@ std::string encode(const LinkMessage& message) {
                  [&](const Hello& hello) {
                    kind(Kind::kHello);
                    put_stamp(out);
-                   out.put(static_cast<std::int32_t>(hello.rank));
-                   out.put(hello.incarnation);
-                   out.put(static_cast<std::int32_t>(hello.called_rank));
-                   out.put(hello.called_incarnation);
+                   out.put_all(static_cast<std::int32_t>(hello.rank), hello.incarnation,
+                               static_cast<std::int32_t>(hello.called_rank), hello.called_incarnation);
                  },
                  [&](const Memory& memory) {
                    kind(Kind::kMemory);
