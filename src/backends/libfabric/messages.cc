@@ -54,9 +54,7 @@ Result<ConnectionBytes> decode_connection(std::string_view bytes) {
 std::string encode(const RegionKey& key) {
   ByteWriter out;
   out.put_all(kMessageVersion, key.id, static_cast<std::uint32_t>(key.rails.size()));
-  for (const auto& rail : key.rails) {
-    out.put_all(rail.key, rail.base);
-  }
+  for (const auto& rail : key.rails) out.put_all(rail.key, rail.base);
   return sealed(out.take());
 }
 

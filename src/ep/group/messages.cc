@@ -72,9 +72,7 @@ Result<Card> parse_card(std::string_view bytes) {
   ByteReader in(bytes);
   NIXL_TRY(check_stamp(in, "card in the store"));
   Card card;
-  NIXL_ASSIGN(card.rank, in.get<std::int32_t>());
-  NIXL_ASSIGN(card.incarnation, in.get<std::uint32_t>());
-  NIXL_ASSIGN(card.pid, in.get<std::int32_t>());
+  NIXL_TRY(in.get_all(card.rank, card.incarnation, card.pid));
   for (std::string* text : {&card.host, &card.place.boot_id, &card.place.network_namespace, &card.socket}) {
     NIXL_ASSIGN(*text, get_text(in));
   }
