@@ -52,6 +52,7 @@ class CudaPath final : public Path {
 
   explicit CudaPath(const PathOptions& options) : options_(options) {}
   Result<void> allocate();
+  Result<void> prepare_kernels();
   Result<gpu::Op> op_of(int num_ranks, nixl::ep::Phase phase, int parts) const;
   Result<void> check_turn(nixl::ep::Phase phase, const void* output, int parts) const;
   Result<void> dispatch_parts(const Dispatch& args, int parts);
