@@ -301,11 +301,12 @@ Result<void> Buffer::Impl::clean_masks(void* stream) {
 Result<void> Buffer::Impl::destroy() {
   if (birthplace.is_elsewhere()) return {};
   Parts last;
+  std::shared_ptr<core::Store> last_store;
   {
     const std::lock_guard lock(mutex);
     std::swap(last, parts);
     active.clear();
-    store = nullptr;
+    store.swap(last_store);
   }
   if (last.group) last.group->close();
   if (!last.path) return {};
@@ -333,10 +334,11 @@ void Buffer::update_memory(int num_ranks, int experts_per_rank, std::int64_t num
 
 void Buffer::set_store(std::shared_ptr<Store> store) {
   check(impl_->opened().map([](const auto&) {}));
+  // The one before goes behind the lock: a caller's destructor may wait for whoever waits for the lock, as Python's does.
   std::shared_ptr<core::Store> inside = store ? std::make_shared<CallerStore>(std::move(store)) : nullptr;
   const std::lock_guard lock(impl_->mutex);
-  impl_->store = inside;
-  if (impl_->parts.group) impl_->parts.group->set_store(std::move(inside));
+  impl_->store.swap(inside);
+  if (impl_->parts.group) impl_->parts.group->set_store(impl_->store);
 }
 
 std::vector<int> Buffer::connect(const std::vector<int>& ranks, bool activate) {

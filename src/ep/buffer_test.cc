@@ -5,8 +5,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <future>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -58,6 +60,34 @@ class BrokenStore final : public Store {
   bool wait(const std::string&, std::int64_t) override { return false; }
   std::string get(const std::string&) override { return ""; }
   void remove(const std::string&) override {}
+};
+
+// Its end waits for another thread that asks the buffer: a caller's store may hold what such a thread has, as Python's does.
+class AskingStore final : public Store {
+ public:
+  AskingStore(const Buffer& buffer, int& answers) : buffer_(buffer), answers_(answers) {}
+  ~AskingStore() override {
+    std::promise<void> asked;
+    std::thread asker([&] {
+      try {
+        (void)buffer_.connected_ranks();
+        (void)buffer_.active_rank_bound();
+      } catch (const Error&) {  // destroyed
+      }
+      asked.set_value();
+    });
+    if (asked.get_future().wait_for(std::chrono::seconds(10)) != std::future_status::ready) std::abort();
+    asker.join();
+    ++answers_;
+  }
+  void set(const std::string&, const std::string&) override {}
+  bool wait(const std::string&, std::int64_t) override { return false; }
+  std::string get(const std::string&) override { return ""; }
+  void remove(const std::string&) override {}
+
+ private:
+  const Buffer& buffer_;
+  int& answers_;
 };
 
 Options options_of(int rank, std::int64_t timeout_ms = 20'000, std::int64_t connect_timeout_ms = 20'000) {
@@ -378,6 +408,21 @@ TEST(destroy_ends_a_wait_and_a_connect_of_other_threads) {
             }});
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
   CHECK_EQ(store->size(), 0u);
+}
+
+TEST(no_lock_is_held_while_a_store_ends) {
+  int answers = 0;
+  Buffer buffer(options_of(0));
+  buffer.set_store(std::make_shared<AskingStore>(buffer, answers));
+  buffer.set_store(std::make_shared<AskingStore>(buffer, answers));
+  buffer.update_memory(2, kExperts, 1 << 20);
+  buffer.set_store(std::make_shared<AskingStore>(buffer, answers));
+  buffer.update_memory(3, kExperts, 1 << 20);
+  buffer.set_store(nullptr);
+  buffer.set_store(std::make_shared<AskingStore>(buffer, answers));
+  CHECK_EQ(answers, 3);
+  buffer.destroy();
+  CHECK_EQ(answers, 4);
 }
 
 TEST(a_forked_child_changes_nothing_for_its_parent) {

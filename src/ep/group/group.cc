@@ -33,7 +33,7 @@ Group::~Group() {
 
 void Group::set_store(std::shared_ptr<Store> store) {
   const std::lock_guard lock(mutex_);
-  store_ = std::move(store);
+  store_.swap(store);  // the one before goes behind the lock
 }
 
 Result<std::vector<int>> Group::connect(const std::vector<int>& ranks) {
