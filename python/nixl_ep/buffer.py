@@ -80,10 +80,11 @@ class Buffer:
             reason = _native.cuda_unavailable_reason()
             require(not reason, f"Buffer needs a CUDA device: {reason}. NIXL_EP_DEVICE=cpu or device='cpu' selects the CPU path")
             self._device_id = torch().cuda.current_device()
-        connect_ms = os.environ.get("NIXL_EP_CONNECT_TIMEOUT_MS", "300000")
-        require(connect_ms.isdigit(), f"NIXL_EP_CONNECT_TIMEOUT_MS is {connect_ms!r}; milliseconds are needed")
+        text = os.environ.get("NIXL_EP_CONNECT_TIMEOUT_MS") or "300000"
+        require(text.isascii() and text.isdigit(), f"NIXL_EP_CONNECT_TIMEOUT_MS is {text!r}; milliseconds are needed")
+        connect_ms = integer("NIXL_EP_CONNECT_TIMEOUT_MS", int(text), 64)
         return native_call(_native.Buffer, self.rank, _DEVICES[self._device], _COMBINES[self._combine], self.timeout_ms,
-                            int(connect_ms), not arguments.disable_ll_nvlink)
+                            connect_ms, not arguments.disable_ll_nvlink)
 
     def __del__(self) -> None:
         try:
@@ -216,7 +217,7 @@ class Buffer:
         """
         native = self._ready()
         require(isinstance(dtype, torch().dtype), f"dtype is {dtype!r}; a torch dtype is needed")
-        whole = native.data_bytes()
+        whole = native_call(native.data_bytes)
         item, offset = dtype.itemsize, integer("offset", offset, 64)
         require(0 <= offset <= whole and offset % item == 0,
                 f"offset is {offset} bytes; multiples of {item} from 0 to {whole} are allowed")
@@ -224,8 +225,8 @@ class Buffer:
         shape = (room,) if size is None else extents("size", size)
         count = math.prod(shape)
         require(count <= room, f"size {shape} needs {count} elements of {dtype}; there are {room} from offset {offset}")
-        block = torch().from_dlpack(native.data_memory(offset, count * item, _DEVICES[self._device], self._device_id))
-        return block.view(dtype).view(shape)
+        memory = native_call(native.data_memory, offset, count * item, _DEVICES[self._device], self._device_id)
+        return torch().from_dlpack(memory).view(dtype).view(shape)
 
     def clean_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Zeroes the exchanged memory; never needed, kept for programs that call it."""
@@ -256,16 +257,16 @@ class Buffer:
         native = self._ready()
         status = torch().empty((self.group_size,), dtype=torch().int32, device=self._device)
         self.query_mask_buffer(status)
-        return native.active_ranks(), [rank for rank, masked in enumerate(status.tolist()) if masked == 0]
+        return native_call(native.active_ranks), [rank for rank, masked in enumerate(status.tolist()) if masked == 0]
 
     def fault_status(self) -> List[Fault]:
         """Faults since the last call, oldest first; does not wait for the device."""
         return [Fault(rank, operation, PHASES[phase], expected, seen)
-                for rank, operation, phase, expected, seen in self._ready().take_faults()]
+                for rank, operation, phase, expected, seen in native_call(self._ready().take_faults)]
 
     def fault_tensor(self) -> Any:
         """int32 [capacity] on the device: nonzero = failed in the newest operation. Usable, then unchanging, after destroy()."""
-        view = self._ready().fault_view(_DEVICES[self._device], self._device_id)
+        view = native_call(self._ready().fault_view, _DEVICES[self._device], self._device_id)
         return torch().from_dlpack(view).view(torch().int32)
 
     def agree_mask(self, store: Any) -> List[int]:
@@ -276,7 +277,7 @@ class Buffer:
         calls later, when nobody can need them any more, or at the next connect.
         """
         active = set(self.active_ranks()[1])
-        mine = set(self._native().connected_ranks()) - active
+        mine = set(native_call(self._native().connected_ranks)) - active
         union = self._agreements.union(store, mine, active, self.timeout_ms / 1000)
         newly = sorted((union - mine) & active - {self.rank})
         if newly:
@@ -331,7 +332,7 @@ class Buffer:
         require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
         payload = operations.payload_of(use_fp8, round_scale, use_ue8m0, hidden)
         bound, experts = operations.check_bound(num_max_dispatch_tokens_per_rank, tokens), self._experts_per_rank
-        ranks = operations.ranks_covered(num_experts, experts, native.active_rank_bound(), self.group_size)
+        ranks = operations.ranks_covered(num_experts, experts, native_call(native.active_rank_bound), self.group_size)
         extent = operations.Extent(experts, ranks, bound, hidden)
         operations.check_room(extent, self.group_size, self.num_rdma_bytes)
         stats, costs = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
@@ -476,13 +477,13 @@ class Buffer:
     def _checked(self) -> Any:
         """The native buffer, after raising what an operation found wrong with its input while it ran."""
         native = self._ready()
-        error = native.take_input_error()
+        error = native_call(native.take_input_error)
         require(not error, f"an earlier operation dropped part of its input: {error}")
         return native
 
     def _check_handle(self, handle: tuple) -> Tuple[Any, Any, operations.Extent]:
-        return operations.check_handle(handle, self._experts_per_rank, self._native().active_rank_bound(), self.group_size,
-                                       self._device)
+        bound = native_call(self._native().active_rank_bound)
+        return operations.check_handle(handle, self._experts_per_rank, bound, self.group_size, self._device)
 
     def _run(self, call: Callable, args: Any, async_finish: bool, with_hook: bool, keep: tuple):
         if with_hook:

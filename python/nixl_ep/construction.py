@@ -14,7 +14,7 @@ import inspect
 import os
 from typing import Any, Optional
 
-from .errors import integer
+from .errors import integer, require
 
 DEFAULT_TIMEOUT_MS = 30_000
 
@@ -53,7 +53,7 @@ SIGNATURE = _shown()  # of the first spelling, for programs and people that look
 
 
 def parse(positional: tuple, keywords: dict) -> Arguments:
-    """Arguments of one call. TypeError, ValueError: names the argument, the value and what is allowed."""
+    """Arguments of one call. TypeError, ValueError, NixlEpError: names the argument, the value and what is allowed."""
     unknown = set(keywords) - _KEYWORDS
     if unknown:
         raise TypeError(f"Buffer() got unknown keyword {sorted(unknown)[0]!r}; known: {', '.join(sorted(_KEYWORDS))}")
@@ -70,8 +70,8 @@ def parse(positional: tuple, keywords: dict) -> Arguments:
     given["rank"] = integer("rank", given.get("rank", 0))
     given["timeout_ms"] = integer("timeout_ms", given.get("timeout_ms", DEFAULT_TIMEOUT_MS), 64)
     arguments = Arguments(**given)
-    assert arguments.group is None or arguments.comm is None, "Buffer() takes group or comm, not both"
-    assert arguments.timeout_ms >= 0, f"timeout_ms is {arguments.timeout_ms}; 0 or more is allowed"
+    require(arguments.group is None or arguments.comm is None, "Buffer() takes group or comm, not both")
+    require(arguments.timeout_ms >= 0, f"timeout_ms is {arguments.timeout_ms}; 0 or more is allowed")
     return arguments
 
 

@@ -18,8 +18,8 @@ class Runtime:
         return self._buffer.group_size > 0
 
     def get_num_rdma_ranks(self) -> int:
-        """Nodes of eight ranks in the capacity, 1 at least."""
-        return max(self._buffer.group_size // 8, 1)
+        """Nodes of eight ranks that hold the capacity, 1 at least."""
+        return max(-(-self._buffer.group_size // 8), 1)
 
     def get_rdma_rank(self) -> int:
         """Which of them this rank is on."""

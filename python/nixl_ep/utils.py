@@ -2,6 +2,8 @@
 import sys
 from typing import Any, Optional
 
+from .errors import require
+
 
 def _cuda_in_use() -> bool:
     """Whether torch is loaded and has a CUDA context in this process; on the CPU path there is nothing to record."""
@@ -44,7 +46,7 @@ class EventOverlap:
 
     def current_stream_wait(self) -> None:
         """Makes the current stream wait for the event; the host does not wait."""
-        assert self.event is not None, "this EventOverlap holds no event to wait for"
+        require(self.event is not None, "this EventOverlap holds no event to wait for")
         self.event.current_stream_wait()
 
     def __enter__(self) -> "EventOverlap":

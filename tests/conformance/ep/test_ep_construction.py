@@ -123,6 +123,14 @@ def test_head_spelling(opened):
     assert buffer.num_rdma_bytes == Buffer.get_rdma_size_hint(8, 256, 5, 10)
 
 
+def test_ranks_count_as_nodes_of_eight(opened):
+    buffer = opened(rank=11)
+    buffer.update_memory_buffers(12, 1, Buffer.get_rdma_size_hint(8, 128, 12, 12))
+    assert (buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()) == (2, 1)
+    assert (buffer.runtime.get_root_rdma_rank(True), buffer.runtime.get_root_rdma_rank(False)) == (3, 0)
+    assert buffer.get_dispatch_layout(torch.zeros((1, 1), dtype=torch.int64), 12)[1].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "keywords", "rank", "explicitly"),
     [
@@ -169,6 +177,58 @@ def test_refused_constructions(error, keywords):
     expected = (error, RuntimeError) if error is ValueError else error
     with pytest.raises(expected, match=".{8}"):
         Buffer(explicitly_destroy=True, **keywords)
+
+
+@pytest.mark.parametrize("text", ["1e3", "-1", "\u00b2", "9" * 30, " 5"], ids=ascii)
+def test_a_limit_of_connects_that_is_no_number_of_milliseconds(monkeypatch, text):
+    """EP-61."""
+    monkeypatch.setenv("NIXL_EP_CONNECT_TIMEOUT_MS", text)
+    with pytest.raises(nixl_ep.NixlEpError, match="NIXL_EP_CONNECT_TIMEOUT_MS is"):
+        Buffer(device="cpu")
+
+
+def test_an_empty_limit_of_connects_is_none(monkeypatch, opened):
+    monkeypatch.setenv("NIXL_EP_CONNECT_TIMEOUT_MS", "")
+    assert opened().runtime is not None
+
+
+def test_every_refusal_is_of_one_class(opened):
+    """EP-15. What belongs to the parent is refused in a forked child, by every call that reaches the library."""
+    for call in (lambda: Buffer(device="cpu", group=1, comm=1), lambda: Buffer(device="cpu", timeout_ms=-1),
+                 nixl_ep.EventOverlap().current_stream_wait):
+        with pytest.raises(nixl_ep.NixlEpError):
+            call()
+    buffer = opened()
+    buffer.update_memory_buffers(2, 2, Buffer.get_rdma_size_hint(8, 128, 2, 4))
+    x, ids, status = torch.zeros((2, 128), dtype=torch.bfloat16), torch.zeros((2, 2), dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    _, _, handle, _, _ = buffer.dispatch(x, ids, 8, use_fp8=False)
+    calls = {
+        "dispatch": lambda: buffer.dispatch(x, ids, 8, use_fp8=False),
+        "combine": lambda: buffer.combine(None, ids, ids.float(), handle, zero_copy=True),
+        "zero copy": lambda: buffer.get_next_combine_buffer(handle),
+        "memory": lambda: buffer.get_local_buffer_tensor(torch.int8),
+        "barrier": buffer.barrier, "faults": buffer.fault_status, "fault tensor": buffer.fault_tensor, "active": buffer.active_ranks,
+        "query": lambda: buffer.query_mask_buffer(status), "mask": lambda: buffer.update_mask_buffer(1, True),
+        "clean": buffer.clean_mask_buffer, "connect": lambda: buffer.connect_ranks([1]),
+        "disconnect": lambda: buffer.disconnect_ranks([1]), "grow": lambda: buffer.update_memory_buffers(3, 2, 1 << 20),
+        "store": lambda: buffer.set_tcp_store_group(None),
+    }
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for name, call in calls.items():
+            try:
+                call()
+                seen = "returned"
+            except BaseException as error:
+                seen = f"{type(error).__name__} {error}"
+            os.write(writer, f"{name}: {seen}\n".encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        seen = pipe.read().splitlines()
+    assert os.waitpid(child, 0)[1] == 0 and len(seen) == len(calls)
+    assert [line for line in seen if "NixlEpError the buffer of rank 0 belongs to the parent process" not in line] == []
 
 
 def test_the_environment_stays_untouched(opened):
