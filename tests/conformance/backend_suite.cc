@@ -9,6 +9,7 @@
 #include <random>
 
 #include "check.h"
+#include "plans.h"
 
 namespace nixl::core::conformance {
 namespace {
@@ -101,23 +102,12 @@ struct Link {
     if (there) there->backend->progress();
   }
   Plan plan(Op op) {
-    Plan plan;
-    plan.op = op;
-    plan.local_kind = MemKind::kDram;
+    Plan plan = test::plan_between(op, *line, *local, *remote);
     plan.remote_kind = there_region.kind;
-    plan.peer = line.get();
-    plan.local_regions = {local.get()};
-    plan.remote_regions = {remote.get()};
     return plan;
   }
   void add(Plan& plan, std::size_t local_at, std::size_t remote_at, std::size_t size) {
-    plan.local_address.push_back(address_of(local_bytes) + local_at);
-    plan.remote_address.push_back(there_region.address + remote_at);
-    plan.length.push_back(size);
-    plan.local_region.push_back(0);
-    plan.remote_region.push_back(0);
-    ++plan.num_blocks;
-    plan.total_bytes += size;
+    test::add_block(plan, address_of(local_bytes) + local_at, there_region.address + remote_at, size);
   }
   void prepare(Plan plan) { transfer = std::move(*CHECK_OK(here->backend->prepare(std::move(plan)))); }
   Result<TransferState> submit(std::optional<std::string_view> message = {}) {

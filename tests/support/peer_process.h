@@ -23,6 +23,7 @@
 #include "base/clock.h"
 #include "check.h"
 #include "contract/entry.h"
+#include "plans.h"
 
 namespace nixl::core::test {
 
@@ -225,24 +226,13 @@ struct Pair {
   // The whole buffer in `pieces` equal pieces, the remote ones in random order if asked for.
   void prepare(Op op, std::size_t pieces, bool scattered = false, std::size_t bytes = kBytes) {
     transfer.reset();
-    Plan plan;
-    plan.op = op;
-    plan.peer = line.get();
-    plan.local_regions = {local.get()};
-    plan.remote_regions = {remote.get()};
+    Plan plan = plan_between(op, *line, *local, *remote);
     const std::size_t size = bytes / pieces;
     std::vector<std::size_t> order(pieces);
     std::iota(order.begin(), order.end(), 0);
     if (scattered) std::shuffle(order.begin(), order.end(), std::mt19937(3));
-    for (std::size_t i = 0; i < pieces; ++i) {
-      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(buffer.data()) + order[i] * size);
-      plan.remote_address.push_back(peer.address + order[i] * size);
-      plan.length.push_back(size);
-    }
-    plan.local_region.assign(pieces, 0);
-    plan.remote_region.assign(pieces, 0);
-    plan.num_blocks = pieces;
-    plan.total_bytes = bytes;
+    for (const std::size_t piece : order)
+      add_block(plan, reinterpret_cast<std::uint64_t>(buffer.data()) + piece * size, peer.address + piece * size, size);
     transfer = std::move(*CHECK_OK(node.backend->prepare(std::move(plan))));
   }
   Result<TransferState> finish(Nanoseconds patience = kPatience) {

@@ -8,6 +8,7 @@
 
 #include "backends/gds/cufile.h"
 #include "check.h"
+#include "plans.h"
 
 using namespace nixl::core;
 
@@ -45,22 +46,12 @@ struct Rig {
   std::unique_ptr<Transfer> prepare(Op op, std::string& buffer, std::size_t count) {
     const Region memory_region = {MemKind::kVram, reinterpret_cast<std::uint64_t>(buffer.data()), buffer.size(), 0, ""};
     memory.push_back(std::move(*CHECK_OK(backend->add_region(memory_region))));
-    Plan plan;
-    plan.op = op;
+    Plan plan = test::plan_between(op, *self, *memory.back(), *target);
     plan.local_kind = MemKind::kVram;
     plan.remote_kind = MemKind::kFile;
-    plan.peer = self.get();
-    plan.local_regions = {memory.back().get()};
-    plan.remote_regions = {target.get()};
     const std::size_t block = buffer.size() / count;
-    for (std::size_t i = 0; i < count; ++i) {
-      plan.local_address.push_back(memory_region.address + i * block);
-      plan.remote_address.push_back(2 * i * block);
-      plan.length.push_back(block);
-      plan.local_region.push_back(0);
-      plan.remote_region.push_back(0);
-    }
-    plan.num_blocks = count;
+    for (std::size_t i = 0; i < count; ++i)
+      test::add_block(plan, memory_region.address + i * block, 2 * i * block, block);
     return std::move(*CHECK_OK(backend->prepare(std::move(plan))));
   }
   std::string run(Transfer& transfer) {  // the error's text, or ""

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "fuzz.h"
+#include "plans.h"
 
 using namespace nixl::core;
 
@@ -53,19 +54,11 @@ struct Rig {
     target = std::move(*CHECK_OK(backend->loopback_region(*self, volume(id), *owned)));
   }
   std::string run(Op op, std::uint64_t offset, std::string& memory) {
-    Plan plan;
-    plan.op = op;
-    plan.remote_kind = MemKind::kBlock;
-    plan.peer = self.get();
-    plan.local_address = {reinterpret_cast<std::uint64_t>(memory.data())};
-    plan.remote_address = {offset};
-    plan.length = {memory.size()};
-    plan.local_region = plan.remote_region = {0};
-    const Region region = {MemKind::kDram, plan.local_address[0], memory.size(), 0, ""};
+    const Region region = {MemKind::kDram, reinterpret_cast<std::uint64_t>(memory.data()), memory.size(), 0, ""};
     const auto local = std::move(*CHECK_OK(backend->add_region(region)));
-    plan.local_regions = {local.get()};
-    plan.remote_regions = {target.get()};
-    plan.num_blocks = 1;
+    Plan plan = test::plan_between(op, *self, *local, *target);
+    plan.remote_kind = MemKind::kBlock;
+    test::add_block(plan, region.address, offset, region.length);
     auto transfer = backend->prepare(std::move(plan));
     if (!transfer) return transfer.error().reason;
     CHECK_OK((*transfer)->submit(std::nullopt));

@@ -12,6 +12,7 @@
 #include "base/clock.h"
 #include "base/fd.h"
 #include "check.h"
+#include "plans.h"
 
 using namespace nixl::core;
 
@@ -59,19 +60,10 @@ std::string move(Backend& backend, Op op, std::vector<char>& memory, const Regio
   auto local = std::move(*CHECK_OK(backend.add_region(piece)));
   auto place = std::move(*CHECK_OK(backend.add_region(file)));
   auto remote = std::move(*CHECK_OK(backend.loopback_region(*self, file, *place)));
-  Plan plan;
-  plan.op = op;
-  plan.peer = self.get();
+  Plan plan = test::plan_between(op, *self, *local, *remote);
   plan.local_kind = kind;
   plan.remote_kind = MemKind::kFile;
-  plan.local_regions = {local.get()};
-  plan.remote_regions = {remote.get()};
-  plan.local_address = {piece.address};
-  plan.remote_address = {0};
-  plan.length = {memory.size()};
-  plan.local_region = {0};
-  plan.remote_region = {0};
-  plan.num_blocks = 1;
+  test::add_block(plan, piece.address, 0, memory.size());
   auto transfer = std::move(*CHECK_OK(backend.prepare(std::move(plan))));
   CHECK_EQ(transfer->path(), kind == MemKind::kDram ? "usrbio" : "staged+threads");
   const Deadline deadline = Deadline::after(10'000'000'000);

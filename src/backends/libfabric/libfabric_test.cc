@@ -271,21 +271,11 @@ struct Buffers {
     return {MemKind::kDram, reinterpret_cast<std::uint64_t>(bytes.data()), bytes.size(), 0, ""};
   }
   Plan plan(Op op, std::size_t at, std::size_t size, std::size_t pieces) {
-    Plan plan;
-    plan.op = op;
-    plan.peer = &line;
-    plan.local_regions = {ours.get()};
-    plan.remote_regions = {imported.get()};
+    Plan plan = plan_between(op, line, *ours, *imported);
     for (std::size_t i = 0; i < pieces; ++i) {  // from the last to the first: nothing to merge
       const std::size_t piece = at + (pieces - 1 - i) * (size / pieces);
-      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(local.data()) + piece);
-      plan.remote_address.push_back(reinterpret_cast<std::uint64_t>(remote.data()) + piece);
-      plan.length.push_back(size / pieces);
+      add_block(plan, region(local).address + piece, region(remote).address + piece, size / pieces);
     }
-    plan.local_region.assign(pieces, 0);
-    plan.remote_region.assign(pieces, 0);
-    plan.num_blocks = pieces;
-    plan.total_bytes = size;
     return plan;
   }
   Connection& line;

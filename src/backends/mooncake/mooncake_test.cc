@@ -20,6 +20,7 @@
 #include "check.h"
 #include "fuzz.h"
 #include "net/tcp.h"
+#include "plans.h"
 
 using namespace nixl::core;
 
@@ -90,21 +91,11 @@ struct Pair {
   }
   // All bytes in `pieces`, in reverse order so that none can be joined.
   void prepare(Op op, std::size_t pieces) {
-    Plan plan;
-    plan.op = op;
-    plan.peer = line.get();
-    plan.local_regions = {mine.get()};
-    plan.remote_regions = {remote.get()};
+    Plan plan = test::plan_between(op, *line, *mine, *remote);
     const std::size_t size = bytes / pieces;
-    for (std::size_t i = pieces; i-- > 0;) {
-      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(here_memory.data()) + i * size);
-      plan.remote_address.push_back(reinterpret_cast<std::uint64_t>(there_memory.data()) + i * size);
-      plan.length.push_back(size);
-    }
-    plan.local_region.assign(pieces, 0);
-    plan.remote_region.assign(pieces, 0);
-    plan.num_blocks = pieces;
-    plan.total_bytes = bytes;
+    for (std::size_t i = pieces; i-- > 0;)
+      test::add_block(plan, reinterpret_cast<std::uint64_t>(here_memory.data()) + i * size,
+                      reinterpret_cast<std::uint64_t>(there_memory.data()) + i * size, size);
     transfer = std::move(*CHECK_OK(here.backend->prepare(std::move(plan))));
   }
   Result<TransferState> run(std::optional<std::string_view> message = {}) {
@@ -235,16 +226,8 @@ TEST(copies_cross_no_border_between_parts) {
   auto line = pair.here.connect(other);
   auto remote = std::move(
       *CHECK_OK(pair.here.backend->import_region(*line, whole, *CHECK_OK(other.backend->export_region(*region)))));
-  Plan plan;
-  plan.peer = line.get();
-  plan.local_regions = {pair.mine.get()};
-  plan.remote_regions = {remote.get()};
-  plan.local_address = {reinterpret_cast<std::uint64_t>(pair.here_memory.data())};
-  plan.remote_address = {whole.address};
-  plan.length = {3000};
-  plan.local_region = plan.remote_region = {0};
-  plan.num_blocks = 1;
-  plan.total_bytes = 3000;
+  Plan plan = test::plan_between(Op::kWrite, *line, *pair.mine, *remote);
+  test::add_block(plan, reinterpret_cast<std::uint64_t>(pair.here_memory.data()), whole.address, 3000);
   pair.transfer = std::move(*CHECK_OK(pair.here.backend->prepare(std::move(plan))));
   CHECK_OK(pair.run());  // the stand-in takes no copy out of two registrations
   CHECK(memory == pair.here_memory);

@@ -15,6 +15,7 @@
 #include "check.h"
 #include "fuzz.h"
 #include "http/text.h"
+#include "plans.h"
 
 using namespace nixl::core;
 
@@ -90,13 +91,9 @@ struct Rig {
       const Region region = {MemKind::kObject, 0, 0, piece.object, "dir/obj " + std::to_string(piece.object)};
       owned.push_back(std::move(*CHECK_OK(backend->add_region(region))));
       targets.push_back(std::move(*CHECK_OK(backend->loopback_region(*self, region, *owned.back()))));
-      plan.local_address.push_back(reinterpret_cast<std::uint64_t>(piece.memory->data()));
-      plan.remote_address.push_back(piece.offset);
-      plan.length.push_back(piece.memory->size());
-      plan.local_region.push_back(0);
-      plan.remote_region.push_back(static_cast<std::uint32_t>(plan.remote_regions.size()));
+      test::add_block(plan, reinterpret_cast<std::uint64_t>(piece.memory->data()), piece.offset, piece.memory->size(),
+                      static_cast<std::uint32_t>(plan.remote_regions.size()));
       plan.remote_regions.push_back(targets.back().get());
-      ++plan.num_blocks;
     }
     auto prepared = backend->prepare(std::move(plan));
     last_error = prepared ? "" : prepared.error().reason;

@@ -11,6 +11,7 @@
 
 #include "base/fd.h"
 #include "check.h"
+#include "plans.h"
 
 using namespace nixl::core;
 
@@ -69,20 +70,12 @@ static void move_gpu_memory() {
           no_such.error().reason == "POSIX cannot take VRAM_SEG: GPU 3: this process sees 1, numbered from 0");
     // Pieces side by side in the file, in reversed order in memory: many of them fill one buffer.
     const auto run = [&](Op op, std::size_t piece) -> std::string {
-      Plan plan;
-      plan.op = op;
+      Plan plan = test::plan_between(op, *self, *gpu, *target);
       plan.local_kind = MemKind::kVram;
       plan.remote_kind = MemKind::kFile;
-      plan.peer = self.get();
-      plan.local_regions = {gpu.get()};
-      plan.remote_regions = {target.get()};
       for (std::size_t at = 0; at < memory.size(); at += piece) {
         const std::size_t bytes = std::min(piece, memory.size() - at);
-        plan.local_address.push_back(region.address + memory.size() - at - bytes);
-        plan.remote_address.push_back(at);
-        plan.length.push_back(bytes);
-        plan.local_region.push_back(0), plan.remote_region.push_back(0);
-        ++plan.num_blocks;
+        test::add_block(plan, region.address + memory.size() - at - bytes, at, bytes);
       }
       auto transfer = std::move(*CHECK_OK(backend->prepare(std::move(plan))));
       CHECK(transfer->path().find("staged+") == 0);

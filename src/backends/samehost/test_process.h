@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "contract/entry.h"
+#include "plans.h"
 
 namespace nixl::core {
 std::span<const BackendEntry> backends_of_samehost();
@@ -32,15 +33,7 @@ inline Region region_of(const void* p, std::size_t bytes) {
   return {MemKind::kDram, at(p), bytes, 0, ""};
 }
 
-inline void add_block(Plan& plan, std::uint64_t local, std::uint64_t remote, std::uint64_t length) {
-  plan.local_address.push_back(local);
-  plan.remote_address.push_back(remote);
-  plan.length.push_back(length);
-  plan.local_region.push_back(0);
-  plan.remote_region.push_back(0);
-  ++plan.num_blocks;
-  plan.total_bytes += length;
-}
+using core::test::add_block;
 
 // Our region, the peer, and the region imported from it.
 struct Link {
@@ -50,14 +43,7 @@ struct Link {
     peer = std::move(*CHECK_OK(backend.connect({"target", 7}, address)));
     theirs = std::move(*CHECK_OK(backend.import_region(*peer, remote, key)));
   }
-  Plan plan(Op op) const {
-    Plan plan;
-    plan.op = op;
-    plan.peer = peer.get();
-    plan.local_regions = {ours.get()};
-    plan.remote_regions = {theirs.get()};
-    return plan;
-  }
+  Plan plan(Op op) const { return core::test::plan_between(op, *peer, *ours, *theirs); }
   std::unique_ptr<LocalRegion> ours;
   std::unique_ptr<Connection> peer;
   std::unique_ptr<RemoteRegion> theirs;

@@ -48,17 +48,8 @@ TEST(closing_towards_a_stopped_peer_harms_nobody) {
     const Region here{MemKind::kDram, reinterpret_cast<std::uint64_t>(buffer.data()), kBytes, 0, ""};
     auto local = std::move(*CHECK_OK(node.backend->add_region(here)));
     const auto write_to = [&](Peer& peer, Connection& line, RemoteRegion& remote) {
-      Plan plan;
-      plan.op = Op::kWrite;
-      plan.peer = &line;
-      plan.local_address = {here.address};
-      plan.remote_address = {peer.address};
-      plan.length = {kBytes};
-      plan.local_region = plan.remote_region = {0};
-      plan.local_regions = {local.get()};
-      plan.remote_regions = {&remote};
-      plan.num_blocks = 1;
-      plan.total_bytes = kBytes;
+      Plan plan = plan_between(Op::kWrite, line, *local, remote);
+      add_block(plan, here.address, peer.address, kBytes);
       return std::move(*CHECK_OK(node.backend->prepare(std::move(plan))));
     };
     auto line = std::move(*CHECK_OK(node.backend->connect({"peer", 20}, stopped.connection)));

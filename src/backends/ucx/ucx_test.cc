@@ -329,17 +329,8 @@ TEST(many_threads_share_one_backend) {
       *CHECK_OK(here.backend->import_region(*line, region(remote), *CHECK_OK(there.backend->export_region(*theirs)))));
   std::vector<std::unique_ptr<Transfer>> transfers;
   for (int i = 0; i < kThreads; ++i) {
-    Plan plan;
-    plan.op = Op::kRead;
-    plan.peer = line.get();
-    plan.local_address = {reinterpret_cast<std::uint64_t>(local.data()) + i * kShare};
-    plan.remote_address = {reinterpret_cast<std::uint64_t>(remote.data()) + i * kShare};
-    plan.length = {kShare};
-    plan.local_region = plan.remote_region = {0};
-    plan.local_regions = {ours.get()};
-    plan.remote_regions = {imported.get()};
-    plan.num_blocks = 1;
-    plan.total_bytes = kShare;
+    Plan plan = plan_between(Op::kRead, *line, *ours, *imported);
+    add_block(plan, region(local).address + i * kShare, region(remote).address + i * kShare, kShare);
     transfers.push_back(std::move(*CHECK_OK(here.backend->prepare(std::move(plan)))));
   }
   const Deadline deadline = Deadline::after(100'000'000'000);
