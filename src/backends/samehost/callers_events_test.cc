@@ -4,16 +4,11 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include "check.h"
-#include "contract/entry.h"
+#include "backends/samehost/test_process.h"
 
 using namespace nixl::core;
-
-namespace nixl::core {
-std::span<const BackendEntry> backends_of_samehost();
-}
+using samehost::test::open_backend;
 
 namespace {
 
@@ -23,18 +18,10 @@ struct Quiet : Events {
 
 struct Pair {
   Pair() {
-    sender = open("sender");
-    owner = open("owner");
     peer = std::move(*CHECK_OK(sender->connect({"owner", 7}, *CHECK_OK(owner->export_connection()))));
     (void)drained();  // the hello
     CHECK(owner->arm() || owner->progress());
     CHECK(owner->arm());
-  }
-  std::unique_ptr<Backend> open(const char* name) {
-    BackendConfig config;
-    config.self = {name, 1};
-    config.events = &quiet;
-    return std::move(*CHECK_OK(backends_of_samehost()[0].open(std::move(config))));
   }
   void send(const char* text) { CHECK_OK(sender->notifier()->send(*peer, text)); }
   std::string drained() {
@@ -45,7 +32,7 @@ struct Pair {
     return all;
   }
   Quiet quiet;
-  std::unique_ptr<Backend> sender, owner;
+  std::unique_ptr<Backend> sender = open_backend("sender", &quiet), owner = open_backend("owner", &quiet);
   std::unique_ptr<Connection> peer;
 };
 

@@ -4,8 +4,6 @@
 
 #include <poll.h>
 #include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cstring>
@@ -13,15 +11,10 @@
 #include <sstream>
 #include <thread>
 
+#include "backends/samehost/test_process.h"
 #include "base/env.h"
-#include "check.h"
-#include "contract/entry.h"
 
 using namespace nixl::core;
-
-namespace nixl::core {
-std::span<const BackendEntry> backends_of_samehost();
-}
 
 namespace {
 
