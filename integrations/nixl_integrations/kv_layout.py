@@ -16,6 +16,8 @@ class KVCache:
         if len(shapes) != 1 or len(next(iter(shapes))) != 5 or next(iter(shapes))[0] != 2:
             raise ValueError(f"layers of one shape [2, blocks, heads, page, dim] are needed, not {sorted(shapes)}")
         _, self.num_blocks, self.num_heads, self.page, self.dim = self.layers[0].shape
+        if not 0 <= tp_rank < tp_size:
+            raise ValueError(f"tp_rank is {tp_rank}; 0 to {tp_size - 1} are allowed with tp_size {tp_size}")
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.token_bytes = self.dim * self.layers[0].itemsize  # of one head
         self.block_bytes = self.num_heads * self.page * self.token_bytes
@@ -42,6 +44,15 @@ class Side:
         self.all_heads = about["tp_size"] * self.heads
         self.block_bytes = self.heads * self.page * self.token_bytes
 
+    def block_numbers(self, block_ids):
+        """The numbers as int64 [n]; ValueError when one of them is no block of this cache."""
+        numbers = numpy.asarray(block_ids)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise ValueError(f"a list of block numbers is needed, not {numbers.dtype} of shape {numbers.shape}")
+        for wrong in numbers[(numbers < 0) | (numbers >= self.blocks)][:1]:
+            raise ValueError(f"block {wrong} is not in the cache, which has blocks 0 to {self.blocks - 1}")
+        return numpy.ascontiguousarray(numbers, dtype=numpy.int64)
+
     def head_range(self):
         return range(self.first_head, self.first_head + self.heads)
 
@@ -61,6 +72,9 @@ class Side:
     def indices(self, units, block_ids, first_unit, num_units):
         """Indices into rows() of token units `first_unit`.. of a request in `block_ids`, for all planes and heads."""
         pieces = self.page // units.tokens
+        needed = -(-(first_unit + num_units) // pieces)
+        if needed > len(block_ids):
+            raise ValueError(f"{needed} blocks of {self.page} tokens are needed, {len(block_ids)} given")
         unit = numpy.arange(first_unit, first_unit + num_units, dtype=numpy.int64)
         within = (unit % pieces) * self.blocks + block_ids[unit // pieces]
         planes = 2 * len(self.bases) * len(units.heads)
@@ -81,3 +95,7 @@ class Units:
             self.heads, self.tokens = ([(shared[0], len(shared))] if shared else []), ours.page
         else:
             self.heads, self.tokens = [(head, 1) for head in shared], math.gcd(ours.page, theirs.page)
+
+    def shared_heads(self):
+        """Numbers of the heads that both sides hold."""
+        return {head for first, count in self.heads for head in range(first, first + count)}

@@ -41,6 +41,13 @@ class KVTimeout(KVTransferError):
     """The other side did not finish in time."""
 
 
+def _check_request(request_id, num_tokens=1):
+    if not isinstance(request_id, str):
+        raise TypeError(f"a request is named by a str, not {request_id!r}")
+    if num_tokens < 1:
+        raise ValueError(f"request '{request_id}': {num_tokens} tokens; one at least is needed")
+
+
 class BlockPool:
     """Free block numbers of one cache. take() raises KVTransferError when too few are left."""
 
@@ -261,7 +268,7 @@ class KVSender(_Endpoint):
             head, _, body = message[len(b"kvopen:"):].partition(b"\n")
             about = json.loads(head)
             ids, tokens = numpy.frombuffer(body, dtype=numpy.int64), about["tokens"]
-            if zlib.crc32(body) != about["crc"] or type(tokens) is not int or tokens < 0:
+            if zlib.crc32(body) != about["crc"] or type(tokens) is not int or tokens < 1:
                 raise ValueError("it is damaged")
             self._opened.setdefault(about["request"], {})[name] = (ids, tokens)
         elif message.startswith(b"kvread:"):
@@ -282,7 +289,8 @@ class KVSender(_Endpoint):
 
     def push(self, block_ids, request_id, timeout=30.0):
         """Writes a request's blocks into the blocks that its receivers opened, chunk by chunk. Returns a KVPush under way."""
-        block_ids = numpy.asarray(block_ids, dtype=numpy.int64)
+        _check_request(request_id)
+        block_ids = self.side.block_numbers(block_ids)
         push = KVPush(self, request_id, block_ids)
         deadline = time.monotonic() + timeout
         while request_id not in self.opened():
@@ -305,6 +313,7 @@ class KVSender(_Endpoint):
         step = max(1, self.chunk_bytes // unit_bytes)
         chunks = -(-num_units // step)
         try:
+            their_ids = peer.side.block_numbers(their_ids)
             for chunk in range(chunks):
                 first = chunk * step
                 message = f"kv:{push.request_id}:{chunk}:{chunks}".encode()
@@ -340,11 +349,13 @@ class KVReceiver(_Endpoint):
         self._quarantine = {}  # request that failed while its senders live -> block ids
 
     def open(self, request_id, block_ids, num_tokens):
-        """Tells all senders that hold our heads which blocks the request shall go to."""
-        block_ids = numpy.ascontiguousarray(block_ids, dtype=numpy.int64)
+        """Tells all senders that hold our heads which blocks the request shall go to. All of them must be connected."""
+        _check_request(request_id, num_tokens)
+        block_ids = self.side.block_numbers(block_ids)
         if len(block_ids) < self.cache.num_pages(num_tokens):
             raise ValueError(f"request '{request_id}': {num_tokens} tokens need {self.cache.num_pages(num_tokens)} blocks of "
                              f"{self.cache.page}, {len(block_ids)} given")
+        self._check_sources(request_id, self.peers)
         self._expected[request_id] = block_ids
         body = block_ids.tobytes()
         head = json.dumps({"request": request_id, "tokens": num_tokens, "crc": zlib.crc32(body)}).encode()
@@ -361,6 +372,14 @@ class KVReceiver(_Endpoint):
             seen[0].add(chunk)
         elif message.startswith(b"kvfail:"):
             self._failed.add(message[len(b"kvfail:"):].decode())
+
+    def _check_sources(self, request_id, names):
+        """Raises unless these senders are known and hold all heads of this cache together."""
+        unknown = sorted(set(names) - set(self.peers))
+        missing = set(self.side.head_range()).difference(*(self.peers[name].units.shared_heads() for name in names if name in self.peers))
+        if unknown or missing:
+            raise ValueError(f"request '{request_id}': " + (f"'{unknown[0]}' is not connected" if unknown else
+                                                            f"no sender of heads {sorted(missing)} among {sorted(names)}"))
 
     def progress(self, request_id):
         """(chunks arrived, chunks known of), over all senders."""
@@ -419,13 +438,15 @@ class KVReceiver(_Endpoint):
 
     def pull(self, request_id, block_ids, sources, num_tokens):
         """READs a request: `sources` {sender: its block ids}. Returns a KVPull under way; senders are told when it has ended."""
-        block_ids = numpy.asarray(block_ids, dtype=numpy.int64)
+        _check_request(request_id, num_tokens)
+        self._check_sources(request_id, sources)
+        block_ids = self.side.block_numbers(block_ids)
         pull = KVPull(self, request_id, block_ids)
         pull.sources = [name for name in sources if self.peers[name].shares]
         try:
             for name in pull.sources:
                 peer = self.peers[name]
-                their_ids = numpy.asarray(sources[name], dtype=numpy.int64)
+                their_ids = peer.side.block_numbers(sources[name])
                 handle, size = peer.request(self.agent, "READ", self.side, block_ids, their_ids, 0,
                                             -(-num_tokens // peer.units.tokens), b"")
                 pull.add(peer, handle, size)

@@ -1,5 +1,6 @@
 """KV-cache transfer between real processes: the example in all its shapes, peers that die, many blocks, blocks returned."""
 
+import json
 import multiprocessing
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy
 import pytest
@@ -285,7 +287,67 @@ def test_caches_that_do_not_match_are_refused():
         sender.connect(receiver.card())
     with pytest.raises(ValueError, match="2, blocks"):
         KVCache([numpy.zeros((3, 4))])
+    with pytest.raises(ValueError, match="tp_rank is 2; 0 to 1 are allowed with tp_size 2"):
+        KVCache(make_layers(4), 2, 2)
     with pytest.raises(KVTransferError, match="9 blocks wanted, 4 free"):
         BlockPool(4).take(9)
     with pytest.raises(ValueError, match="3 blocks"):
         receiver.open("r", [0, 1], 12)
+
+
+def test_blocks_that_a_cache_does_not_have_are_refused():
+    """With unequal pages, index block + piece * blocks of a block beyond the end would be a piece of another block."""
+    source, target = make_layers(8, page=4), make_layers(4, page=8)
+    sender, receiver = KVSender(make_agent("p"), KVCache(source)), KVReceiver(make_agent("d"), KVCache(target))
+    sender.connect(receiver.card())
+    receiver.connect(sender.card())
+    for wrong in (4, -1, 1 << 40):
+        with pytest.raises(ValueError, match=f"block {wrong} is not in the cache, which has blocks 0 to 3"):
+            receiver.open("r", [wrong], 4)
+        with pytest.raises(ValueError, match=f"block {wrong} is not in the cache, which has blocks 0 to 3"):
+            receiver.pull("r", [wrong], {"p": [0]}, 4)
+    for wrong in ([0.5], [[0]], ["a"]):
+        with pytest.raises(ValueError, match="a list of block numbers is needed"):
+            receiver.open("r", wrong, 4)
+    with pytest.raises(KVTransferError, match="block 8 is not in the cache, which has blocks 0 to 7"):
+        receiver.pull("r", [0], {"p": [8]}, 4)
+    with pytest.raises(ValueError, match="block 8 is not in the cache"):
+        sender.push([8], "r")
+    receiver.open("r", [0, 1], 16)
+    with pytest.raises(KVTransferError, match="4 blocks of 4 tokens are needed, 3 given"):
+        sender.push([0, 1, 2], "r", timeout=30)
+    body = numpy.array([4]).tobytes()  # from a receiver that does not look
+    head = json.dumps({"request": "x", "tokens": 4, "crc": zlib.crc32(body)}).encode()
+    receiver.agent.send_notif("p", b"kvopen:" + head + b"\n" + body)
+    with pytest.raises(KVTransferError, match="block 4 is not in the cache"):
+        sender.push([0], "x", timeout=30)
+    assert not any(layer.any() for layer in target)
+    for end in (sender, receiver):
+        end.close()
+
+
+def test_requests_that_could_never_end_are_refused():
+    """A request is complete when every head of it has arrived, which needs a sender for each."""
+    senders = [KVSender(make_agent(f"p{rank}"), KVCache(make_layers(8, heads=1), rank, 2)) for rank in range(2)]
+    receiver = KVReceiver(make_agent("d"), KVCache(make_layers(8)))
+    with pytest.raises(ValueError, match=r"no sender of heads \[0, 1\] among \[\]"):
+        receiver.open("r", [0], 4)
+    receiver.connect(senders[1].card())
+    with pytest.raises(ValueError, match=r"no sender of heads \[0\] among \['p1'\]"):
+        receiver.open("r", [0], 4)
+    receiver.connect(senders[0].card())
+    with pytest.raises(ValueError, match=r"no sender of heads \[1\] among \['p0'\]"):
+        receiver.pull("r", [0], {"p0": [0]}, 4)
+    with pytest.raises(ValueError, match="'p2' is not connected"):
+        receiver.pull("r", [0], {"p0": [0], "p1": [0], "p2": [0]}, 4)
+    for tokens in (0, -4):
+        with pytest.raises(ValueError, match=f"{tokens} tokens; one at least is needed"):
+            receiver.open("r", [0], tokens)
+        with pytest.raises(ValueError, match=f"{tokens} tokens; one at least is needed"):
+            receiver.pull("r", [0], {"p0": [0], "p1": [0]}, tokens)
+    for call in (lambda: receiver.open(5, [0], 4), lambda: senders[0].push([0], 5)):
+        with pytest.raises(TypeError, match="a request is named by a str, not 5"):
+            call()
+    receiver.pull("r", [0], {"p0": [0], "p1": [0]}, 4).wait(10)
+    for end in (*senders, receiver):
+        end.close()
