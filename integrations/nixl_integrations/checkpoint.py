@@ -39,7 +39,8 @@ def save(model, path, backend="auto", *, backend_params=None, progress=None):
     backend         "auto" takes the first usable of GDS, GDS_MT, POSIX; else the name of a storage backend
     backend_params  its init parameters (str to str)
     progress        called with (bytes done, bytes in all) from this thread
-    Errors: CheckpointError, or the nixl error of the transfer; then neither data nor index is left behind.
+    Errors: CheckpointError, OSError, or the nixl error of the transfer; then a file is as it was before, while an object may hold
+    data that no index vouches for.
     """
     tensors = _tensors_of(model)
     with _Target(path, backend, backend_params) as target:
@@ -48,9 +49,8 @@ def save(model, path, backend="auto", *, backend_params=None, progress=None):
         for entry in entries:
             entry["crc32"] = zlib.crc32(_bytes_of(staged[entry["name"]]))
         begin = time.perf_counter()
-        with target.writing(total):
+        with target.writing(total, json.dumps({"format": FORMAT, "bytes": total, "tensors": entries}, indent=1).encode()):
             target.transfer("WRITE", entries, staged, total, progress)
-        target.put_index({"format": FORMAT, "bytes": total, "tensors": entries})
         seconds = time.perf_counter() - begin
         return {"bytes": total, "seconds": seconds, "backend": target.backend, "path": target.used_path}
 
@@ -139,6 +139,8 @@ def _checked(index):
 
 def _plain(tensor, target):
     """The tensor itself where the backend can use its memory, else a contiguous copy in host memory."""
+    if tensor.is_conj() or tensor.is_neg():  # a view whose memory holds other values
+        tensor = tensor.resolve_conj().resolve_neg()
     if tensor.device.type == "cuda" and not target.takes_vram:
         return tensor.cpu().contiguous()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
@@ -186,24 +188,37 @@ class _Target:
         self.agent = None
 
     @contextlib.contextmanager
-    def writing(self, total):
+    def writing(self, total, index):
+        """For the transfer of the data; the index follows it. Files get their names when both are on the disk."""
         if self.is_object:
             with self._object(self.path):
                 yield
+            self._put_index_object(index)
             return
-        partial = f"{self.path}.partial"
+        data, beside = f"{self.path}.partial", f"{self.index_path}.partial"
         try:
-            with self._file(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+            with self._file(data, os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 os.truncate(self._fd, total)
                 yield
                 os.fsync(self._fd)
+            with open(beside, "wb") as file:
+                file.write(index)
+                file.flush()
+                os.fsync(file.fileno())
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.index_path)  # it would vouch for the new data
-            os.rename(partial, self.path)
+            os.rename(data, self.path)
+            os.rename(beside, self.index_path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+            for partial in (data, beside):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial)
             raise
+        folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def reading(self):
         return self._object(self.path) if self.is_object else self._file(self.path, os.O_RDONLY)
@@ -265,25 +280,11 @@ class _Target:
         if group:
             yield group
 
-    def put_index(self, index):
-        text = json.dumps(index, indent=1).encode()
-        if self.is_object:
-            # The length goes first, so that it can be read without asking for the object's size.
-            text = b"%016d" % len(text) + text
-            with self._object(self.index_path):
-                self._move_bytes("WRITE", numpy.frombuffer(bytearray(text), dtype=numpy.uint8), 0)
-            return
-        partial = f"{self.index_path}.partial"
-        with open(partial, "wb") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(partial, self.index_path)
-        folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def _put_index_object(self, text):
+        # The length goes first, so that it can be read without asking for the object's size.
+        text = b"%016d" % len(text) + text
+        with self._object(self.index_path):
+            self._move_bytes("WRITE", numpy.frombuffer(bytearray(text), dtype=numpy.uint8), 0)
 
     def get_index(self):
         missing = CheckpointError(f"{self.path}: there is no complete checkpoint ({self.index_path} does not exist)")

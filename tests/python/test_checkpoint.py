@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import resource
 import subprocess
 import sys
 
@@ -27,13 +28,15 @@ def tensors(seed=0):
             raw = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)
             named[f"layer{i}.{len(named)}"] = raw.view(dtype).reshape(shape)
     named["transposed"] = torch.rand(300, 200, generator=generator).t()
+    named["conjugate"] = torch.rand(30, dtype=torch.complex64, generator=generator).conj()
+    named["negated"] = torch.rand(30, dtype=torch.complex64, generator=generator).conj().imag
     named["sliced"] = torch.rand(100, 100, generator=generator)[::2, 10:50]
     return named
 
 
 def same(a, b):
     def raw(t):
-        return t.contiguous().reshape(-1).view(torch.uint8)
+        return t.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
     return all(torch.equal(raw(a[name]), raw(b[name])) for name in a)
 
@@ -92,6 +95,23 @@ def test_disk_full_leaves_the_old_one(tmp_path):
         assert same(old, copy)
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_an_index_that_does_not_fit_leaves_the_old_one(tmp_path):
+    """The index of many small tensors is longer than they are: it is what a limit meets."""
+    old = {"w": torch.rand(100)}
+    checkpoint.save(old, tmp_path / "m")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save({f"w{i}": torch.rand(1) for i in range(200)}, tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.json"]
+    copy = blank(old)
+    checkpoint.load(copy, tmp_path / "m")
+    assert same(old, copy)
 
 
 def test_damage_and_mismatch_are_told(tmp_path):
