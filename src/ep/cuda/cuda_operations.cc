@@ -73,9 +73,6 @@ int CudaPath::grid_for(std::int64_t items) const {
 Result<gpu::Op> CudaPath::op_of(int num_ranks, Phase phase, int parts) const {
   if (!state_) return fail(Code::kNotAllowed, "rank %d has no memory yet", options_.rank);
   if (closed_) return fail(Code::kNotAllowed, "the path of rank %d is closed", options_.rank);
-  if (num_ranks <= options_.rank || num_ranks > capacity_.num_ranks)
-    return fail(Code::kInvalidArgument, "the call covers %d ranks; %d to %d are allowed", num_ranks, options_.rank + 1,
-                capacity_.num_ranks);
   gpu::Op op;
   op.state = state_;
   op.page = page_on_device_;

@@ -90,8 +90,6 @@ Result<void> CudaPath::reserve(const Capacity& capacity) {
     capacity_ = capacity;
     return {};
   }
-  if (options_.rank >= capacity.num_ranks)
-    return fail(Code::kInvalidArgument, "num_ranks is %d; rank %d needs more", capacity.num_ranks, options_.rank);
   NIXL_TRY(cuda_check(cudaGetDevice(&device_), "current CUDA device"));
   capacity_ = capacity;
   const DeviceScope scope(device_);
