@@ -52,6 +52,7 @@ GPU_COPIES = [
 # engine gives from page-locked memory. The must is for the paths without staging.
 MIXED_BYTES = 256 << 20
 MIXED_COPIES = [
+    ("1 MiB", 1, 1 << 20, None, None),
     ("1 x 256 MiB", 1, 256 << 20, 0.9, 0.98),
     ("1,000 x 64 KiB", 1000, 64 << 10, 0.7, 0.9),
     ("10,000 x 16 KiB", 10_000, 16 << 10, 0.8, 0.95),
@@ -324,12 +325,15 @@ def mixed_copies(figures):
     far_device = 1 if link["devices"] > 1 else 0
     figures.append(Figure("page-locking 256 MiB", link["lock_ms"], "ms", beside={"unlocking": link["unlock_ms"]}))
     cases = (
-        ("locked DRAM, peer's VRAM", lambda: LockedBuffer(MIXED_BYTES, far_device), "VRAM", {"device": far_device}),
-        ("VRAM, peer's memory file", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {"shared": True}),
-        ("DRAM, peer's VRAM", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}),
-        ("VRAM, peer's DRAM", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {}),
+        ("locked DRAM, peer's VRAM", lambda: LockedBuffer(MIXED_BYTES, far_device), "VRAM", {"device": far_device}, True),
+        ("VRAM, peer's memory file", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {"shared": True}, True),
+        # Not locked by us; UCX does so with what is registered once the process has a CUDA context.
+        ("DRAM, peer's VRAM", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}, True),
+        ("the same, direct copies off", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}, False),
+        ("VRAM, peer's DRAM", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {}, True),
     )
-    for what, make_near, far_kind, far in cases:
+    for what, make_near, far_kind, far, direct in cases:
+        os.environ["NIXL_SAME_HOST_DIRECT"] = "y" if direct else "n"
         pair = Pair(far_kind, MIXED_BYTES, near=make_near(), **far)
         near_is_host = far_kind == "VRAM"
         for operation in ("WRITE", "READ"):
@@ -339,10 +343,11 @@ def mixed_copies(figures):
                 seconds, path = pair.best(operation, count, piece, 10)
                 way = "H2D" if near_is_host == (operation == "WRITE") else "D2H"
                 engine = link[f"GPU {far_device if near_is_host else 0} {way}"]
-                direct = not path.startswith("staged")
-                figures.append(Figure(f"{what}: {operation} {name}", count * piece / seconds / 1e9, "GB/s", must * engine if direct else None,
-                                      goal * engine if direct else None, {f"copy engine {way}": engine}, True, path))
+                judged = must is not None and not path.startswith("staged")
+                figures.append(Figure(f"{what}: {operation} {name}", count * piece / seconds / 1e9, "GB/s", must * engine if judged else None,
+                                      goal * engine if judged else None, {f"copy engine {way}": engine}, True, path))
         pair.close()
+    del os.environ["NIXL_SAME_HOST_DIRECT"]
 
 
 def small_gpu_copies(figures, pair):

@@ -306,16 +306,37 @@ TEST(host_unlocked_under_a_request) {
     const auto list = list_of(16384);
     const std::unique_ptr<Transfer> transfers[] = {link.prepare(Op::kWrite, kWhole), link.prepare(Op::kRead, list)};
     CUDA(::cudaHostUnregister(link.memory + kBytes / 2));
-    for (const auto& transfer : transfers) {
-      const auto state = run(*transfer);
-      CHECK(!state && state.error().code == Code::kIo);
-    }
+    const std::vector<char> noise = make_noise(), near(noise.begin(), noise.begin() + kBytes);
+    link.set(near);
+    CHECK_OK(run(*transfers[0]));
+    CHECK_EQ(transfers[0]->path(), std::string("staged+cma"));
+    link.target->ask('r');
+    CHECK(!std::memcmp(mirror, near.data(), kBytes));
+    CHECK_OK(run(*transfers[1]));
+    CHECK_EQ(transfers[1]->path(), std::string("staged+cma"));
+    for (const Block& block : list) CHECK(!std::memcmp(link.memory + block.local, mirror + block.remote, block.bytes));
     CHECK_EQ(link.prepare(Op::kRead, list)->path(), std::string("staged+cma"));
     CUDA(::cudaHostRegister(link.memory + kBytes / 2, kBytes / 2, cudaHostRegisterDefault));
     const auto anew = link.prepare(Op::kRead, list);
     CHECK_EQ(anew->path(), std::string("pinned+cuda_ipc"));
     CHECK_OK(run(*anew));
     CUDA(::cudaDeviceSynchronize());
+  });
+}
+TEST(host_unlocked_under_a_copy) {
+  need_gpu();
+  in_own_process([] {
+    Link link('r', 'p');
+    for (const auto& blocks : {kWhole, list_of(16384)})
+      for (const Op op : {Op::kWrite, Op::kRead}) {
+        const auto transfer = link.prepare(op, blocks);
+        auto state = transfer->submit("m");
+        CUDA(::cudaHostUnregister(link.memory));  // the driver waits for the copy
+        while (state && *state == TransferState::kRunning) state = transfer->poll();
+        CHECK_OK(state);
+        CUDA(::cudaDeviceSynchronize());
+        CUDA(::cudaHostRegister(link.memory, kBytes / 2, cudaHostRegisterDefault));
+      }
   });
 }
 TEST(host_file_truncated_under_a_request) {

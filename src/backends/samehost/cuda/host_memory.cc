@@ -80,9 +80,8 @@ Result<void> LockedMemory::still_locked(const Driver& driver) const {
   for (const Stretch& known : stretches_) {
     const auto now = ask(driver, known.base);
     if (!now || now->base != known.base || now->bytes != known.bytes || now->id != known.id)
-      return fail(Code::kIo,
-                  "host memory at %#llx (%llu bytes) was page-locked when this request was made and is not any more; "
-                  "make the request anew",
+      return fail(Code::kUnsupported,
+                  "host memory at %#llx (%llu bytes) was page-locked when this request was made and is not any more",
                   hex(known.base), static_cast<unsigned long long>(known.bytes));
   }
   return {};

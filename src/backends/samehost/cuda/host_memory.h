@@ -18,7 +18,7 @@ class LockedMemory {
  public:
   // kUnsupported: some of it is not page-locked, or GPUs reach it at another address or for reading only.
   static Result<LockedMemory> find(const Driver& driver, std::uint64_t address, std::uint64_t bytes);
-  // kIo: it was freed or unlocked since. One question a piece that was locked by itself.
+  // kUnsupported: it was freed or unlocked since. One question a piece that was locked by itself.
   Result<void> still_locked(const Driver& driver) const;
   // How many bytes from `address` on were locked by one call; the copy engine takes no more at once.
   std::uint64_t bytes_from(std::uint64_t address) const noexcept;
@@ -61,7 +61,9 @@ class HostSide {
  public:
   // kUnsupported: not all of it is within reach of GPUs; the reason says why. `device`: of ours, which copies.
   static Result<HostSide> open(const Driver& driver, const Plan& plan, int device);
-  // Before each submission: an error in place of a kernel that runs into memory that is gone.
+  // Others may unlock it while requests are prepared: check() before each submission. What is locked here stays so.
+  bool can_change() const noexcept { return !own_.empty(); }
+  // kUnsupported: not within reach any more; a kernel would run into nothing.
   Result<void> check() const;
   // Bytes from `address` on, as this process reaches it, that the copy engine takes at once; `region` of the host's side.
   std::uint64_t bytes_from(std::uint32_t region, std::uint64_t address) const noexcept;

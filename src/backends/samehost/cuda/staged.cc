@@ -3,6 +3,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <span>
@@ -14,6 +15,8 @@ namespace {
 
 constexpr Nanoseconds kKernelDeadline = 30'000'000'000;
 constexpr Nanoseconds kAskEvery = 1'000'000;
+constexpr std::uint64_t kItemBytes = 4096;  // for a warp; one that copies 1 MiB alone takes ten times as long
+constexpr std::uint64_t kMaxItems = kMaxPieces + kMaxChunkBytes / kItemBytes;
 
 struct Stage {
   PinnedList list;
@@ -64,7 +67,7 @@ Result<std::unique_ptr<Stage>> StagedJob::take_stage() {
     }
   }
   const DeviceScope scope(device_->ordinal());
-  NIXL_ASSIGN(auto list, PinnedList::create(*devices_, device_, kMaxPieces));
+  NIXL_ASSIGN(auto list, PinnedList::create(*devices_, device_, kMaxItems, devices_->blocks(true)));
   NIXL_ASSIGN(auto buffer, devices_->pinned->take(kMaxChunkBytes));
   return std::unique_ptr<Stage>(new Stage{std::move(list), std::move(buffer), device_->next_stream()});
 }
@@ -114,10 +117,13 @@ Result<void> StagedJob::move(std::uint32_t index, Stage& stage) {
     const Pair& piece = pieces_[i];
     char* const here = stage.buffer.data() + at;
     const auto address = reinterpret_cast<std::uint64_t>(here);
-    if (from_gpu_)
-      stage.list.add(address, piece.gpu, piece.bytes);
-    else
-      stage.list.add(piece.gpu, address, piece.bytes);
+    for (std::uint32_t off = 0, bytes; off < piece.bytes; off += bytes) {
+      bytes = static_cast<std::uint32_t>(std::min<std::uint64_t>(piece.bytes - off, kItemBytes));
+      if (from_gpu_)
+        stage.list.add(address + off, piece.gpu + off, bytes);
+      else
+        stage.list.add(piece.gpu + off, address + off, bytes);
+    }
     buffer[count] = {here, piece.bytes};
     host[count] = {reinterpret_cast<void*>(piece.host), piece.bytes};
     at += piece.bytes;
@@ -142,13 +148,21 @@ Result<void> StagedJob::copy_chunk(std::uint32_t index) {
 
 }  // namespace
 
-Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, Plan plan,
-                                              std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
-                                              Assignment assignment) {
+Result<StagedRoute> staged_route(const Plan& plan, Assignment assignment) {
   std::vector<int>& device_of = assignment.device_of;
-  // One device scatters or gathers, and reaches a peer's other devices through the link.
+  // One device scatters or gathers, and reaches a peer's other devices through the link; of our own only with peer access.
   if (assignment.by_remote) device_of.assign(device_of.size(), device_of[0]);
-  NIXL_ASSIGN(const auto deltas, deltas_of(plan, assignment, device_of[0]));
+  for (const int device : device_of)
+    if (device != device_of[0])
+      return fail(Code::kUnsupported, "one transfer between host memory and GPUs %d and %d; make one for each",
+                  device_of[0], device);
+  NIXL_ASSIGN(auto deltas, deltas_of(plan, assignment, device_of[0]));
+  return StagedRoute{device_of[0], std::move(deltas)};
+}
+
+Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, const Plan& plan,
+                                              std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
+                                              const StagedRoute& route) {
   const bool gpu_is_local = plan.local_kind == MemKind::kVram;
   std::vector<StagedJob::Pair> pieces;
   std::vector<std::size_t> starts{0};
@@ -161,16 +175,11 @@ Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, 
     }
     const Piece piece = cursor.next(kMaxChunkBytes - bytes);
     bytes += piece.length;
-    pieces.push_back({gpu_is_local ? piece.local : piece.remote + deltas[piece.remote_region],
+    pieces.push_back({gpu_is_local ? piece.local : piece.remote + route.deltas[piece.remote_region],
                       gpu_is_local ? piece.remote : piece.local, static_cast<std::uint32_t>(piece.length)});
   }
   if (starts.back() != pieces.size()) starts.push_back(pieces.size());
-  // Pieces on several devices: the first one's kernel reaches the others' memory only with peer access.
-  for (const int device : device_of)
-    if (gpu_is_local && device != device_of[0])
-      return fail(Code::kUnsupported, "one transfer between host memory and GPUs %d and %d; make one for each",
-                  device_of[0], device);
-  NIXL_ASSIGN(auto device, devices->at(device_of[0]));
+  NIXL_ASSIGN(auto device, devices->at(route.device));
   const bool small = starts.size() <= 2;
   auto job = std::make_shared<StagedJob>(std::move(devices), std::move(device), plan, std::move(pieces),
                                          std::move(starts), std::move(mailbox));

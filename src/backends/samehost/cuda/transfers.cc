@@ -79,7 +79,8 @@ Result<std::vector<std::uint64_t>> deltas_of(const Plan& plan, const Assignment&
   return deltas;
 }
 
-Result<PinnedList> PinnedList::create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items) {
+Result<PinnedList> PinnedList::create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items,
+                                      std::uint32_t max_blocks) {
   PinnedList list;
   const DeviceScope scope(device->ordinal());
   NIXL_ASSIGN(list.memory_, devices.pinned->take(kHeaderBytes + max_items * 20));
@@ -94,7 +95,7 @@ Result<PinnedList> PinnedList::create(Devices& devices, std::shared_ptr<Device> 
   list.copy_.source = list.source_;
   list.copy_.destination = list.destination_;
   list.copy_.length = list.length_;
-  list.max_blocks_ = devices.max_blocks;
+  list.max_blocks_ = max_blocks;
   return list;
 }
 
@@ -187,7 +188,8 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan, const Assignmen
   ordinals.erase(std::unique(ordinals.begin(), ordinals.end()), ordinals.end());
   const bool engine = plan.num_blocks <= kFewPieces ||
                       (plan.num_blocks <= kEnginePieces && plan.total_bytes >= plan.num_blocks * kEngineBytes);
-  const std::uint64_t shares = std::uint64_t{devices.max_blocks} * (kThreadsPerBlock / 32) * kItemsPerWarp;
+  const std::uint32_t max_blocks = devices.blocks(host_.has_value());
+  const std::uint64_t shares = std::uint64_t{max_blocks} * (kThreadsPerBlock / 32) * kItemsPerWarp;
   const std::uint64_t item =
       engine ? ~std::uint64_t{0}
              : std::clamp((plan.total_bytes / shares + kMinItem - 1) / kMinItem * kMinItem, kMinItem, kMaxItem);
@@ -196,7 +198,7 @@ Result<void> DeviceJob::fill(Devices& devices, const Plan& plan, const Assignmen
     NIXL_ASSIGN(const auto deltas, deltas_of(plan, assignment, ordinal));
     NIXL_ASSIGN(auto device, devices.at(ordinal));
     const cudaStream_t stream = device->next_stream();
-    NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), count.items));
+    NIXL_ASSIGN(auto list, PinnedList::create(devices, std::move(device), count.items, max_blocks));
     parts_.push_back(Part{std::move(list), {}, stream});
     Part& part = parts_.back();
     if (count.one_a_row && ordinals.size() == 1) {
@@ -275,7 +277,6 @@ void DeviceJob::finish(std::optional<Error> error) {
 Result<TransferState> DeviceTransfer::submit(std::optional<std::string_view> message) {
   NIXL_TRY(job_->ending.peer().check_alive());
   NIXL_TRY(job_->ending.check_all_registered());
-  NIXL_TRY(job_->check_host());
   job_->ending.set_message(message);
   NIXL_TRY(job_->start());
   entered_(job_);

@@ -1,5 +1,6 @@
 // Transfers with GPU memory on one side or on both.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -21,7 +22,12 @@ class Devices {
   Devices(std::uint32_t max_blocks) : pinned(std::make_shared<PinnedPool>()), max_blocks(max_blocks) {}
   Result<std::shared_ptr<Device>> at(int ordinal);
   const std::shared_ptr<PinnedPool> pinned;
-  const std::uint32_t max_blocks;  // a list copy's share of the device's multiprocessors
+  // A list copy's share of the device's multiprocessors; a link to host memory is full long before one between GPUs.
+  static constexpr std::uint32_t kHostBlocks = 16;
+  std::uint32_t blocks(bool with_host) const noexcept {
+    return with_host ? std::min(max_blocks, kHostBlocks) : max_blocks;
+  }
+  const std::uint32_t max_blocks;
 
  private:
   std::mutex mutex_;
@@ -31,7 +37,8 @@ class Devices {
 // A list in pinned memory, ready to be launched.
 class PinnedList {
  public:
-  static Result<PinnedList> create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items);
+  static Result<PinnedList> create(Devices& devices, std::shared_ptr<Device> device, std::uint64_t max_items,
+                                   std::uint32_t max_blocks);
   PinnedList(PinnedList&& other) noexcept;
   ~PinnedList();
 
@@ -76,8 +83,7 @@ class DeviceJob {
                                                    std::optional<HostSide> host);
   Ending ending;
 
-  // The host memory of the plan is still within reach of GPUs.
-  Result<void> check_host() const { return host_ ? host_->check() : Result<void>{}; }
+  const HostSide* host() const noexcept { return host_ ? &*host_ : nullptr; }
   Result<void> start();
   // Looks whether the device is through; true when the submission has ended. Any thread.
   bool look();
@@ -127,10 +133,16 @@ class DeviceTransfer final : public SizedTransfer {
   std::function<void(std::shared_ptr<DeviceJob>)> entered_;
 };
 
-// One side VRAM, the other DRAM: through pinned memory, chunk by chunk, several chunks at once.
-Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, Plan plan,
+// How staging reaches the GPU memory of a plan: the device that gathers or scatters, and what it adds to remote addresses.
+struct StagedRoute {
+  int device = 0;
+  std::vector<std::uint64_t> deltas;  // by remote region
+};
+Result<StagedRoute> staged_route(const Plan& plan, Assignment assignment);
+// One side VRAM, the other DRAM: through pinned memory, chunk by chunk, several chunks at once. Any thread.
+Result<std::unique_ptr<Transfer>> make_staged(std::shared_ptr<Devices> devices, const Plan& plan,
                                               std::shared_ptr<Mailbox> mailbox, std::shared_ptr<CopyThreads> threads,
-                                              Assignment assignment);
+                                              const StagedRoute& route);
 
 // By remote region: what to add to an address of the plan when `device` copies; 0 for host memory that is not mapped
 // here, and for regions that another device is to copy.

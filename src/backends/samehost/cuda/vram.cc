@@ -3,6 +3,7 @@
 #include <dirent.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "backends/samehost/cuda/transfers.h"
 #include "base/env.h"
@@ -24,6 +25,35 @@ Result<std::uint32_t> blocks_from_environment() {
   return static_cast<std::uint32_t>(blocks);
 }
 
+// Direct for as long as others keep the host memory page-locked, and through staging buffers from the first submission on
+// that finds it is not.
+class HostTransfer final : public SizedTransfer {
+ public:
+  using MakeStaged = std::function<Result<std::unique_ptr<Transfer>>()>;  // called once at most
+  HostTransfer(const Plan& plan, std::shared_ptr<DeviceJob> job, std::unique_ptr<Transfer> direct, MakeStaged make)
+      : SizedTransfer(plan), job_(std::move(job)), transfer_(std::move(direct)), make_staged_(std::move(make)) {}
+
+  Result<TransferState> submit(std::optional<std::string_view> message) override {
+    if (job_)
+      if (const auto locked = job_->host()->check(); !locked) {
+        NIXL_WARN("a request between host and GPU memory goes through staging buffers from now on: %s",
+                  locked.error().reason.c_str());
+        NIXL_ASSIGN(transfer_, make_staged_());
+        job_.reset();
+        make_staged_ = nullptr;
+      }
+    return transfer_->submit(message);
+  }
+  Result<TransferState> poll() override { return transfer_->poll(); }
+  bool cancel() noexcept override { return transfer_->cancel(); }
+  std::string path() const override { return transfer_->path(); }
+
+ private:
+  std::shared_ptr<DeviceJob> job_;  // null: staged
+  std::unique_ptr<Transfer> transfer_;
+  MakeStaged make_staged_;
+};
+
 class CudaVram final : public Vram {
  public:
   CudaVram(const Driver& driver, std::uint32_t blocks, bool direct, std::shared_ptr<Mailbox> mailbox)
@@ -42,7 +72,13 @@ class CudaVram final : public Vram {
   bool busy() const noexcept override { return num_running_.load(std::memory_order_acquire) > 0; }
 
  private:
+  Result<std::unique_ptr<Transfer>> prepare_mixed(Plan plan, std::shared_ptr<CopyThreads> threads,
+                                                  const Assignment& assignment);
   Result<HostSide> reach_host(const Plan& plan, int device);
+  std::unique_ptr<Transfer> on_device(const Plan& plan, std::shared_ptr<DeviceJob> job) {
+    return std::make_unique<DeviceTransfer>(plan, std::move(job),
+                                            [this](std::shared_ptr<DeviceJob> started) { enter(std::move(started)); });
+  }
   void enter(std::shared_ptr<DeviceJob> job);
 
   MemoryExchange exchange_;
@@ -64,19 +100,29 @@ Result<std::unique_ptr<Transfer>> CudaVram::prepare(Plan plan, std::shared_ptr<C
   int home = home_;
   if (home < 0) NIXL_CUDA_TRY(::cudaGetDevice(&home));
   const Assignment assignment = assign(plan, home);
-  std::optional<HostSide> host;
-  if (plan.local_kind != plan.remote_kind) {
-    auto reached = reach_host(plan, assignment.device_of[0]);
-    if (!reached) {
-      NIXL_DEBUG("a request between host and GPU memory goes through staging buffers: %s",
-                 reached.error().reason.c_str());
-      return make_staged(devices_, std::move(plan), mailbox_, std::move(threads), assignment);
-    }
-    host = std::move(*reached);
+  if (plan.local_kind != plan.remote_kind) return prepare_mixed(std::move(plan), std::move(threads), assignment);
+  NIXL_ASSIGN(auto job, DeviceJob::create(*devices_, plan, assignment, std::nullopt));
+  return on_device(plan, std::move(job));
+}
+
+Result<std::unique_ptr<Transfer>> CudaVram::prepare_mixed(Plan plan, std::shared_ptr<CopyThreads> threads,
+                                                          const Assignment& assignment) {
+  auto host = reach_host(plan, assignment.device_of[0]);
+  if (!host) {
+    NIXL_DEBUG("a request between host and GPU memory goes through staging buffers: %s", host.error().reason.c_str());
+    NIXL_ASSIGN(const StagedRoute route, staged_route(plan, assignment));
+    return make_staged(devices_, plan, mailbox_, std::move(threads), route);
   }
-  NIXL_ASSIGN(auto job, DeviceJob::create(*devices_, plan, assignment, std::move(host)));
-  return std::make_unique<DeviceTransfer>(plan, std::move(job),
-                                          [this](std::shared_ptr<DeviceJob> started) { enter(std::move(started)); });
+  NIXL_ASSIGN(auto job, DeviceJob::create(*devices_, plan, assignment, std::move(*host)));
+  auto direct = on_device(plan, job);
+  if (!job->host()->can_change()) return direct;
+  auto route = staged_route(plan, assignment);
+  // Kept whole: what others may take away any time must leave a way to go on.
+  const auto kept = std::make_shared<const Plan>(std::move(plan));
+  auto make = [devices = devices_, kept, mailbox = mailbox_, threads = std::move(threads), route = std::move(route)] {
+    return route.and_then([&](const StagedRoute& way) { return make_staged(devices, *kept, mailbox, threads, way); });
+  };
+  return std::make_unique<HostTransfer>(*kept, std::move(job), std::move(direct), std::move(make));
 }
 
 void CudaVram::enter(std::shared_ptr<DeviceJob> job) {
