@@ -329,11 +329,12 @@ def mixed_copies(figures):
         ("VRAM, peer's memory file", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {"shared": True}, True),
         # Not locked by us; UCX does so with what is registered once the process has a CUDA context.
         ("DRAM, peer's VRAM", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}, True),
-        ("the same, direct copies off", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}, False),
         ("VRAM, peer's DRAM", lambda: DeviceBuffer(MIXED_BYTES, 0), "DRAM", {}, True),
+        ("DRAM, peer's VRAM, direct copies off", lambda: HostBuffer(MIXED_BYTES), "VRAM", {"device": far_device}, False),
     )
     for what, make_near, far_kind, far, direct in cases:
-        os.environ["NIXL_SAME_HOST_DIRECT"] = "y" if direct else "n"
+        if not direct:
+            os.environ["NIXL_SAME_HOST_DIRECT"] = "n"  # for agents made from here on: the last case
         pair = Pair(far_kind, MIXED_BYTES, near=make_near(), **far)
         near_is_host = far_kind == "VRAM"
         for operation in ("WRITE", "READ"):
@@ -347,7 +348,7 @@ def mixed_copies(figures):
                 figures.append(Figure(f"{what}: {operation} {name}", count * piece / seconds / 1e9, "GB/s", must * engine if judged else None,
                                       goal * engine if judged else None, {f"copy engine {way}": engine}, True, path))
         pair.close()
-    del os.environ["NIXL_SAME_HOST_DIRECT"]
+    os.environ.pop("NIXL_SAME_HOST_DIRECT", None)
 
 
 def small_gpu_copies(figures, pair):

@@ -128,15 +128,19 @@ class IpcSpan final : public Span {
   }
   int owner(int guess) override {
     if (open_.empty() && !reach(guess)) return -1;
-    const auto& [device, base] = *open_.begin();
-    const DeviceScope scope(device);
-    return device_of_memory(driver_, reinterpret_cast<std::uint64_t>(base));
+    if (owner_ < 0) {
+      const auto& [device, base] = *open_.begin();
+      const DeviceScope scope(device);
+      owner_ = device_of_memory(driver_, reinterpret_cast<std::uint64_t>(base));
+    }
+    return owner_;
   }
 
  private:
   const Driver& driver_;
   const FarAllocation far_;
   std::map<int, void*> open_;
+  int owner_ = -1;
 };
 
 // Virtual-memory pieces: one reserved range, made accessible to each device that copies.
@@ -171,8 +175,11 @@ class VirtualSpan final : public Span {
     return base_ - far_base_;
   }
   int owner(int guess) override {
-    const DeviceScope scope(guess);
-    return device_of_memory(driver_, base_);
+    if (owner_ < 0) {
+      const DeviceScope scope(guess);
+      owner_ = device_of_memory(driver_, base_);
+    }
+    return owner_;
   }
 
  private:
@@ -198,6 +205,7 @@ class VirtualSpan final : public Span {
   const std::uint64_t far_base_;
   CUdeviceptr base_ = 0;
   std::uint64_t bytes_ = 0, mapped_ = 0, granted_ = 0;
+  int owner_ = -1;
 };
 
 }  // namespace
