@@ -9,6 +9,7 @@
 #include <nixl/version.h>
 
 #include "descs.h"
+#include "gil.h"
 #include "index_run.h"
 
 namespace nixl::python {
@@ -44,7 +45,7 @@ std::uint16_t port_of(nb::handle value, const char* what) {
 // Runs without the GIL.
 template <typename Call>
 auto free_of_gil(Call&& call) {
-  nb::gil_scoped_release nogil;
+  const WithoutGil nogil;
   return call();
 }
 
@@ -55,7 +56,7 @@ nb::list kind_names(const std::vector<MemType>& mems) {
 }
 nb::dict dict_of(const Params& params) {
   nb::dict dict;
-  for (const auto& [key, value] : params) dict[nb::str(key.c_str())] = nb::str(value.c_str());
+  for (const auto& [key, value] : params) dict[str_of(key)] = str_of(value);
   return dict;
 }
 Params params_of(const nb::dict& dict) {
@@ -99,7 +100,7 @@ std::optional<BackendInfo> usable_backend(const std::string& name) {
 nb::dict describe(const BackendInfo& info) {
   nb::dict line;
   line["available"] = info.available;
-  line["reason"] = info.reason;
+  line["reason"] = str_of(info.reason);
   line["mem_types"] = kind_names(info.mems);
   line["remote"] = info.remote;
   line["local"] = info.local;
@@ -125,6 +126,19 @@ template <typename Call>
 nb::object done(Call&& call) {
   free_of_gil(call);
   return status_of(0);
+}
+
+// In short turns, so that Python's signal handlers run: Ctrl-C ends the wait.
+XferState wait_for(Agent& agent, Handle handle, double seconds) {
+  using std::chrono::nanoseconds, std::chrono::steady_clock;
+  const auto limit = nanoseconds(seconds > 0 ? static_cast<std::int64_t>(std::min(seconds, 1e9) * 1e9) : 0);
+  const auto end = steady_clock::now() + limit;
+  for (;;) {
+    const nanoseconds turn = std::min<nanoseconds>(end - steady_clock::now(), std::chrono::milliseconds(100));
+    const XferState state = free_of_gil([&] { return agent.wait(handle, std::max(turn, nanoseconds(0))); });
+    if (state != XferState::PROC || steady_clock::now() >= end) return state;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
 }
 
 void bind_transfers(nb::class_<Agent>& agent) {
@@ -186,12 +200,7 @@ void bind_transfers(nb::class_<Agent>& agent) {
           "reqh"_a)
       .def(
           "waitXferReq",
-          [](Agent& self, Handle handle, double seconds) {
-            return status_of(free_of_gil([&] {
-              return self.wait(handle,
-                               std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(seconds, 1e9) * 1e9)));
-            }));
-          },
+          [](Agent& self, Handle handle, double seconds) { return status_of(wait_for(self, handle, seconds)); },
           "reqh"_a, "seconds"_a)
       .def(
           "cancelXferReq", [](Agent& self, Handle handle) { free_of_gil([&] { self.cancel(handle); }); }, "reqh"_a)
@@ -310,7 +319,7 @@ void bind_exchange(nb::class_<Agent>& agent) {
           "getNotifs",
           [](Agent& self, nb::dict map, const Ids& backends) {
             for (auto& [sender, message] : free_of_gil([&] { return self.drainNotifs(backends); })) {
-              const nb::str key(sender.data(), sender.size());
+              const nb::str key = str_of(sender);
               if (!map.contains(key)) map[key] = nb::list();
               nb::cast<nb::list>(map[key]).append(bytes_of(message));
             }
@@ -377,7 +386,7 @@ void bind_backends(nb::class_<Agent>& agent) {
 }  // namespace
 
 nb::object error_object(const Error& error) {
-  return nb::borrow(g_make_error)(error.code(), nb::str(error.reason().data(), error.reason().size()));
+  return nb::borrow(g_make_error)(error.code(), str_of(error.reason()));
 }
 
 void bind_agent(nb::module_& module) {

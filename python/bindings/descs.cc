@@ -7,6 +7,8 @@
 #include <cstring>
 #include <string_view>
 
+#include "gil.h"
+
 namespace nixl::python {
 using nb::literals::operator""_a;
 
@@ -15,9 +17,11 @@ std::string text_of(nb::handle value, const char* what) {
     return {PyBytes_AS_STRING(value.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(value.ptr()))};
   if (PyUnicode_Check(value.ptr())) {
     Py_ssize_t size = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
-    if (!text) throw nb::python_error();
-    return {text, static_cast<std::size_t>(size)};
+    if (const char* text = PyUnicode_AsUTF8AndSize(value.ptr(), &size)) return {text, static_cast<std::size_t>(size)};
+    PyErr_Clear();
+    const nb::object bytes = nb::steal(PyUnicode_AsEncodedString(value.ptr(), "utf-8", "surrogateescape"));
+    if (!bytes.is_valid()) throw nb::python_error();
+    return {PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr()))};
   }
   throw nb::type_error((std::string(what) + " must be str or bytes, not " + Py_TYPE(value.ptr())->tp_name).c_str());
 }
@@ -36,6 +40,12 @@ std::string payload_of(nb::handle value, const char* what) {
 
 nb::bytes bytes_of(const std::string& text) {
   return nb::bytes(text.data(), text.size());
+}
+
+nb::str str_of(const std::string& text) {
+  PyObject* const made = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape");
+  if (!made) throw nb::python_error();
+  return nb::steal<nb::str>(made);
 }
 
 namespace {
@@ -159,7 +169,7 @@ Descs read(MemType type, nb::handle content) {
       throw nb::type_error("remote descriptors are tuples (addr, len, dev, agent)");
     } else {
       const Rows rows(object, 3);
-      nb::gil_scoped_release nogil;
+      const WithoutGil nogil;
       descs.addr.assign(rows.data(), rows.size(), 3);
       descs.len.assign(rows.data() + 1, rows.size(), 3);
       descs.dev.assign(rows.data() + 2, rows.size(), 3);
@@ -232,8 +242,7 @@ nb::tuple item(const List& list, Py_ssize_t index) {
   else if constexpr (std::is_same_v<List, RegList>)
     return nb::make_tuple(addr, descs.len[row], descs.dev[row], bytes_of(descs.text(row)));
   else
-    return nb::make_tuple(addr, descs.len[row], descs.dev[row],
-                          nb::str(descs.text(row).data(), descs.text(row).size()));
+    return nb::make_tuple(addr, descs.len[row], descs.dev[row], str_of(descs.text(row)));
 }
 
 void refuse_runs(const Descs& descs) {
@@ -332,8 +341,12 @@ nb::class_<List> bind_list(nb::module_& module, const char* name) {
       .def("print", [name](const List& list) { nb::print(nb::str(print(list, name).c_str())); })
       .def("__len__", [](const List& list) { return list.descs.blocks(); })
       .def("__bool__", [](const List&) { return true; })
-      .def("__eq__", [](const List& a,
-                        nb::handle b) { return nb::isinstance<List>(b) && a.descs == nb::cast<const List&>(b).descs; })
+      .def(
+          "__eq__",
+          [](const List& a, nb::handle b) {
+            return nb::isinstance<List>(b) && a.descs == nb::cast<const List&>(b).descs;
+          },
+          nb::arg().none())
       .def("__getstate__",
            [](const List& list) { return bytes_of(packDescs(list.descs, kClass<List>).substr(kMagic.size())); })
       .def("__setstate__",

@@ -1,5 +1,6 @@
 """Threads, fork, interpreter exit (14, PY-26)."""
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -188,3 +189,52 @@ def test_idle_agents_sleep():
     used = sum(os.times()[:2]) - before
     assert used < 0.2, f"{used} s of processor time in one second"
     assert a.name == "idle"
+
+
+def test_a_wait_without_end_hears_signals():
+    """Ctrl-C ends handle.wait(): the transfer goes on and can be waited for again."""
+    one = agent("a", backend_params={"LOOPBACK": {"delay_us": 3_000_000}})
+    memory = np.zeros(64, np.uint8)
+    one.register_memory([memory])
+    descs = one.get_xfer_descs([memory])
+    handle = one.initialize_xfer("WRITE", descs, descs, "a")
+    one.transfer(handle)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            handle.wait()
+        assert time.monotonic() - start < 2
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert handle.wait(0.01) == "PROC" and handle.wait(float("nan")) == "PROC" and handle.wait() == "DONE"
+
+
+@pytest.mark.parametrize("call", ["one.get_new_notifs()", "handle.wait(0.05)", "one.get_agent_metadata()"])
+def test_interpreter_exit_under_daemon_threads(call):
+    """PY-26: threads that poll an agent until the process ends take nothing with them."""
+    code = textwrap.dedent("""
+        import os, threading, time
+        os.environ["NIXL_LOOPBACK"] = "y"
+        import nixl, numpy as np
+        one = nixl.nixl_agent("a", nixl.nixl_agent_config(backends=["LOOPBACK"],
+                                                          backend_params={"LOOPBACK": {"delay_us": 60_000_000}}))
+        memory = np.zeros(64, np.uint8)
+        one.register_memory([memory])
+        descs = one.get_xfer_descs([memory])
+        handle = one.initialize_xfer("WRITE", descs, descs, "a")
+        one.transfer(handle)
+        started = threading.Barrier(5)
+        def poll():
+            started.wait()
+            while True:
+                CALL
+        for _ in range(4):
+            threading.Thread(target=poll, daemon=True).start()
+        started.wait()
+        time.sleep(0.1)
+        """).replace("CALL", call)
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
