@@ -3,6 +3,7 @@ from __future__ import annotations as _annotations
 
 import functools as _functools
 import pickle
+import threading as _threading
 
 from . import _bindings as nixlBind
 from . import _descs, _native
@@ -34,7 +35,7 @@ def plugin_report() -> dict[str, dict]:
 
 
 def _name(agent: str | bytes) -> str:
-    return agent.decode() if isinstance(agent, bytes) else agent
+    return agent.decode(errors="surrogateescape") if isinstance(agent, bytes) else agent
 
 
 def _canonical(backend: str) -> str:
@@ -55,7 +56,11 @@ def _number(handle: nixl_prepped_dlist_handle | nixl_xfer_handle) -> int:
 
 
 def _bytes(message: str | bytes) -> bytes:
-    return message.encode() if isinstance(message, str) else bytes(message)
+    if isinstance(message, str):
+        return message.encode()
+    if isinstance(message, (bytes, bytearray, memoryview)):
+        return bytes(message)
+    raise TypeError(f"a message is {message!r}; str or bytes are needed")
 
 
 class _Backends(dict):
@@ -82,7 +87,7 @@ class nixl_agent:
     """
 
     def __init__(self, agent_name: str | bytes, nixl_conf: nixl_agent_config | None = None, instantiate_all: bool = False) -> None:
-        agent_name = _name(agent_name)
+        agent_name = agent_name.decode() if isinstance(agent_name, bytes) else agent_name
         if not agent_name:
             raise ValueError("the agent's name is empty")
         if nixl_conf is not None and instantiate_all:
@@ -93,6 +98,7 @@ class nixl_agent:
             raise TypeError(f"nixl_conf is a {type(conf).__name__}; a nixl_agent_config is needed")
         self.name = agent_name
         self.notifs = {}
+        self._notifs_lock = _threading.Lock()
         self.backends = _Backends()
         self.backend_mems, self.backend_options = {}, {}
         self.nixl_mems = dict(_descs.MEMS)
@@ -315,7 +321,7 @@ class nixl_agent:
         op = self.nixl_ops[operation]
         numbers = self._numbers(backends)
         number = self.agent.makeXferReq(op, _number(local_xfer_side), local_indices, _number(remote_xfer_side), remote_indices,
-                                        notif_msg, numbers, skip_desc_merge)
+                                        notif_msg, numbers, bool(skip_desc_merge))
         return nixl_xfer_handle(self.agent, number)
 
     def initialize_xfer(self, operation: str, local_descs, remote_descs, remote_agent: str | bytes, notif_msg: str | bytes = b"",
@@ -406,12 +412,14 @@ class nixl_agent:
     def check_remote_xfer_done(self, remote_agent_name: str | bytes, lookup_tag: str | bytes, backends: list[str] = [],
                                tag_is_prefix: bool = True) -> bool:
         """True, once for each, when a message of that sender starts with (or contains) the tag."""
-        messages = self.update_notifs(backends).get(_name(remote_agent_name), [])
-        tag = _bytes(lookup_tag)
-        for place, message in enumerate(messages):
-            if message.startswith(tag) if tag_is_prefix else tag in message:
-                del messages[place]
-                return True
+        sender, tag = _name(remote_agent_name), _bytes(lookup_tag)
+        self.update_notifs(backends)
+        with self._notifs_lock:  # another thread may take messages of the same sender
+            messages = self.notifs.get(sender, [])
+            for place, message in enumerate(messages):
+                if message.startswith(tag) if tag_is_prefix else tag in message:
+                    del messages[place]
+                    return True
         return False
 
     def send_notif(self, remote_agent_name: str | bytes, notif_msg: str | bytes, backend: str | None = None) -> None:
@@ -426,7 +434,7 @@ class nixl_agent:
 
     def get_partial_agent_metadata(self, descs, inc_conn_info: bool = False, backends: list[str] = []) -> bytes:
         """As get_agent_metadata, with the listed memory only; `inc_conn_info` adds how to reach this agent."""
-        return self.agent.getLocalPartialMD(self._partial_list(descs), inc_conn_info, self._numbers(backends))
+        return self.agent.getLocalPartialMD(self._partial_list(descs), bool(inc_conn_info), self._numbers(backends))
 
     def _partial_list(self, descs):
         if descs is None or (isinstance(descs, (list, tuple)) and not descs):
@@ -454,7 +462,7 @@ class nixl_agent:
     def send_partial_agent_metadata(self, descs, inc_conn_info: bool = False, backends: list[str] = [], ip_addr: str = "",
                                     port: int = DEFAULT_COMM_PORT, label: str = "") -> None:
         """As send_local_metadata, with partial metadata; in the store it goes under `label`."""
-        self.agent.sendLocalPartialMD(self._partial_list(descs), inc_conn_info, self._numbers(backends), ip_addr, port, label)
+        self.agent.sendLocalPartialMD(self._partial_list(descs), bool(inc_conn_info), self._numbers(backends), ip_addr, port, label)
 
     def fetch_remote_metadata(self, remote_agent: str | bytes, ip_addr: str = "", port: int = DEFAULT_COMM_PORT,
                               label: str = "") -> None:

@@ -24,6 +24,16 @@ def _checked_params(params):
     return {name: {str(key): text_of(value) for key, value in given.items()} for name, given in params.items()}
 
 
+def _check_backends(backends):
+    if isinstance(backends, str):
+        raise TypeError(f"backends is {backends!r}; a list of names is needed, such as [{backends!r}]")
+
+
+def _check_sync_mode(sync_mode):
+    if sync_mode is not None and not isinstance(sync_mode, nixl_thread_sync_t):
+        raise TypeError(f"sync_mode must be a nixl_thread_sync_t (got '{type(sync_mode).__name__}')")
+
+
 class nixl_agent_config:
     """What an agent is made with; every attribute may be changed until the agent is made.
 
@@ -49,10 +59,8 @@ class nixl_agent_config:
                  use_etcd=None, enable_listen=None):
         if enable_listen_thread and enable_listen is not None and not enable_listen:
             raise ValueError("enable_listen_thread=True and enable_listen=False contradict each other")
-        if isinstance(backends, str):
-            raise TypeError(f"backends is {backends!r}; a list of names is needed, such as [{backends!r}]")
-        if sync_mode is not None and not isinstance(sync_mode, nixl_thread_sync_t):
-            raise TypeError(f"sync_mode must be a nixl_thread_sync_t (got '{type(sync_mode).__name__}')")
+        _check_backends(backends)
+        _check_sync_mode(sync_mode)
         self.backends = ["UCX"] if backends is None else list(backends)  # a copy: the default is shown, never handed out
         self.enable_pthread = enable_prog_thread
         self.enable_listen = bool(enable_listen or enable_listen_thread)
@@ -69,7 +77,11 @@ class nixl_agent_config:
 
 
 def native_config(conf):
-    """The native configuration of a nixl_agent_config, or of whatever has its attributes."""
+    """The native configuration of a nixl_agent_config, or of whatever has its attributes. They may have been changed since it was
+    made, so what its making refuses is refused here too."""
+    _check_backends(conf.backends)
+    _check_sync_mode(conf.sync_mode)
+    _checked_params(getattr(conf, "backend_params", None) or {})
     sync = conf.sync_mode
     if sync is not None:
         mode = sync.value

@@ -81,6 +81,8 @@ def _region_of_tensor(tensor):
             return _refused("a device array of shape %s is not contiguous", about["shape"])
         device = tensor.__dlpack_device__()[1] if hasattr(tensor, "__dlpack_device__") else 0
         return nixlBind.VRAM_SEG, (about["data"][0], step, int(device))
+    if not hasattr(tensor, "__dlpack__"):
+        return _refused("a list of tensors and arrays holds a %s", type(tensor).__name__)
     return _region_of_array(np.from_dlpack(tensor))
 
 
@@ -148,7 +150,7 @@ class _Unpickler(pickle.Unpickler):
     """Reads plain builtins and our list classes, nothing else: the bytes come from a peer."""
 
     _allowed = {("nixl._native", "nixlXferDList"), ("nixl._native", "nixlRegDList"), ("nixl._native", "nixlRemoteDList"),
-                ("copyreg", "__newobj__")}
+                ("copyreg", "__newobj__"), ("builtins", "bytearray"), ("builtins", "complex")}
 
     def find_class(self, module, name):
         if (module, name) not in self._allowed:

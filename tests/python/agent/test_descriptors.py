@@ -80,6 +80,8 @@ def test_tensors(getter):
     assert rows(getter(a)) == [(a.data_ptr(), 80, 0)]
     assert rows(getter([a, b])) == [(a.data_ptr(), 80, 0), (b.data_ptr(), 3, 0)]
     assert getter([a, torch.zeros(4, 4).t()]) is None
+    for stranger in ((1, 2, 3), None):
+        assert getter([a, stranger]) is None
 
 
 def test_numpy_buffers(getter):
@@ -127,6 +129,7 @@ def test_list_behaviour():
     descs = XFER(nixl.DRAM_SEG, [(30, 5, 0), (10, 50, 1), (10, 50, 1)])
     assert list(descs) == [(30, 5, 0), (10, 50, 1), (10, 50, 1)] and len(descs) == 3
     assert descs.index((10, 50, 1)) == 1
+    assert descs != None and not descs == 7 and None not in [descs]  # noqa: E711
     with pytest.raises(nixl.nixlNotFoundError):
         descs.index((1, 1, 1))
     for index in (3, -4):
@@ -188,6 +191,8 @@ def test_serialized_descs(one):
         assert one.deserialize_descs(one.get_serialized_descs(descs)) == descs
     mixed = [XFER(nixl.DRAM_SEG, [(1, 2, 3)]), None]
     assert one.deserialize_descs(one.get_serialized_descs(mixed)) == mixed
+    plain = {"a": bytearray(b"x"), "b": {1, 2.5}, "c": frozenset([1j])}
+    assert one.deserialize_descs(one.get_serialized_descs(plain)) == plain
 
     class Evil:
         def __reduce__(self):

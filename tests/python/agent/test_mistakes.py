@@ -29,6 +29,18 @@ def test_configuration(make, error, text):
         make()
 
 
+@pytest.mark.parametrize("name, value, text", [
+    ("backends", "UCX", "backends is 'UCX'; a list of names is needed"),
+    ("sync_mode", 1, r"sync_mode must be a nixl_thread_sync_t \(got 'int'\)"),
+    ("backend_params", {"UCX": "tcp"}, "backend_params must be a dict of dicts"),
+])
+def test_a_configuration_that_was_changed(name, value, text):
+    config = nixl_agent_config(backends=[])
+    setattr(config, name, value)
+    with pytest.raises(TypeError, match=text):
+        nixl_agent("x", config)
+
+
 def test_a_skipped_backend_is_told_the_known_ones(caplog):
     logger = logging.getLogger("nixl")
     logger.addHandler(caplog.handler)
@@ -71,6 +83,7 @@ def test_memory_that_no_backend_takes(agent):
     (lambda a: a.prep_xfer_dlist(None, nixl.nixlXferDList(nixl.DRAM_SEG)), TypeError, "must be str or bytes, not NoneType"),
     (lambda a: a.add_remote_agent(None), TypeError, "metadata must be str or bytes, not NoneType"),
     (lambda a: a.send_local_metadata("127.0.0.1", 99999), ValueError, "port is 99999; an integer from 0 to 65535"),
+    (lambda a: a.check_remote_xfer_done("x", 5), TypeError, "a message is 5; str or bytes are needed"),
     (lambda a: a.deserialize_descs(None), TypeError, "serialized descriptors are None; bytes are needed"),
     (lambda a: nixl.malloc_passthru(-1), ValueError, "size is -1; 0 or more bytes are allowed"),
     (lambda a: nixl.malloc_passthru(1 << 60), MemoryError, "cannot be allocated: Cannot allocate memory"),

@@ -1,5 +1,6 @@
 """Notifications (10.6)."""
 import threading
+import time
 
 import nixl
 import numpy as np
@@ -96,6 +97,52 @@ def test_receiver_needs_no_metadata_of_the_sender():
     a.add_remote_agent(b.get_agent_metadata())
     a.send_notif("b", b"hello")
     assert until(lambda: b.get_new_notifs()) == {"a": [b"hello"]}
+
+
+@pytest.mark.parametrize("backend", ["LOOPBACK", "UCX"])
+def test_names_that_are_not_utf8(backend):
+    """A program in another language may be called anything: its messages arrive, and its name works in every call."""
+    one = agent("plain", backend)
+    strange = nixl.nixlAgent(b"\xff\xfe", nixl.nixlAgentConfig())
+    strange.createBackend(backend, {})
+    strange.loadRemoteMD(one.get_agent_metadata())
+    strange.genNotif("plain", b"first"), strange.genNotif("plain", b"second")
+    until(lambda: one.check_remote_xfer_done(b"\xff\xfe", b"second"))
+    (sender, messages), = one.notifs.items()
+    assert messages == [b"first"] and sender == "\udcff\udcfe"
+    with pytest.raises(nixl.nixlNotFoundError, match="\udcff"):
+        one.send_notif(sender, b"back")
+    assert one.add_remote_agent(strange.getLocalMD()) == b"\xff\xfe" and one.check_remote_metadata(sender)
+    one.send_notif(sender, b"back")
+    assert until(lambda: strange.getNotifs({})) == {"plain": [b"back"]}
+    assert nixl.nixlRemoteDList(nixl.DRAM_SEG, [(1, 2, 3, sender)])[0] == (1, 2, 3, sender)
+    one.remove_remote_agent(sender)
+    assert not one.check_remote_metadata(b"\xff\xfe")
+
+
+class Slow(bytes):
+    """A message at which threads change over."""
+
+    def startswith(self, tag):
+        found = super().startswith(tag)
+        time.sleep(0.0005)
+        return found
+
+
+def test_each_thread_finds_its_own():
+    """PY-80: threads that look for messages of one sender take none but theirs."""
+    one, each, threads = agent("a"), 20, 4
+    one.notifs["b"] = [Slow(b"%d" % thread) for _ in range(each) for thread in range(threads)]
+    found = [0] * threads
+
+    def take(thread):
+        while one.check_remote_xfer_done("b", b"%d" % thread):
+            found[thread] += 1
+
+    workers = [threading.Thread(target=take, args=(thread,)) for thread in range(threads)]
+    [worker.start() for worker in workers]
+    [worker.join(60) for worker in workers]
+    assert found == [each] * threads and one.notifs["b"] == []
 
 
 def test_agent_without_notification_backends():
