@@ -39,7 +39,8 @@ class Buffer:
         tcp_store_group: a c10d store for rendezvous (set, wait, multi_get, delete_key are used).
         timeout_ms: limit of every wait for a peer inside an operation, wall time.
         device: "cuda" or "cpu"; default from NIXL_EP_DEVICE, else "cuda".
-        combine: "exact" or "reduced" summation; default from NIXL_EP_COMBINE, else exact on the CPU, reduced on CUDA.
+        combine: "exact" or "reduced" summation, the same on all ranks (reduced: so is whether combine gets a hook); default from
+            NIXL_EP_COMBINE, else exact on the CPU, reduced on CUDA.
 
     Raises:
         NixlEpError: the device cannot be used here; the text says why.

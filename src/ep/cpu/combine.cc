@@ -44,6 +44,21 @@ Message message_of(const Setting& setting, const CombineArgs& args, Staged stage
   return message;
 }
 
+const char* name(Staged staged) {
+  switch (staged) {
+    case Staged::kRows:
+      return "every row (exact sums)";
+    case Staged::kWeights:
+      return "weights (reduced sums)";
+    case Staged::kPartials:
+      return "partial sums (reduced sums)";
+    case Staged::kNothing:
+    case Staged::kTokens:
+      break;
+  }
+  return "no combine";
+}
+
 // Whether a source's message belongs to this call; otherwise the source is masked and the reason reported.
 bool fits(const Setting& setting, const CombineArgs& args, const Source& source, Staged staged) {
   const Message& m = source.message;
@@ -51,11 +66,10 @@ bool fits(const Setting& setting, const CombineArgs& args, const Source& source,
       m.max_tokens == args.max_tokens && m.experts_per_rank == setting.capacity.experts_per_rank)
     return true;
   setting.errors->report(
-      "rank %d combines kind %d with %d ranks, hidden %lld, max_tokens %lld; this rank kind %d with "
-      "%d, %lld, %lld; it was masked",
-      source.rank, static_cast<int>(m.staged), m.num_ranks, static_cast<long long>(m.hidden),
-      static_cast<long long>(m.max_tokens), static_cast<int>(staged), args.num_ranks,
-      static_cast<long long>(args.hidden), static_cast<long long>(args.max_tokens));
+      "rank %d sends %s for %d ranks, hidden %lld, max_tokens %lld in a combine in which this rank awaits %s for %d, %lld, "
+      "%lld; it was masked. combine=, use of hooks and weights at dispatch must be the same on all ranks",
+      source.rank, name(m.staged), m.num_ranks, static_cast<long long>(m.hidden), static_cast<long long>(m.max_tokens),
+      name(staged), args.num_ranks, static_cast<long long>(args.hidden), static_cast<long long>(args.max_tokens));
   setting.exchange->reject(source);
   return false;
 }

@@ -340,3 +340,38 @@ def wrong_numbers(rank):
 
 def test_wrong_numbers(ranks_of):
     no_problems(ranks_of(2).run(wrong_numbers))
+
+
+def sums_of_two_kinds(rank, modes, hooks):
+    """One rank sums exactly, the other one reduces: each masks the other and is told what to do, and nothing wrong is added up."""
+    import torch
+
+    buffer = open_buffer(rank, SHAPE, modes[rank.rank])
+    x = torch.full((TOKENS, HIDDEN), rank.rank + 1.0).to(torch.bfloat16)
+    ids = torch.tensor([[2 * rank.rank, 2 * (1 - rank.rank)] + [-1] * (TOPK - 2)] * TOKENS)
+    weights = torch.full((TOKENS, TOPK), 0.5)
+    recv_x, _, handle, _, _ = buffer.dispatch(x, ids, TOKENS, use_fp8=False)
+    out, _, hook = buffer.combine(recv_x, ids, weights, handle, return_recv_hook=hooks[rank.rank])
+    if hook is not None:
+        hook()
+    told = ""
+    try:
+        buffer.barrier()
+    except RuntimeError as error:
+        told = str(error)
+    half = torch.equal(out, x / 2)  # what this rank's own expert holds
+    masked = buffer.active_ranks()[1] == [rank.rank]
+    buffer.destroy()
+    return told, half and masked
+
+
+@pytest.mark.parametrize(("modes", "hooks"), [(("exact", "reduced"), (False, False)), (("reduced", "reduced"), (True, False))], ids=str)
+def test_ranks_that_sum_in_different_ways(ranks_of, modes, hooks):
+    group = ranks_of(2)
+    if group.device == "cuda":
+        pytest.skip("on CUDA the kinds of sums of ranks are not compared")
+    results = group.run(sums_of_two_kinds, modes, hooks)
+    assert all(right for _, right in results.values()), results
+    told = [text for text, _ in results.values() if text]  # who looked second found its message taken back
+    assert told and all("use of hooks and weights at dispatch must be the same on all ranks" in text for text in told), results
+    assert any("exact sums" in text and "reduced sums" in text for text in told), results
