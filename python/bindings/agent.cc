@@ -432,10 +432,13 @@ void bind_agent(nb::module_& module) {
   bind_transfers(agent);
   bind_exchange(agent);
 
+  // Gives back the class of statuses in force, that of the first call.
   module.def("set_classes", [](nb::object status_class, nb::object make_error) {
+    if (g_make_error) return nb::borrow(reinterpret_cast<PyObject*>(Py_TYPE(g_statuses[0])));
     for (int value = kLowestStatus; value <= 1; ++value)
       g_statuses[value - kLowestStatus] = status_class(value).release().ptr();
     g_make_error = make_error.release().ptr();
+    return status_class;
   });
   module.def("plugin_report", [] {
     nb::dict report;
@@ -459,6 +462,13 @@ void bind_agent(nb::module_& module) {
 
 NB_MODULE(_native, module) {
   namespace nb = nanobind;
+  // Imported again after sys.modules was cleaned: types are made once in a process, so the module becomes the first one's double.
+  static PyObject* first = nullptr;
+  if (first) {
+    if (PyDict_Merge(PyModule_GetDict(module.ptr()), PyModule_GetDict(first), 0) != 0) throw nb::python_error();
+    return;
+  }
+  first = nb::object(module).release().ptr();
   nb::set_leak_warnings(false);  // agents may live until the interpreter ends
   nb::register_exception_translator([](const std::exception_ptr& raised, void*) {
     try {

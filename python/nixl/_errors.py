@@ -1,4 +1,5 @@
 """Exceptions of nixl, one class for each status that a native call can end with."""
+from . import _native
 
 
 class nixlError(Exception):
@@ -45,3 +46,8 @@ def from_status(status, reason):
     """The exception object for a native status; called by the bindings."""
     kind = _BY_STATUS.get(status)
     return kind(reason) if kind else RuntimeError("BAD_STATUS")
+
+
+# Imported again after sys.modules was cleaned: native calls raise the classes of the first time, so those stay in force.
+globals().update(_native.__dict__.setdefault("error_classes", {name: value for name, value in globals().items()
+                                                               if name.startswith("nixl") or name == "from_status"}))

@@ -38,6 +38,23 @@ def test_import_is_free_of_side_effects():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_import_once_more():
+    """A test that put sys.modules back (unittest.mock.patch.dict) makes the next import a second one; both packages work."""
+    code = ("import os, sys; os.environ['NIXL_LOOPBACK'] = 'y'; import nixl, numpy as np\n"
+            "def use(nixl):\n"
+            "    one = nixl.nixl_agent('a', nixl.nixl_agent_config(backends=['LOOPBACK']))\n"
+            "    memory = np.zeros(8, np.uint8); one.register_memory([memory]); descs = one.get_xfer_descs([memory])\n"
+            "    handle = one.initialize_xfer('WRITE', descs, descs, 'a'); one.transfer(handle)\n"
+            "    assert handle.wait(5) == 'DONE' and one.check_xfer_state(handle) == 'DONE'\n"
+            "    try: one.send_notif('b', b'')\n"
+            "    except nixl.nixlNotFoundError: return descs\n"
+            "for name in [name for name in sys.modules if name.partition('.')[0] == 'nixl']: del sys.modules[name]\n"
+            "first = nixl; import nixl\n"
+            "assert nixl is not first and use(first) and use(nixl) and nixl.nixl_status_t is first.nixl_status_t")
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_import_warns_of_other_owners_of_our_files(tmp_path):
     from nixl._installed import others
     for name in ("nixl_cu12-1.4.0.dist-info", "nixl-1.4.0.dist-info", "nixl_ep-1.4.1.dist-info", "nixlike-1.0.dist-info"):

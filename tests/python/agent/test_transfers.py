@@ -108,7 +108,7 @@ def test_merging_counts(pair):
     rows = [(a.memory.ctypes.data + 64 * i, 64, 0) for i in range(8)]
     far = [(b.memory.ctypes.data + 64 * i, 64, 0) for i in range(8)]
     local, remote = c.prep_xfer_dlist("", rows, "DRAM"), c.prep_xfer_dlist("bob", far, "DRAM")
-    for skip, count in ((False, 2), (True, 6)):
+    for skip, count in ((False, 2), (True, 6), (np.True_, 6)):
         h = c.make_prepped_xfer("WRITE", local, [0, 1, 2, 5, 6, 7], remote, [0, 1, 2, 5, 6, 7], skip_desc_merge=skip)
         c.transfer(h)
         done(c, h)
