@@ -6,6 +6,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <exception>
+#include <utility>
+
 #include "nixl/version.h"
 #include "output_pool.h"
 
@@ -20,6 +23,10 @@ template <typename T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// An exception that is no error but asks to leave (KeyboardInterrupt, SystemExit), raised while a store of this thread's
+// connect ran Python; for the caller of connect.
+thread_local std::exception_ptr leave_request;
 
 // A store written in Python: an object with set, wait, get, remove. Used by the thread inside connect(), which holds no GIL.
 class PythonStore final : public Store {
@@ -52,6 +59,7 @@ class PythonStore final : public Store {
     try {
       return f();
     } catch (const nb::python_error& error) {  // without the traceback, which would end up in the caller's message
+      if (!error.matches(PyExc_Exception)) leave_request = std::current_exception();
       throw std::runtime_error(nb::cast<std::string>(nb::str(error.value())));
     }
   }
@@ -85,6 +93,21 @@ nb::object output_block(std::size_t bytes) {
     delete mine;
   });
   return array(block->data, {static_cast<std::int64_t>(bytes)}, {1}, 1, Device::kCpu, 0, owner);
+}
+
+std::vector<int> connect(Buffer& self, const std::vector<int>& ranks, bool activate) {
+  leave_request = nullptr;
+  std::exception_ptr failure;
+  std::vector<int> connected;
+  try {
+    const nb::gil_scoped_release released;
+    connected = self.connect(ranks, activate);
+  } catch (const Error&) {
+    failure = std::current_exception();
+  }
+  if (leave_request) std::rethrow_exception(std::exchange(leave_request, nullptr));
+  if (failure) std::rethrow_exception(failure);
+  return connected;
 }
 
 enum class Run : int { kWhole = 0, kSend = 1, kReceive = 2 };
@@ -197,7 +220,7 @@ void bind_buffer(nb::module_& m) {
             self.set_store(std::move(inside));
           },
           "store"_a.none())
-      .def("connect", &Buffer::connect, free)
+      .def("connect", &connect)
       .def("disconnect", &Buffer::disconnect, free)
       .def("destroy", &Buffer::destroy, free)
       .def("dispatch", &run_dispatch, free)

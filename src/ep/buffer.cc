@@ -308,6 +308,8 @@ Result<void> Buffer::Impl::destroy() {
     active.clear();
     store.swap(last_store);
   }
+  // From inside connect, as a signal handler may: that call has its own share in the parts, and they end with it.
+  if (last.group && last.group->cancel_connect_here()) return {};
   if (last.group) last.group->close();
   if (!last.path) return {};
   return last.path->close();

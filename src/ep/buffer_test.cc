@@ -410,6 +410,34 @@ TEST(destroy_ends_a_wait_and_a_connect_of_other_threads) {
   CHECK_EQ(store->size(), 0u);
 }
 
+// Runs something inside connect, as a signal handler does that is called between two steps of a store.
+class InterruptedStore final : public Store {
+ public:
+  explicit InterruptedStore(std::function<void()> interrupt) : interrupt_(std::move(interrupt)) {}
+  void set(const std::string&, const std::string&) override {}
+  bool wait(const std::string&, std::int64_t) override {
+    interrupt_();
+    return false;
+  }
+  std::string get(const std::string&) override { return ""; }
+  void remove(const std::string&) override {}
+
+ private:
+  const std::function<void()> interrupt_;
+};
+
+TEST(destroy_and_connect_from_inside_a_connect) {
+  Buffer buffer(options_of(0));
+  buffer.update_memory(2, kExperts, 1 << 20);
+  const auto interrupt = [&] {
+    CHECK_ERROR("this thread is inside a connect of the same buffer", buffer.connect({1}, true));
+    buffer.destroy();
+  };
+  buffer.set_store(std::make_shared<InterruptedStore>(interrupt));
+  CHECK_ERROR("destroyed", buffer.connect({1}, true));
+  CHECK_ERROR("the buffer of rank 0 was destroyed", buffer.connected_ranks());
+}
+
 TEST(no_lock_is_held_while_a_store_ends) {
   int answers = 0;
   Buffer buffer(options_of(0));

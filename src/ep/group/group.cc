@@ -40,6 +40,10 @@ Result<std::vector<int>> Group::connect(const std::vector<int>& ranks) {
   const Deadline deadline = Deadline::after(options_.connect_timeout_ns);
   {
     std::unique_lock lock(mutex_);
+    if (connects_here_locked())
+      return fail(Code::kNotAllowed,
+                  "this thread is inside a connect of the same buffer: a store, or a signal handler "
+                  "that ran in it, cannot begin another one");
     if (!wait_until(changed_, lock, deadline, [&] { return !connecting_ || closing_; }))
       return fail(Code::kTimeout,
                   "another connect of this buffer is still running after %lld ms "
@@ -47,6 +51,7 @@ Result<std::vector<int>> Group::connect(const std::vector<int>& ranks) {
                   static_cast<long long>(options_.connect_timeout_ns / 1'000'000));
     if (closing_) return fail(Code::kCancelled, "connect was cancelled: the buffer is being destroyed");
     connecting_ = true;
+    connecting_thread_ = std::this_thread::get_id();
   }
   auto connected = connect_in_turn(ranks, deadline);
   {
@@ -143,6 +148,16 @@ bool Group::has(int rank) const {
   const std::lock_guard lock(mutex_);
   const auto found = members_.find(rank);
   return found != members_.end() && !found->second.leaving;
+}
+
+bool Group::connects_here_locked() const {
+  return connecting_ && connecting_thread_ == std::this_thread::get_id();
+}
+
+bool Group::cancel_connect_here() {
+  const std::lock_guard lock(mutex_);
+  if (connects_here_locked()) closing_ = true;
+  return connects_here_locked();
 }
 
 void Group::close() {

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "contract/store.h"
@@ -38,7 +39,10 @@ class Group {
   std::vector<int> members() const;  // ascending, without this rank
   bool has(int rank) const;
 
-  // Cancels a running connect and waits for it; ends all links. Memory stays attached: it goes with its path.
+  // When this thread is inside connect (in its store): cancels that connect, which ends once the store returns. False
+  // otherwise.
+  bool cancel_connect_here();
+  // Not inside connect. Cancels a running connect and waits for it; ends all links. Memory stays attached: it goes with its path.
   void close();
 
  private:
@@ -51,6 +55,7 @@ class Group {
   Result<std::vector<int>> connect_in_turn(const std::vector<int>& ranks, Deadline deadline);
   Result<std::vector<int>> choose_targets(const std::vector<int>& ranks, Deadline deadline);
   Result<void> release(int rank);
+  bool connects_here_locked() const;
 
   const GroupOptions options_;
   PeerMemory& memory_;
@@ -61,6 +66,7 @@ class Group {
   std::shared_ptr<Store> store_;
   std::map<int, Member> members_;
   bool connecting_ = false;
+  std::thread::id connecting_thread_;
 };
 
 }  // namespace nixl::core::ep

@@ -293,3 +293,55 @@ def test_another_network_namespace_is_refused_with_the_reason(tcp_store):
         assert "rank 1 cannot be connected" in answers[0] and "another network namespace" in answers[0], answers
         assert "rank 0 cannot be connected" in answers[1] and "another network namespace" in answers[1], answers
         assert not tcp_store.check(["NIXL_EP/0"]) and not tcp_store.check(["NIXL_EP/1"])
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+INTERRUPTED = """
+    import os, signal, sys, threading, nixl_ep, torch.distributed as dist
+
+    buffer = nixl_ep.Buffer(rank=0, explicitly_destroy=True, device="cpu")
+    buffer.update_memory_buffers(2, 2, 1 << 20)
+
+    def leave(*_):
+        buffer.destroy()
+        sys.exit(7)
+
+    if sys.argv[1] == "destroy":
+        signal.signal(signal.SIGINT, leave)
+    entered = threading.Event()
+
+    class Store:
+        def __init__(self):
+            self.inner = dist.HashStore()
+            self.set, self.multi_get, self.delete_key = self.inner.set, self.inner.multi_get, self.inner.delete_key
+
+        def check(self, keys):
+            entered.set()
+            return self.inner.check(keys)
+
+        def wait(self, keys, timeout):
+            raise AssertionError("a store that can check is asked by check")
+
+    buffer.set_tcp_store_group(Store())
+
+    def interrupt():
+        entered.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    try:
+        buffer.connect_ranks([1])
+    except KeyboardInterrupt:
+        buffer.destroy()
+        sys.exit(8)
+"""
+
+
+@pytest.mark.parametrize(("handler", "code"), [("default", 8), ("destroy", 7)])
+def test_a_signal_ends_a_connect(handler, code):
+    """Ctrl-C stays what it is, and a handler may destroy the buffer that is being connected."""
+    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), handler]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == code, done.stdout + done.stderr
