@@ -20,7 +20,7 @@ from single_node.gds_storage import GdsStorage  # noqa: E402
 from single_node.posix_storage import PosixStorage  # noqa: E402
 from storage.gusli_block import GusliBlock  # noqa: E402
 from storage.obj_s3 import ObjectS3  # noqa: E402
-from utils.benchmark_base import Failure, Skip, plugin_report, run, warn_unused  # noqa: E402
+from utils.benchmark_base import Skip, Usage, plugin_report, run, warn_unused  # noqa: E402
 from utils.config import Parser, integer, parse_size  # noqa: E402
 from utils.storage import FileBenchmark  # noqa: E402
 from utils.two_sided import TwoSided  # noqa: E402
@@ -82,8 +82,8 @@ class Sweep:
                 batch *= 2
             block *= 2
         if not rows:
-            raise Failure(f"no row between --start_block_size {options.start_block_size} and --max_block_size "
-                          f"{options.max_block_size} fits --total_buffer_size {options.total_buffer_size}")
+            raise Usage(f"no row between --start_block_size {options.start_block_size} and --max_block_size "
+                        f"{options.max_block_size} fits --total_buffer_size {options.total_buffer_size}")
         return rows
 
     def set_up(self):
@@ -154,7 +154,7 @@ class FileSweep:
         options = self.options
         folder = options.filepath or options.file_path
         if not folder:
-            raise Failure(f"{options.backend} needs --filepath (a folder, or a file)")
+            raise Usage(f"{options.backend} needs --filepath (a folder, or a file)")
         if options.filenames:
             return [os.path.join(folder, name) for name in options.filenames.split(",") if name]
         options.file_path = os.path.join(folder, "nixlbench_file") if os.path.isdir(folder) else folder

@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy  # noqa: E402
 
-from utils.benchmark_base import Failure, run  # noqa: E402
+from utils.benchmark_base import Usage, run  # noqa: E402
 from utils.config import format_size  # noqa: E402
 from utils.memory import first_difference  # noqa: E402
 from utils.ranks import GroupBenchmark, GroupLane, Rank  # noqa: E402
@@ -127,13 +127,13 @@ class AllReduce(GroupBenchmark):
     def set_up(self):
         options = self.options
         if not 2 <= options.num_ranks <= 16:
-            raise Failure(f"--num_ranks {options.num_ranks}; allowed: 2 to 16")
+            raise Usage(f"--num_ranks {options.num_ranks}; allowed: 2 to 16")
         largest = max(options.buffer_sizes)
         self.start(ReduceRank, options.num_ranks, largest * (1 + 4 * options.num_ranks), "every rank does the same, step by step")
 
     def make_lanes(self, size):
         if size % 4:
-            raise Failure(f"--buffer_sizes: {size} is no whole number of elements")
+            raise Usage(f"--buffer_sizes: {size} is no whole number of elements")
         return [[ReduceLane(self.group, size)]]
 
     def notes(self):

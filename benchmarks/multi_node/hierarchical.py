@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from utils.benchmark_base import Failure, run  # noqa: E402
+from utils.benchmark_base import Usage, run  # noqa: E402
 from utils.memory import INITIATOR_FILL, first_difference, pattern  # noqa: E402
 from utils.ranks import GroupBenchmark, GroupLane, Rank  # noqa: E402
 
@@ -162,11 +162,11 @@ class Hierarchical(GroupBenchmark):
         wrong = {"pairwise": options.num_initiator_dev != options.num_target_dev, "manytoone": options.num_target_dev != 1,
                  "onetomany": options.num_initiator_dev != 1, "tp": False}[options.scheme]
         if wrong or min(options.num_initiator_dev, options.num_target_dev, options.group_size) < 1:
-            raise Failure(f"--scheme {options.scheme} does not fit {options.num_initiator_dev} initiators and "
+            raise Usage(f"--scheme {options.scheme} does not fit {options.num_initiator_dev} initiators and "
                           f"{options.num_target_dev} targets")
         shares = TP_ROWS * options.num_initiator_dev * options.num_target_dev
         if any(size % shares for size in options.buffer_sizes):
-            raise Failure(f"--buffer_sizes: multiples of {shares} are needed to be cut evenly")
+            raise Usage(f"--buffer_sizes: multiples of {shares} are needed to be cut evenly")
         num_ranks = options.num_initiator_dev + options.num_target_dev * options.group_size
         self.start(PatternRank, num_ranks, max(options.buffer_sizes), "the scheme says who writes what")
 

@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from utils.benchmark_base import Failure, run  # noqa: E402
+from utils.benchmark_base import Usage, run  # noqa: E402
 from utils.storage import FileBenchmark, with_defaults  # noqa: E402
 
 
@@ -35,7 +35,7 @@ class GdsBenchmark(FileBenchmark):
     def make_lanes(self, size):
         """`size` is the whole buffer; a descriptor is a part of it."""
         if size % self.options.batch_size:
-            raise Failure(f"--buffer_size {size} is no multiple of --batch_size {self.options.batch_size}")
+            raise Usage(f"--buffer_size {size} is no multiple of --batch_size {self.options.batch_size}")
         return super().make_lanes(size // self.options.batch_size)
 
 

@@ -7,7 +7,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from utils.benchmark_base import Benchmark, Failure, make_agent, run  # noqa: E402
+from utils.benchmark_base import Benchmark, Failure, Usage, make_agent, run  # noqa: E402
 from utils.memory import make_buffer  # noqa: E402
 from utils.storage import FileStore, StorageLane, with_defaults  # noqa: E402
 
@@ -62,7 +62,7 @@ class GusliBlock(Benchmark):
         offsets = [int(x) for x in options.gusli_device_byte_offsets.split(",") if x] or [1 << 20] * len(devices)
         security = [x for x in options.gusli_device_security.split(",") if x] or ["sec=0x3"] * len(devices)
         if not len(offsets) == len(security) == len(devices):
-            raise Failure("--gusli_device_byte_offsets and --gusli_device_security need one entry for each device")
+            raise Usage("--gusli_device_byte_offsets and --gusli_device_security need one entry for each device")
         text = options.gusli_config_file or "version=1\n" + "".join(
             f"{number} {kind} W N {path} {sec}\n" for (number, kind, path), sec in zip(devices, security))
         with_defaults(options, {"config_file": text, "client_name": options.gusli_client_name,
@@ -83,7 +83,7 @@ class GusliBlock(Benchmark):
         for item in options.device_list.split(","):
             parts = item.split(":", 2)
             if len(parts) != 3 or not parts[0].isdigit() or parts[1] not in ("F", "K", "N"):
-                raise SystemExit(f"--device_list '{item}': id:type:path is wanted, like 11:F:/tmp/volume")
+                raise Usage(f"--device_list '{item}': id:type:path is wanted, like 11:F:/tmp/volume")
             found.append((int(parts[0]), parts[1], parts[2]))
         return found
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Memory to objects of an S3 server and back: PUT, then GET, of --num_objects objects; they are removed at the end."""
 
+import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from utils import s3_requests  # noqa: E402
-from utils.benchmark_base import Benchmark, make_agent, run  # noqa: E402
+from utils.benchmark_base import Benchmark, Usage, make_agent, run  # noqa: E402
 from utils.config import integer  # noqa: E402
 from utils.memory import HostBuffer, make_buffer  # noqa: E402
 from utils.storage import StorageLane, with_defaults  # noqa: E402
@@ -93,6 +94,8 @@ class ObjectS3(Benchmark):
         if options.use_virtual_addressing:
             values["use_virtual_addressing"] = "true"
         with_defaults(options, values)
+        if not options.backend_params.get("bucket") and not os.environ.get("AWS_DEFAULT_BUCKET"):
+            raise Usage("--bucket_name is needed, or the environment variable AWS_DEFAULT_BUCKET")
         given = " ".join(options.argv).replace("-", "_")
         if "iterations" not in given and "num_iter" not in given:  # each object once
             options.iterations, options.large_blk_iter_ftr = options.num_objects, 1

@@ -30,6 +30,10 @@ class Failure(Exception):
     """The run went wrong in a way that its text explains."""
 
 
+class Usage(Failure):
+    """Flags that do not fit each other or this script: exit code 2, as for those that the parser refuses."""
+
+
 class Done(Exception):
     """The run ended well and has no figures to print: this process was the other side's partner."""
 
@@ -170,7 +174,7 @@ def run(benchmark_class, argv=None):
         return 0
     except Failure as reason:
         print(f"FAIL: {reason}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(reason, Usage) else 1
     except KeyboardInterrupt:
         return 1
     except Exception as error:

@@ -42,9 +42,11 @@ def _checked(convert, what):
     return parse
 
 
-def integer(low):
+def integer(low, high=None):
     def convert(text):
         value = int(str(text))
+        if high is not None and value > high:
+            raise ValueError(f"{value} is above the greatest allowed value, {high}")
         if value < low:
             raise ValueError(f"{value} is below the least allowed value, {low}")
         return value

@@ -10,7 +10,8 @@ import time
 import urllib.error
 import urllib.request
 
-from utils.benchmark_base import Failure, Skip, make_agent
+from utils.benchmark_base import Failure, Skip, Usage, make_agent
+from utils.config import integer
 
 JOIN_LIMIT_S = 60
 LOCAL_LIMIT_S = 10  # for a target that this run has started
@@ -22,7 +23,7 @@ def role_flags(parser):
                         "device groups of nixlbench, accepted)")
     parser.add_argument("--ip", default="", help="target: address to serve on (default all)")
     parser.add_argument("--target_ip", default="127.0.0.1", help="initiator: the target's address")
-    parser.add_argument("--port", type=int, default=5555)
+    parser.add_argument("--port", type=integer(0, 65535), default=5555)
     parser.add_argument("--tcp_store", default="", metavar="HOST:PORT", help="rendezvous without etcd: the same line on both "
                         "sides; who owns HOST and comes first is the target")
     parser.add_argument("--announce", action="store_true", help="target: print `port N` when it serves")
@@ -175,7 +176,7 @@ def _first_or_second(options):
     """A listening socket when this process is the first at the address, else a connection to who is."""
     host, _, port = options.tcp_store.rpartition(":")
     if not host or not port.isdigit():
-        raise Failure(f"--tcp_store {options.tcp_store}: HOST:PORT is wanted")
+        raise Usage(f"--tcp_store {options.tcp_store}: HOST:PORT is wanted")
     deadline = time.monotonic() + JOIN_LIMIT_S
     while True:
         listener = socket.socket()

@@ -103,6 +103,20 @@ def test_usage_errors(flags):
     assert run("single_node/memory_copy.py", *flags)[0] == 2
 
 
+@pytest.mark.parametrize("script, flags, text", [
+    ("multi_node/all_reduce.py", ["--num_ranks", "1"], "--num_ranks 1; allowed: 2 to 16"),
+    ("multi_node/hierarchical.py", ["--scheme", "onetomany", "--num_initiator_dev", "2"], "does not fit 2 initiators"),
+    ("multi_node/ucx_p2p.py", ["--mode", "target", "--port", "70000"], "70000 is above the greatest allowed value, 65535"),
+    ("multi_node/ucx_p2p.py", ["--tcp_store", "nowhere"], "HOST:PORT is wanted"),
+    ("storage/gds_benchmark.py", ["--file_path", "/tmp/none", "--backend", "POSIX", "--buffer_size", "4KB", "--batch_size", "3"],
+     "no multiple of --batch_size"),
+])
+def test_flags_that_do_not_fit(script, flags, text):
+    """4.4: what the command line asks for wrongly ends with 2, whoever notices it."""
+    code, out, err = run(script, *flags)
+    assert code == 2 and text in err
+
+
 def test_vram_without_gpu_is_skipped_with_a_reason():
     if pathlib.Path("/proc/driver/nvidia/gpus").exists():
         pytest.skip("this machine has a GPU")

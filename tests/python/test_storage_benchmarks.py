@@ -80,6 +80,8 @@ def test_blocks(tmp_path):
 
 def test_usage(tmp_path):
     run(POSIX, code=2)
+    run("storage/gusli_block.py", "--device_list", "11", code=2)
+    run("storage/obj_s3.py", code=2)
     run(POSIX, "--file_path", tmp_path / "f", "--api_type", "FAST", code=2)
     run(POSIX, "--file_path", "/nonexistent/f", "--iterations", 1, code=1)
     for script in (POSIX, GDS, "storage/gds_benchmark.py", "storage/obj_s3.py", "storage/gusli_block.py"):
