@@ -9,6 +9,7 @@
 #include <exception>
 #include <utility>
 
+#include "gil.h"
 #include "nixl/version.h"
 #include "output_pool.h"
 
@@ -100,7 +101,7 @@ std::vector<int> connect(Buffer& self, const std::vector<int>& ranks, bool activ
   std::exception_ptr failure;
   std::vector<int> connected;
   try {
-    const nb::gil_scoped_release released;
+    const nixl::python::WithoutGil released;
     connected = self.connect(ranks, activate);
   } catch (const Error&) {
     failure = std::current_exception();
@@ -202,7 +203,7 @@ void bind_operations(nb::module_& m) {
 }
 
 void bind_buffer(nb::module_& m) {
-  const auto free = nb::call_guard<nb::gil_scoped_release>();
+  const auto free = nb::call_guard<nixl::python::WithoutGil>();
   nb::class_<Buffer>(m, "Buffer")
       .def("__init__",
            [](Buffer* self, int rank, int device, int combine, std::int64_t timeout_ms, std::int64_t connect_timeout_ms,
@@ -216,7 +217,7 @@ void bind_buffer(nb::module_& m) {
           [](Buffer& self, nb::object store) {
             std::shared_ptr<Store> inside;
             if (!store.is_none()) inside = std::make_shared<PythonStore>(std::move(store));
-            const nb::gil_scoped_release released;
+            const nixl::python::WithoutGil released;
             self.set_store(std::move(inside));
           },
           "store"_a.none())

@@ -1,5 +1,9 @@
 """Wrong arguments: each a clear exception, and the buffer goes on working."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 from ep_cases import Options, Shape, group_operation, no_problems, open_buffer, run_operation
 from ep_oracle import Payload
@@ -375,3 +379,24 @@ def test_ranks_that_sum_in_different_ways(ranks_of, modes, hooks):
     told = [text for text, _ in results.values() if text]  # who looked second found its message taken back
     assert told and all("use of hooks and weights at dispatch must be the same on all ranks" in text for text in told), results
     assert any("exact sums" in text and "reduced sums" in text for text in told), results
+
+
+def test_interpreter_exit_under_daemon_threads():
+    """Threads that use a buffer until the process ends do not abort it."""
+    code = textwrap.dedent("""
+        import threading, time, torch, nixl_ep
+        buffer = nixl_ep.Buffer(rank=0, explicitly_destroy=True, device="cpu")
+        buffer.update_memory_buffers(1, 1, nixl_ep.Buffer.get_rdma_size_hint(8, 128, 1, 1))
+        mask, started = torch.zeros(1, dtype=torch.int32), threading.Barrier(5)
+        def poll():
+            started.wait()
+            while True:
+                buffer.query_mask_buffer(mask)
+        for _ in range(4):
+            threading.Thread(target=poll, daemon=True).start()
+        started.wait()
+        time.sleep(0.1)
+        """)
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
