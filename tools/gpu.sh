@@ -57,6 +57,7 @@ gpu_test() {
     step 300 "kernels, native" env EP_TEST_STRESS="${EP_TEST_STRESS:-1100}" "$program" "$gpus" "$gpus"
     ((gpus > 1)) && step 200 "kernels, lines of 16 bytes" env NIXL_EP_LINE_BYTES=16 "$program" "$gpus" "$gpus"
     ((gpus > 3)) && step 200 "kernels, 3 ranks" "$program" 3 "$gpus"
+    ((gpus == 2 || gpus == 3)) && step 200 "kernels, 4 ranks that share GPUs" env EP_TEST_STRESS=1 "$program" 4 "$gpus"
     gpu_sanitize
   fi
   program=$(native ep_cuda_grid) && [ -n "$program" ] && ((gpus > 1)) && step 300 "grid of shapes" "$program" "$(power_of_two "$gpus")"
@@ -66,6 +67,9 @@ gpu_test() {
   step 400 "expert parallel through Python" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q -rs --maxfail 4 --timeout 120 \
     tests/conformance/ep "$@"
   step 400 "faults" env NIXL_EP_TEST_DEVICE=cuda "$python" -m pytest -q -rs --timeout 200 tests/faults/ep "$@"
+  # What needs four ranks, where some of them share a GPU (in turns, so without figures).
+  ((gpus == 2 || gpus == 3)) && step 400 "expert parallel and faults, ranks that share GPUs" env NIXL_EP_TEST_DEVICE=cuda NIXL_EP_TEST_SHARE_GPU=1 \
+    NIXL_EP_LINE_BYTES=16 "$python" -m pytest -q -rs --timeout 200 tests/conformance/ep tests/faults/ep "$@"
   ((everything)) || return 0
   gpu_growth
   gpu_kills
