@@ -10,6 +10,7 @@
 
 #include "backends/samehost/connection.h"
 #include "backends/samehost/test_process.h"
+#include "backends/samehost/transfer.h"
 
 using namespace nixl::core;
 using namespace nixl::core::samehost::test;
@@ -150,6 +151,21 @@ TEST(pages_are_let_go_before_they_are_unmapped) {
   shared->lock = std::make_unique<WatchedLock>(shared->base() + kAt % 4096, let_go);
   link.theirs.reset();
   CHECK(let_go);
+}
+
+TEST(holes_in_own_memory_are_seen) {
+  constexpr std::size_t kPage = 4096;
+  char* const memory =
+      static_cast<char*>(::mmap(nullptr, 8 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  const std::uint64_t start = at(memory) + 17;
+  CHECK_OK(samehost::check_mapped(start, 8 * kPage - 17));
+  CHECK_EQ(::munmap(memory + 4 * kPage, kPage), 0);
+  CHECK_OK(samehost::check_mapped(start, 4 * kPage - 17));
+  CHECK_OK(samehost::check_mapped(at(memory) + 5 * kPage, 3 * kPage));
+  for (const std::size_t bytes : {4 * kPage - 16, 8 * kPage - 17})
+    CHECK(samehost::check_mapped(start, bytes).error().code == Code::kIo);
+  ::munmap(memory, 4 * kPage), ::munmap(memory + 5 * kPage, 3 * kPage);
+  CHECK(samehost::check_mapped(at(memory), 1).error().code == Code::kIo);
 }
 
 TEST(private_memory_is_no_file) {

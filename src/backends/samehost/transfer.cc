@@ -1,10 +1,22 @@
 #include "backends/samehost/transfer.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 
 #include "backends/samehost/offered_copy.h"
 
 namespace nixl::core::samehost {
+
+Result<void> check_mapped(std::uint64_t address, std::uint64_t bytes) {
+  static const std::uint64_t page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t lead = address % page;
+  // Asynchronous, it starts nothing: it only looks whether all of this is mapped.
+  if (bytes == 0 || ::msync(reinterpret_cast<void*>(address - lead), bytes + lead, MS_ASYNC) == 0) return {};
+  return fail(Code::kIo, "local memory at %#llx (%llu bytes) is not mapped; was it freed while registered?",
+              static_cast<unsigned long long>(address), static_cast<unsigned long long>(bytes));
+}
 
 void Ending::set_message(std::optional<std::string_view> message) {
   has_message_ = message.has_value();

@@ -11,6 +11,9 @@
 
 namespace nixl::core::samehost {
 
+// kIo where memory of ours has holes: its owner unmapped it. One system call, whatever its size.
+Result<void> check_mapped(std::uint64_t address, std::uint64_t bytes);
+
 // What follows the last byte of a submission: the regions are checked once more, then the message leaves.
 class Ending {
  public:

@@ -339,6 +339,23 @@ TEST(host_unlocked_under_a_copy) {
       }
   });
 }
+TEST(host_unmapped_under_a_request) {
+  need_gpu();
+  in_own_process([] {
+    Link link('r', 'p');
+    const auto list = list_of(16384);
+    const std::unique_ptr<Transfer> transfers[] = {link.prepare(Op::kWrite, kWhole), link.prepare(Op::kRead, list)};
+    auto state = transfers[1]->submit("m");
+    CHECK_EQ(::munmap(link.memory, kBytes), 0);
+    while (state && *state == TransferState::kRunning) state = transfers[1]->poll();
+    CHECK(!state && state.error().code == Code::kIo);
+    for (const auto& transfer : transfers) {
+      state = run(*transfer);
+      CHECK(!state && state.error().code == Code::kIo);
+    }
+    CUDA(::cudaDeviceSynchronize());
+  });
+}
 TEST(host_file_truncated_under_a_request) {
   need_gpu();
   if (std::string(file_path()) == "staged+cma") {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <limits>
 
+#include "backends/samehost/transfer.h"
 #include "contract/plan_cursor.h"
 
 namespace nixl::core::samehost {
@@ -54,6 +55,7 @@ Result<LockedMemory::Stretch> LockedMemory::ask(const Driver& driver, std::uint6
 
 Result<LockedMemory> LockedMemory::find(const Driver& driver, std::uint64_t address, std::uint64_t bytes) {
   LockedMemory found;
+  found.address_ = address, found.bytes_ = bytes;
   const std::uint64_t end = address + std::max<std::uint64_t>(bytes, 1);
   for (std::uint64_t at = address; at < end; at = found.stretches_.back().base + found.stretches_.back().bytes) {
     if (found.stretches_.size() == kMostStretches)
@@ -85,6 +87,10 @@ Result<void> LockedMemory::still_locked(const Driver& driver) const {
                   hex(known.base), static_cast<unsigned long long>(known.bytes));
   }
   return {};
+}
+
+Result<void> LockedMemory::still_mapped() const {
+  return samehost::check_mapped(address_, bytes_);
 }
 
 std::uint64_t LockedMemory::bytes_from(std::uint64_t address) const noexcept {
@@ -198,6 +204,11 @@ Result<void> HostSide::check() const {
   if (own_.empty()) return {};
   const DeviceScope scope(device_);
   for (const LockedMemory& memory : own_) NIXL_TRY(memory.still_locked(*driver_));
+  return {};
+}
+
+Result<void> HostSide::check_mapped() const {
+  for (const LockedMemory& memory : own_) NIXL_TRY(memory.still_mapped());
   return {};
 }
 

@@ -20,6 +20,8 @@ class LockedMemory {
   static Result<LockedMemory> find(const Driver& driver, std::uint64_t address, std::uint64_t bytes);
   // kUnsupported: it was freed or unlocked since. One question a piece that was locked by itself.
   Result<void> still_locked(const Driver& driver) const;
+  // kIo: it was unmapped since, which the driver does not notice.
+  Result<void> still_mapped() const;
   // How many bytes from `address` on were locked by one call; the copy engine takes no more at once.
   std::uint64_t bytes_from(std::uint64_t address) const noexcept;
 
@@ -29,7 +31,8 @@ class LockedMemory {
     unsigned long long id = 0;  // of the driver: another one after it was freed and made anew
   };
   static Result<Stretch> ask(const Driver& driver, std::uint64_t address);
-  std::vector<Stretch> stretches_;  // neighbours, in order
+  std::uint64_t address_ = 0, bytes_ = 0;
+  std::vector<Stretch> stretches_;  // neighbours, in order; at least the above
 };
 
 // A mapped memory file, page-locked in windows as transfers need them, and until it is unmapped. Page-locked pages stay
@@ -65,6 +68,8 @@ class HostSide {
   bool can_change() const noexcept { return !own_.empty(); }
   // kUnsupported: not within reach any more; a kernel would run into nothing.
   Result<void> check() const;
+  // Before each submission and after it: kIo where memory was freed in spite of being registered.
+  Result<void> check_mapped() const;
   // Bytes from `address` on, as this process reaches it, that the copy engine takes at once; `region` of the host's side.
   std::uint64_t bytes_from(std::uint32_t region, std::uint64_t address) const noexcept;
   // For people, before the name of the GPU memory's path.

@@ -252,6 +252,7 @@ bool DeviceJob::look() {
   if (std::all_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.list.done(); })) {
     Result<void> end = ending.peer().check_alive(true);
     if (abandoned_.load(std::memory_order_acquire)) end = fail(Code::kCancelled, "cancelled by the caller");
+    if (end && host_) end = host_->check_mapped();
     if (end) end = ending.finish();
     finish(end ? std::nullopt : std::optional<Error>(std::move(end).error()));
     return true;

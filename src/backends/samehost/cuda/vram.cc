@@ -34,7 +34,8 @@ class HostTransfer final : public SizedTransfer {
       : SizedTransfer(plan), job_(std::move(job)), transfer_(std::move(direct)), make_staged_(std::move(make)) {}
 
   Result<TransferState> submit(std::optional<std::string_view> message) override {
-    if (job_)
+    if (job_) {
+      NIXL_TRY(job_->host()->check_mapped());
       if (const auto locked = job_->host()->check(); !locked) {
         NIXL_WARN("a request between host and GPU memory goes through staging buffers from now on: %s",
                   locked.error().reason.c_str());
@@ -42,6 +43,7 @@ class HostTransfer final : public SizedTransfer {
         job_.reset();
         make_staged_ = nullptr;
       }
+    }
     return transfer_->submit(message);
   }
   Result<TransferState> poll() override { return transfer_->poll(); }
