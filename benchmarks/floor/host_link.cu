@@ -10,13 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#define CK(call)                                                                                   \
-  do {                                                                                             \
-    if (const cudaError_t code = (call); code != cudaSuccess) {                                    \
-      std::fprintf(stderr, "%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(code)); \
-      std::exit(1);                                                                                \
-    }                                                                                              \
-  } while (0)
+#include "check.cuh"
 
 constexpr std::size_t kBytes = 256 << 20;
 

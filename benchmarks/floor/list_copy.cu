@@ -13,13 +13,7 @@
 #include <random>
 #include <vector>
 
-#define CK(call)                                                                                   \
-  do {                                                                                             \
-    if (const cudaError_t code = (call); code != cudaSuccess) {                                    \
-      std::fprintf(stderr, "%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(code)); \
-      std::exit(1);                                                                                \
-    }                                                                                              \
-  } while (0)
+#include "check.cuh"
 
 struct List {
   std::uint8_t* to;

@@ -46,7 +46,8 @@ class Exchange {
   virtual void fetch(const std::string& ip, std::uint16_t port, const std::string& agent) = 0;
   virtual void invalidate(const std::string& ip, std::uint16_t port) = 0;
 
-  // Queued; what is older than that published under the label is left out. When the exchange discovers by itself it waits for the store (seconds at most, and not again soon after a failure).
+  // Queued; what is older than that published under the label is left out. When the exchange discovers by itself it waits for the
+  // store (seconds at most, and not again soon after a failure).
   virtual void publish(const std::string& label, std::uint64_t revision, std::string bytes) = 0;
   virtual void fetch_stored(const std::string& agent, const std::string& label) = 0;
   // As fetch_stored, but waits until it was loaded; kNotFound when the watch timeout passes.

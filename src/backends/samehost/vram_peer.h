@@ -6,10 +6,7 @@
 #include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,16 +15,15 @@
 #include <random>
 #include <string>
 
-#include "check.h"
-#include "contract/entry.h"
-
-namespace nixl::core {
-std::span<const BackendEntry> backends_of_samehost();
-}
+#include "backends/samehost/test_process.h"
 
 namespace vram_peer {
 
 using namespace nixl::core;
+using samehost::test::at;
+using samehost::test::open_backend;
+using samehost::test::read_text;
+using samehost::test::send_text;
 
 inline std::size_t kBytes = std::size_t{64} << 20;  // of each side; set before the first use
 inline char* mirror;  // shared with the second process: what its GPU memory holds or shall hold
@@ -87,28 +83,6 @@ inline char* map_file(char kind, int& file) {
   void* const memory = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   CHECK(memory != MAP_FAILED);
   return static_cast<char*>(memory);
-}
-
-inline std::unique_ptr<Backend> open_backend(const char* name) {
-  BackendConfig config;
-  config.self = {name, 1};
-  return std::move(*CHECK_OK(backends_of_samehost()[0].open(std::move(config))));
-}
-
-inline std::uint64_t at(const void* p) {
-  return reinterpret_cast<std::uint64_t>(p);
-}
-inline void send_text(int fd, const std::string& text) {
-  const std::uint32_t size = static_cast<std::uint32_t>(text.size());
-  CHECK_EQ(::write(fd, &size, 4), 4);
-  if (size) CHECK_EQ(::write(fd, text.data(), size), static_cast<ssize_t>(size));
-}
-inline std::string read_text(int fd) {
-  std::uint32_t size;
-  CHECK_EQ(::recv(fd, &size, 4, MSG_WAITALL), 4);
-  std::string text(size, 0);
-  if (size) CHECK_EQ(::recv(fd, text.data(), size, MSG_WAITALL), static_cast<ssize_t>(size));
-  return text;
 }
 
 // Kind 'h': host memory that no other process can map (the mirror itself); 's': a memory file that cannot shrink, 'u': one

@@ -269,21 +269,11 @@ TEST(host_and_gpu_of_one_process) {
     const auto peer = std::move(*CHECK_OK(here->connect({"there", 1}, *CHECK_OK(there->export_connection()))));
     const auto theirs = std::move(*CHECK_OK(here->import_region(*peer, far, *CHECK_OK(there->export_region(*other)))));
     CUDA(::cudaMemset(gpu, 7, kBytes));
-    Plan plan;
+    Plan plan = nixl::core::test::plan_between(Op::kWrite, *peer, *own, *theirs);
     plan.local_kind = near.kind;
     plan.remote_kind = far.kind;
-    plan.peer = peer.get();
-    plan.local_regions = {own.get()};
-    plan.remote_regions = {theirs.get()};
-    for (std::size_t at = 0; at < kBytes; at += 4096) {
-      plan.local_address.push_back(near.address + at);
-      plan.remote_address.push_back(far.address + at);
-      plan.length.push_back(4095);
-      plan.local_region.push_back(0);
-      plan.remote_region.push_back(0);
-    }
-    plan.num_blocks = kBytes / 4096;
-    plan.total_bytes = plan.num_blocks * 4095;
+    for (std::size_t at = 0; at < kBytes; at += 4096)
+      nixl::core::test::add_block(plan, near.address + at, far.address + at, 4095);
     std::memset(host, 1, kBytes);
     const auto transfer = std::move(*CHECK_OK(here->prepare(std::move(plan))));
     CHECK_EQ(transfer->path(), std::string("pinned"));
